@@ -1,0 +1,130 @@
+"""Speed and peak memory of pvt_hf beside its peers, all in this process, interleaved, so that the ratios are fair.
+
+    python examples/benchmark.py --peers transformers timm
+
+A ratio above 1 in "speed" means that pvt_hf is faster; below 1 in "memory" that it needs less, over what the process holds
+before the step (on Linux the resident set, on a GPU the allocated memory). Training is forward, backward and gradients.
+"""
+
+import argparse
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoBackbone, AutoModelForImageClassification
+
+import pvt_hf
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+WORKLOADS = {"classification": (8, 224, 224), "backbone": (1, 800, 1216)}  # batch, height, width
+
+
+def build(library: str, task: str, name: str) -> Callable | None:
+    """The model of one library, or None where it has none."""
+    config = pvt_hf.build_config(name, out_features=STAGES)
+    if library == "pvt_hf":
+        return (AutoBackbone if task == "backbone" else AutoModelForImageClassification).from_config(config)
+    if library == "transformers":
+        prefix = "PvtV2" if config.model_type == "pvt_v2" else "Pvt"
+        suffix = "Backbone" if task == "backbone" else "ForImageClassification"
+        model_class = getattr(transformers, f"{prefix}{suffix}", None)
+        return model_class and model_class(getattr(transformers, f"{prefix}Config")(**config.to_diff_dict()))
+    import timm
+
+    if name not in timm.list_models("pvt_v2_*"):
+        return None
+    return timm.create_model(name, features_only=True) if task == "backbone" else timm.create_model(name)
+
+
+def outputs(result) -> list[torch.Tensor]:
+    if isinstance(result, torch.Tensor | list):
+        return [result] if isinstance(result, torch.Tensor) else result
+    return list(result.feature_maps) if "feature_maps" in result else [result.logits]
+
+
+def step(model: Callable, pixels: torch.Tensor, training: bool) -> None:
+    with torch.set_grad_enabled(training):
+        result = outputs(model(pixels))
+        if training:
+            sum(tensor.mean() for tensor in result).backward()
+            model.zero_grad(set_to_none=True)
+    if pixels.is_cuda:
+        torch.cuda.synchronize()
+
+
+def seconds(model: Callable, pixels: torch.Tensor, training: bool) -> float:
+    start = time.perf_counter()
+    step(model, pixels, training)
+    return time.perf_counter() - start
+
+
+def resident(field: str) -> int:
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+
+
+def peak_bytes(model: Callable, pixels: torch.Tensor, training: bool) -> float:
+    """Peak of one step over what is held before it; NaN where the system does not tell."""
+    gc.collect()
+    if pixels.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(model, pixels, training)
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        return float("nan")
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
+    before = resident("VmRSS")
+    step(model, pixels, training)
+    return resident("VmHWM") - before
+
+
+def compare(task: str, name: str, training: bool, args: argparse.Namespace) -> list[str]:
+    """One line of the table per peer that has this model."""
+    models = {library: build(library, task, name) for library in ("pvt_hf", *args.peers)}
+    models = {library: model.to(args.device).train(training) for library, model in models.items() if model}
+    batch, height, width = WORKLOADS[task]
+    pixels = torch.randn(args.batch_size or batch, 3, height, width, device=args.device)
+    for model in models.values():
+        step(model, pixels, training)
+    times = {library: [] for library in models}
+    for _ in range(args.repeats):
+        for library, model in models.items():
+            times[library].append(seconds(model, pixels, training))
+    peaks = {library: peak_bytes(model, pixels, training) for library, model in models.items()}
+    return [
+        f"| {name} | {task} {tuple(pixels.shape)} | {'training' if training else 'inference'} | {peer} "
+        f"| {statistics.median(times[peer]) / statistics.median(times['pvt_hf']):.2f} "
+        f"| {peaks['pvt_hf'] / peaks[peer]:.2f} | {peaks['pvt_hf'] / 2**20:.0f} MiB |"
+        for peer in models
+        if peer != "pvt_hf"
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", nargs="+", default=["transformers", "timm"], choices=["transformers", "timm"])
+    parser.add_argument("--variants", nargs="+", default=["pvt_v2_b2"], choices=list(pvt_hf.VARIANTS))
+    parser.add_argument("--tasks", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
+    parser.add_argument("--batch_size", type=int, help="instead of 8 for classification and 1 for the backbone")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    cases = [(task, name, mode) for name in args.variants for task in args.tasks for mode in args.modes]
+    lines = ["| variant | input | step | peer | speed | memory | pvt_hf's peak |", "|--|--|--|--|--|--|--|"]
+    for task, name, mode in tqdm(cases, desc="benchmark"):
+        lines += compare(task, name, mode == "training", args)
+    print(f"\n{args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The papers' evaluation transform: shorter edge to 256 (bicubic), centre crop 224, ImageNet mean and standard deviation."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+)
+
+
+def _scale_together(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Where only one of `size` and `crop_size` is given, the other follows in the papers' ratio of 256 to 224."""
+    size, crop_size = kwargs.get("size"), kwargs.get("crop_size")
+    if crop_size is not None and size is None:
+        sides = crop_size.values() if isinstance(crop_size, dict) else np.atleast_1d(crop_size)
+        return kwargs | {"size": {"shortest_edge": int(256 / 224 * int(min(sides)))}}
+    if size is not None and crop_size is None:
+        if isinstance(size, int):
+            size = {"shortest_edge": size}
+        shortest_edge = dict(size).get("shortest_edge") if isinstance(size, dict | SizeDict) else None
+        if shortest_edge:
+            side = math.ceil(224 / 256 * shortest_edge)
+            return kwargs | {"crop_size": {"height": side, "width": side}}
+        if kwargs.get("do_center_crop") is None:  # a size that fixes both sides leaves nothing to crop
+            return kwargs | {"do_center_crop": False}
+    return kwargs
+
+
+class _PvtPreprocessing:
+    """The settings and what the two backends share."""
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 256}
+    default_to_square = False
+    crop_size = {"height": 224, "width": 224}
+    do_convert_rgb = True
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**_scale_together(kwargs))
+
+    def preprocess(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
+        """
+        Args:
+            images: One image or a list of images: PIL of any mode, or arrays and tensors with values in [0, 255].
+            **kwargs: Any of the processor's settings, for this call only.
+
+        Returns:
+            `BatchFeature`: `pixel_values`, float32 of shape `(batch, 3, height, width)`, RGB, with ImageNet's mean and
+            standard deviation taken out.
+        """
+        return super().preprocess(images, *args, **_scale_together(kwargs))
+
+
+_DOCSTRING = r"""
+    Prepares images for PVT v1 and v2 as the papers evaluate them, on the {backend} backend ({exactness} of torchvision's
+    `Resize(256, BICUBIC)` and `CenterCrop(224)` on PIL images).
+
+    Args:
+        size (`int` or `dict`, *optional*, defaults to `{{"shortest_edge": 256}}`):
+            In pixels. `{{"height": ..., "width": ...}}` resizes to exactly that and turns the centre crop off, which is
+            what the `preprocessor_config.json` of the PVT checkpoints on the Hub asks for.
+        crop_size (`int` or `dict`, *optional*, defaults to `{{"height": 224, "width": 224}}`):
+            In pixels. If only one of `size` and `crop_size` is given, the other is scaled with it (384 and 438, say).
+        resample, image_mean, image_std, rescale_factor, do_resize, do_center_crop, do_rescale, do_normalize, do_convert_rgb:
+            As in every image processor of transformers.
+"""
+
+
+class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
+    __doc__ = _DOCSTRING.format(backend="torchvision", exactness="within one grey level")
+
+    def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
+        from torchvision.transforms.v2 import functional
+
+        return functional.center_crop(image, [size.height, size.width])
+
+
+class PvtImageProcessorPil(_PvtPreprocessing, PilBackend):
+    __doc__ = _DOCSTRING.format(backend="PIL", exactness="exactly the result")
+
+    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
+        # As torchvision: a missing odd pixel is added behind, and an odd pixel too many is split by rounding to even.
+        crop = (size.height, size.width)
+        missing = [max(0, side - given) for side, given in zip(crop, image.shape[1:], strict=True)]
+        image = np.pad(image, [(0, 0), *((pixels // 2, (pixels + 1) // 2) for pixels in missing)])
+        top, left = (round((given - side) / 2) for side, given in zip(crop, image.shape[1:], strict=True))
+        return image[:, top : top + size.height, left : left + size.width]
+
+
+__all__ = ["PvtImageProcessor", "PvtImageProcessorPil"]

@@ -1,0 +1,228 @@
+"""What PVT v1 and v2 share: tokens and maps, stochastic depth, spatial-reduction attention, the check of the input."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
+
+logger = logging.get_logger(__name__)
+
+
+def tokens_to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(batch, height * width, channels) -> (batch, channels, height, width): a channels-last view, nothing is copied."""
+    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def map_to_tokens(feature_map: torch.Tensor) -> torch.Tensor:
+    """(batch, channels, height, width) -> (batch, height * width, channels): a view of a channels-last map."""
+    return feature_map.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, zeroes a whole sample's residual branch with probability `p`."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.p == 0.0 or not self.training:
+            return hidden_states
+        keep = hidden_states.new_empty(hidden_states.shape[0], *(1,) * (hidden_states.ndim - 1)).bernoulli_(1 - self.p)
+        return hidden_states * (keep / (1 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """The rate of every block, per stage: linear from 0 at the first block of the model to `rate` at its last."""
+    rates = iter(torch.linspace(0, rate, sum(depths), device="cpu").tolist())
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # query (batch, heads, queries, head_dim), key and value (batch, heads, reduced keys, head_dim)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class SpatialReductionAttention(nn.Module):
+    """Multi-head attention of all tokens to a spatially reduced copy of themselves (v1 section 3.3, v2 section 3.2).
+
+    v1 and v2 differ in how they reduce and in the names of those modules (which are transformers' names, because they
+    are the checkpoint format), so each subclass owns its reduction and its output projection.
+    """
+
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, num_attention_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = hidden_size // num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False  # the sdpa and flash interfaces take a module without this for a causal decoder
+        self.query = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.key = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.value = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+
+    def attend(
+        self, hidden_states: torch.Tensor, reduced_states: torch.Tensor, output_attentions: bool = False, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: (batch, queries, channels)
+            reduced_states: (batch, reduced keys, channels)
+            output_attentions: Also return the probabilities. Only the eager implementation has them, so it is used for
+                this call whatever the model is configured for.
+
+        Returns:
+            (batch, queries, channels), and (batch, heads, queries, reduced keys) or None.
+        """
+        query, key, value = (
+            projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, states in (
+                (self.query, hidden_states),
+                (self.key, reduced_states),
+                (self.value, reduced_states),
+            )
+        )
+        attention = eager_attention_forward
+        if not output_attentions:
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention)
+        context, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            None,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return context.flatten(2), weights if output_attentions else None
+
+
+def resolve_output_flags(
+    model: nn.Module, output_attentions: bool | None, output_hidden_states: bool | int | list[int] | None
+) -> tuple[bool, bool | int | list[int]]:
+    """The flags of one call, with the config's values where the caller gave none."""
+    config = model.config
+    if output_attentions is None:
+        output_attentions = config.output_attentions
+    if output_hidden_states is None:
+        output_hidden_states = config.output_hidden_states
+    if output_attentions and config._attn_implementation != "eager":
+        logger.warning_once(
+            f"`output_attentions=True` with `attn_implementation={config._attn_implementation!r}`, which keeps no "
+            "attention probabilities: this call uses the eager implementation. Load the model with "
+            '`attn_implementation="eager"` to silence this warning.'
+        )
+    return bool(output_attentions), output_hidden_states if output_hidden_states is not None else False
+
+
+def select_hidden_states(
+    model: nn.Module, hidden_states: list[torch.Tensor], output_hidden_states: bool | int | list[int]
+) -> tuple[torch.Tensor | None, ...] | None:
+    """All of them, none, or (as elsewhere in transformers) those of the given indices with None in the other places."""
+    selected = selected_hidden_states(output_hidden_states)
+    if selected is None:
+        return tuple(hidden_states) if output_hidden_states else None
+    kept = resolve_hidden_states_indices(model, selected, num_hidden_states=len(hidden_states))
+    return tuple(state if index in kept else None for index, state in enumerate(hidden_states))
+
+
+class CompleteLoading:
+    """Mixin of the pretrained models: a checkpoint fills every tensor of the encoder, or it is not loaded."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`], which only logs the tensors that a checkpoint lacks and leaves
+        them at random. Here only the classifier may be new.
+
+        Raises:
+            ValueError: If the checkpoint lacks tensors of the encoder, or has encoder tensors that the model lacks.
+        """
+        model, loading_info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if pretrained_model_name_or_path is not None:
+            missing = sorted(key for key in loading_info["missing_keys"] if not key.startswith("classifier."))
+            unexpected = sorted(key for key in loading_info["unexpected_keys"] if "encoder." in key)
+            if missing or unexpected:
+                raise ValueError(
+                    f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) is not a complete checkpoint of "
+                    f"this {cls.__name__}: it lacks {len(missing)} tensors {missing[:3]} and has {len(unexpected)} that "
+                    f"the model does not have {unexpected[:3]}."
+                )
+        return (model, loading_info) if output_loading_info else model
+
+
+def stage_features(model: nn.Module, stages: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The maps of a backbone's `out_features`, from those of all the stages that it was built with."""
+    feature_maps = dict(zip(model.stage_names, stages, strict=False))
+    for name in model.out_features:
+        if name not in feature_maps:
+            raise ValueError(
+                f"`out_features` asks for {name!r}, but this {type(model).__name__} was built up to "
+                f"{list(feature_maps)[-1]!r}. Set `out_features` when the backbone is created."
+            )
+    return tuple(feature_maps[name] for name in model.out_features)
+
+
+def check_pixel_values(pixel_values: torch.Tensor, num_channels: int, minimum_size: int) -> None:
+    """Raises a `TypeError` or a `ValueError` that says what is wrong with `pixel_values`."""
+    if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+        got = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+        raise TypeError(f"`pixel_values` must be a floating-point tensor, got {got}. Use the image processor.")
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"`pixel_values` must have shape (batch, {num_channels}, height, width), got {tuple(pixel_values.shape)}."
+        )
+    _, channels, height, width = pixel_values.shape
+    if channels != num_channels:
+        raise ValueError(
+            f"`pixel_values` must have {num_channels} channels (`config.num_channels`), got {channels} "
+            f"in shape {tuple(pixel_values.shape)}."
+        )
+    if height < minimum_size or width < minimum_size:
+        raise ValueError(
+            f"`pixel_values` must be at least {minimum_size} pixels high and wide, got {height} x {width}."
+        )
+
+
+def minimum_image_size(strides: Sequence[int], reduction_ratios: Sequence[int]) -> int:
+    """The smallest side, in pixels, that leaves every stage at least one reduced key: 32 for the official models."""
+    return max(math.prod(strides[: stage + 1]) * ratio for stage, ratio in enumerate(reduction_ratios))
+
+
+def check_labels(labels: torch.Tensor | None, num_labels: int, problem_type: str | None) -> None:
+    """Raises a `ValueError` if a class index in `labels` is neither in [0, num_labels) nor -100 (ignored)."""
+    if labels is None or labels.is_floating_point() or num_labels == 1 or torch.compiler.is_compiling():
+        return
+    if problem_type not in (None, "single_label_classification"):
+        return
+    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
+    if wrong.numel():
+        raise ValueError(
+            f"`labels` must be class indices in [0, {num_labels}) (`config.num_labels`) or -100, got "
+            f"{sorted(set(wrong.tolist()))}."
+        )
