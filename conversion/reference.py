@@ -1,7 +1,7 @@
 """Independent evaluation of official PVT state dicts, written from the papers as plain functions.
 
-It shares no code with pvt_hf and is slow on purpose: every step of the papers is one visible line, in whatever dtype the
-state dict has. The tests hold the models against it, in outputs and gradients.
+It shares no code with pvt_hf and is slow on purpose: every step of the papers is one visible line, in whatever dtype
+the state dict has. The tests hold the models against it, in outputs and gradients.
 
 Keys are those of the official classification checkpoints (`patch_embed1.proj.weight`, `block1.0.attn.q.weight`, ...).
 """
@@ -113,7 +113,7 @@ def position_embedding(
 def feature_maps(
     weights: StateDict, pixels: torch.Tensor, image_size: tuple[int, int] | None = None
 ) -> list[torch.Tensor]:
-    """The four maps of the official detection backbones, strides 4, 8, 16, 32. `image_size`: of v1's stored positions."""
+    """The four maps of the official detection backbones. `image_size` is that of v1's stored positions."""
     maps = []
     for stage in (1, 2, 3, 4):
         tokens, height, width = patch_embedding(weights, stage, maps[-1] if maps else pixels)

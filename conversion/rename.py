@@ -6,7 +6,8 @@ import torch
 
 StateDict = dict[str, torch.Tensor]
 
-# (official, pvt_hf): each `{n}` is a number, `{s}` a stage, which the official code counts from 1. The first match counts.
+# (official, pvt_hf): each `{n}` is a number, `{s}` a stage, which the official code counts from 1. The first match
+# counts.
 _V1_RULES = (
     ("pos_embed{s}", "pvt.encoder.patch_embeddings.{s}.position_embeddings"),
     ("cls_token", "pvt.encoder.patch_embeddings.3.cls_token"),

@@ -2,8 +2,9 @@
 
     python examples/benchmark.py --peers transformers timm
 
-A ratio above 1 in "speed" means that pvt_hf is faster; below 1 in "memory" that it needs less, over what the process holds
-before the step (on Linux the resident set, on a GPU the allocated memory). Training is forward, backward and gradients.
+A ratio above 1 in "speed" means that pvt_hf is faster; below 1 in "memory" that it needs less, over what the process
+holds before the step (on Linux the resident set, on a GPU the allocated memory). Training is forward, backward and
+gradients.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The Pyramid Vision Transformer (PVT v1 and v2) as Hugging Face models.
 
-`import pvt_hf` makes the Auto classes of transformers use these classes for `pvt` and `pvt_v2`. It costs next to nothing:
-the classes (and with them two seconds of transformers) are imported when one of them is first looked at, by name here or
-by model type in an Auto class.
+`import pvt_hf` makes the Auto classes of transformers use these classes for `pvt` and `pvt_v2`. It costs next to
+nothing: the classes (and with them two seconds of transformers) are imported when one of them is first looked at, by
+name here or by model type in an Auto class.
 """
 
 import importlib

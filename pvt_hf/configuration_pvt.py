@@ -27,10 +27,10 @@ def check_stage_fields(config: PreTrainedConfig, *fields: str) -> None:
 @strict
 class PvtConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of the Pyramid Vision Transformer (PVT v1, [arXiv 2102.12122](https://huggingface.co/papers/2102.12122)).
-    The defaults are PVT-Tiny, as in [Xrenya/pvt-tiny-224](https://huggingface.co/Xrenya/pvt-tiny-224);
-    [`build_config`] gives every variant. The fields are those of transformers' own `PvtConfig`, so that each loads the
-    other's `config.json`.
+    Configuration of the Pyramid Vision Transformer (PVT v1, [arXiv
+    2102.12122](https://huggingface.co/papers/2102.12122)). The defaults are PVT-Tiny, as in
+    [Xrenya/pvt-tiny-224](https://huggingface.co/Xrenya/pvt-tiny-224); [`build_config`] gives every variant. The fields
+    are those of transformers' own `PvtConfig`, so that each loads the other's `config.json`.
 
     Args:
         image_size (`int` or `list[int]`, *optional*, defaults to 224):

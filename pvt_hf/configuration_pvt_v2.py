@@ -12,9 +12,9 @@ from .configuration_pvt import check_stage_fields
 @strict
 class PvtV2Config(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of PVT v2 ([arXiv 2106.13797](https://huggingface.co/papers/2106.13797)). The defaults are PVT v2-B0, as
-    in [OpenGVLab/pvt_v2_b0](https://huggingface.co/OpenGVLab/pvt_v2_b0); [`build_config`] gives every variant. The fields
-    are those of transformers' own `PvtV2Config`, so that each loads the other's `config.json`.
+    Configuration of PVT v2 ([arXiv 2106.13797](https://huggingface.co/papers/2106.13797)). The defaults are PVT v2-B0,
+    as in [OpenGVLab/pvt_v2_b0](https://huggingface.co/OpenGVLab/pvt_v2_b0); [`build_config`] gives every variant. The
+    fields are those of transformers' own `PvtV2Config`, so that each loads the other's `config.json`.
 
     Args:
         image_size (`int` or `list[int]`, *optional*, defaults to 224):
@@ -56,7 +56,8 @@ class PvtV2Config(BackboneConfigMixin, PreTrainedConfig):
         num_labels (`int`, *optional*, defaults to 2):
             Number of classes, where `id2label` does not give them.
         out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
-            Feature maps of [`PvtV2Backbone`]: some of `"stage1"` ... `"stage4"`, or of 0 ... 3. The last one by default.
+            Feature maps of [`PvtV2Backbone`]: some of `"stage1"` ... `"stage4"`, or of 0 ... 3. The last one by
+            default.
 
     Raises:
         ValueError: If a per-stage field does not have `num_encoder_blocks` values, or heads do not divide channels.

@@ -1,4 +1,4 @@
-"""The papers' evaluation transform: shorter edge to 256 (bicubic), centre crop 224, ImageNet mean and standard deviation."""
+"""The papers' evaluation transform: shorter edge to 256 (bicubic), centre crop 224, ImageNet normalisation."""
 
 import math
 from typing import Any
@@ -66,8 +66,8 @@ class _PvtPreprocessing:
 
 
 _DOCSTRING = r"""
-    Prepares images for PVT v1 and v2 as the papers evaluate them, on the {backend} backend ({exactness} of torchvision's
-    `Resize(256, BICUBIC)` and `CenterCrop(224)` on PIL images).
+    Prepares images for PVT v1 and v2 as the papers evaluate them, on the {backend} backend ({exactness} of
+    torchvision's `Resize(256, BICUBIC)` and `CenterCrop(224)` on PIL images).
 
     Args:
         size (`int` or `dict`, *optional*, defaults to `{{"shortest_edge": 256}}`):
@@ -75,7 +75,8 @@ _DOCSTRING = r"""
             what the `preprocessor_config.json` of the PVT checkpoints on the Hub asks for.
         crop_size (`int` or `dict`, *optional*, defaults to `{{"height": 224, "width": 224}}`):
             In pixels. If only one of `size` and `crop_size` is given, the other is scaled with it (384 and 438, say).
-        resample, image_mean, image_std, rescale_factor, do_resize, do_center_crop, do_rescale, do_normalize, do_convert_rgb:
+        resample, image_mean, image_std, rescale_factor, do_resize, do_center_crop, do_rescale, do_normalize,
+        do_convert_rgb:
             As in every image processor of transformers.
 """
 

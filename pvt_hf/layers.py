@@ -14,7 +14,7 @@ logger = logging.get_logger(__name__)
 
 
 def tokens_to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(batch, height * width, channels) -> (batch, channels, height, width): a channels-last view, nothing is copied."""
+    """(batch, height * width, channels) -> (batch, channels, height, width): a channels-last view."""
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
@@ -24,7 +24,7 @@ def map_to_tokens(feature_map: torch.Tensor) -> torch.Tensor:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, zeroes a whole sample's residual branch with probability `p`."""
+    """Stochastic depth (arXiv 1603.09382): in training, zeroes a sample's residual branch with probability `p`."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -155,8 +155,8 @@ class CompleteLoading:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
-        As [`~transformers.PreTrainedModel.from_pretrained`], which only logs the tensors that a checkpoint lacks and leaves
-        them at random. Here only the classifier may be new.
+        As [`~transformers.PreTrainedModel.from_pretrained`], which only logs the tensors that a checkpoint lacks and
+        leaves them at random. Here only the classifier may be new.
 
         Raises:
             ValueError: If the checkpoint lacks tensors of the encoder, or has encoder tensors that the model lacks.
@@ -169,9 +169,9 @@ class CompleteLoading:
             unexpected = sorted(key for key in loading_info["unexpected_keys"] if "encoder." in key)
             if missing or unexpected:
                 raise ValueError(
-                    f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) is not a complete checkpoint of "
-                    f"this {cls.__name__}: it lacks {len(missing)} tensors {missing[:3]} and has {len(unexpected)} that "
-                    f"the model does not have {unexpected[:3]}."
+                    f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) is not a complete checkpoint "
+                    f"of this {cls.__name__}: it lacks {len(missing)} tensors {missing[:3]} and has {len(unexpected)} "
+                    f"that the model does not have {unexpected[:3]}."
                 )
         return (model, loading_info) if output_loading_info else model
 

@@ -35,8 +35,8 @@ from .layers import (
 class PvtPatchEmbeddings(nn.Module):
     """Non-overlapping patches, a norm and learned position embeddings (section 3.2).
 
-    The last stage of every checkpoint stores one more position embedding, in front, for the CLS token; a dense model has
-    no CLS token and leaves that row alone.
+    The last stage of every checkpoint stores one more position embedding, in front, for the CLS token; a dense model
+    has no CLS token and leaves that row alone.
     """
 
     def __init__(self, config: PvtConfig, stage: int, cls_token: bool):
@@ -243,8 +243,8 @@ class PvtModel(PvtPreTrainedModel):
         super().__init__(config)
         if config.sequence_reduction_ratios[-1] != 1:
             raise ValueError(
-                "`sequence_reduction_ratios[-1]` must be 1, because the CLS token of the last stage has no place in the "
-                f"map that would be reduced; got {config.sequence_reduction_ratios[-1]}."
+                "`sequence_reduction_ratios[-1]` must be 1, because the CLS token of the last stage has no place in "
+                f"the map that would be reduced; got {config.sequence_reduction_ratios[-1]}."
             )
         self.encoder = PvtEncoder(config, num_stages=config.num_encoder_blocks, cls_token=True)
         self.post_init()

@@ -104,9 +104,9 @@ class PvtV2DepthWiseConv(nn.Module):
 class PvtV2ConvFeedForwardNetwork(nn.Module):
     """The MLP with a zero-padded 3 x 3 depth-wise convolution before its activation (section 3.1).
 
-    Its hidden states are up to 8 times as wide as the block: most of a dense model's memory, and on a CPU most of its time,
-    which goes into page faults. So a large map is recomputed in the backward pass instead of stored, and a CPU works in
-    strips of rows that fit its cache. A compiler takes these decisions itself.
+    Its hidden states are up to 8 times as wide as the block: most of a dense model's memory, and on a CPU most of its
+    time, which goes into page faults. So a large map is recomputed in the backward pass instead of stored, and a CPU
+    works in strips of rows that fit its cache. A compiler takes these decisions itself.
     """
 
     max_stored_tokens = 56 * 56  # of one image: the first stage at 224 x 224
@@ -124,7 +124,7 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
     def transform(
         self, hidden_states: torch.Tensor, width: int, rows_above: int = 0, rows_below: int = 0
     ) -> torch.Tensor:
-        """(batch, height * width, channels) -> the same, less the given rows, which are just the convolution's context."""
+        """(batch, height * width, channels) -> the same, less the rows that are just context."""
         height = hidden_states.shape[1] // width
         hidden_states = self.relu(self.dense1(hidden_states))
         hidden_states = self.dwconv(hidden_states, height, width)

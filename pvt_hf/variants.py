@@ -27,7 +27,8 @@ class Variant:
         paper_params: Parameters of the classifier in the paper, in millions.
         paper_gflops: Multiply-adds at 224 x 224 in the paper, in billions.
         released_top1: Top-1 that the official repository states for the released checkpoint, in percent.
-        released_params: Parameters of the released code, in millions. Where it differs from `paper_params`, the released
+        released_params: Parameters of the released code, in millions. Where it differs from `paper_params`, the
+        released
             code is what runs.
     """
 
