@@ -30,7 +30,7 @@ def _scale_together(kwargs: dict[str, Any]) -> dict[str, Any]:
             side = math.ceil(224 / 256 * shortest_edge)
             return kwargs | {"crop_size": {"height": side, "width": side}}
         if kwargs.get("do_center_crop") is None:  # a size that fixes both sides leaves nothing to crop
-            return kwargs | {"do_center_crop": False}
+            return kwargs | {"crop_size": size, "do_center_crop": False}
     return kwargs
 
 
