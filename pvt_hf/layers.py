@@ -149,8 +149,21 @@ def select_hidden_states(
     return tuple(state if index in kept else None for index, state in enumerate(hidden_states))
 
 
-class CompleteLoading:
-    """Mixin of the pretrained models: a checkpoint fills every tensor of the encoder, or it is not loaded."""
+class PretrainedPyramid:
+    """Mixin of the pretrained models: what transformers has to know about both versions, and complete loading."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers' heuristic looks for the interface in the modeling file, not here
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -159,12 +172,13 @@ class CompleteLoading:
         leaves them at random. Here only the classifier may be new.
 
         Raises:
-            ValueError: If the checkpoint lacks tensors of the encoder, or has encoder tensors that the model lacks.
+            ValueError: If the checkpoint lacks tensors of the encoder, or has encoder tensors that the model lacks. (Not
+                with `output_loading_info=True`, where the caller gets the lists instead.)
         """
         model, loading_info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        if pretrained_model_name_or_path is not None:
+        if pretrained_model_name_or_path is not None and not output_loading_info:
             missing = sorted(key for key in loading_info["missing_keys"] if not key.startswith("classifier."))
             unexpected = sorted(key for key in loading_info["unexpected_keys"] if "encoder." in key)
             if missing or unexpected:

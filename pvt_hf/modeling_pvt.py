@@ -17,8 +17,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_pvt import PvtConfig
 from .layers import (
-    CompleteLoading,
     DropPath,
+    PretrainedPyramid,
     SpatialReductionAttention,
     check_labels,
     check_pixel_values,
@@ -202,21 +202,13 @@ class PvtEncoder(nn.Module):
         return stages, all_hidden_states, attentions
 
 
-class PvtPreTrainedModel(CompleteLoading, PreTrainedModel):
-    """Weight initialisation and what transformers needs to know about every PVT v1 model."""
+class PvtPreTrainedModel(PretrainedPyramid, PreTrainedModel):
+    """The base of every PVT v1 model: its configuration and its weight initialisation."""
 
     config: PvtConfig
     config_class = PvtConfig
     base_model_prefix = "pvt"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["PvtPatchEmbeddings", "PvtLayer"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -20,8 +20,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_pvt_v2 import PvtV2Config
 from .layers import (
-    CompleteLoading,
     DropPath,
+    PretrainedPyramid,
     SpatialReductionAttention,
     check_labels,
     check_pixel_values,
@@ -229,21 +229,13 @@ class PvtV2Encoder(nn.Module):
         return feature_maps, all_attentions
 
 
-class PvtV2PreTrainedModel(CompleteLoading, PreTrainedModel):
-    """Weight initialisation and what transformers needs to know about every PVT v2 model."""
+class PvtV2PreTrainedModel(PretrainedPyramid, PreTrainedModel):
+    """The base of every PVT v2 model: its configuration and its weight initialisation."""
 
     config: PvtV2Config
     config_class = PvtV2Config
     base_model_prefix = "pvt_v2"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["PvtV2OverlapPatchEmbeddings", "PvtV2BlockLayer"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
