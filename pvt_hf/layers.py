@@ -172,8 +172,8 @@ class PretrainedPyramid:
         leaves them at random. Here only the classifier may be new.
 
         Raises:
-            ValueError: If the checkpoint lacks tensors of the encoder, or has encoder tensors that the model lacks. (Not
-                with `output_loading_info=True`, where the caller gets the lists instead.)
+            ValueError: If the checkpoint lacks tensors of the encoder, or has encoder tensors that the model lacks.
+                With `output_loading_info=True` the caller gets the lists instead.
         """
         model, loading_info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs

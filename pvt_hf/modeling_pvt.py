@@ -64,7 +64,7 @@ class PvtPatchEmbeddings(nn.Module):
         position_embeddings = self.position_embeddings[:, self.num_cls_positions :]
         # An exported program has to work for every size, so it always interpolates: at the stored grid, an identity.
         tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()
-        if (height, width) == self.grid and not tracing:
+        if not tracing and (height, width) == self.grid:
             return position_embeddings
         grid_map = tokens_to_map(position_embeddings, *self.grid)
         grid_map = nn.functional.interpolate(grid_map, size=(height, width), mode="bilinear", align_corners=False)
