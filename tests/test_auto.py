@@ -1,0 +1,120 @@
+"""`import pvt_hf` is cheap, and every Auto class and pipeline knows PVT. (Fresh processes: registration is global.)"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from models import ROOT, STAGES, randomize, small_config
+from PIL import Image
+from transformers import pipeline
+
+import pvt_hf
+
+
+def run(code: str, *args: str) -> str:
+    """The output of a fresh Python process in which this repository can be imported."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_cheap():
+    """At most 20 % over transformers and torch, which it does not even import."""
+
+    def seconds(code: str) -> float:
+        start = time.perf_counter()
+        run(code)
+        return time.perf_counter() - start
+
+    base, ours = "import torch, transformers", "import torch, transformers, pvt_hf"
+    pairs = [(seconds(base), seconds(ours)) for _ in range(3)]
+    assert statistics.median(b / a for a, b in pairs) < 1.2
+    assert run("import sys, pvt_hf; print({'torch', 'transformers', 'datasets'} & set(sys.modules))").strip() == "set()"
+
+
+@pytest.mark.parametrize("order", ["pvt_hf first", "transformers first", "auto used first"])
+def test_every_auto_class(order):
+    imports = {
+        "pvt_hf first": "import pvt_hf\nfrom transformers import *",
+        "transformers first": "from transformers import *\nimport pvt_hf",
+        "auto used first": "from transformers import *\nAutoConfig.for_model('pvt')\nPvtModel\nimport pvt_hf",
+    }[order]
+    run(
+        imports.replace(
+            "import *",
+            "import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, PvtModel, PvtV2Model, "
+            "AutoModelForImageClassification",
+        )
+        + """
+import sys, torch, transformers
+for model_type, prefix in (("pvt", "Pvt"), ("pvt_v2", "PvtV2")):
+    config = AutoConfig.for_model(model_type)
+    assert type(config) is getattr(pvt_hf, f"{prefix}Config"), type(config)
+    with torch.device("meta"):
+        for auto_class, name in (
+            (AutoModel, "Model"),
+            (AutoModelForImageClassification, "ForImageClassification"),
+            (AutoBackbone, "Backbone"),
+        ):
+            assert type(auto_class.from_config(config)) is getattr(pvt_hf, prefix + name)
+    # transformers' own classes stay what they are
+    assert getattr(transformers, f"{prefix}Model").__module__.startswith("transformers.")
+"""
+    )
+
+
+def test_native_modules_import_quietly_after_ours():
+    """transformers reads the checkpoint name in our docstring when it documents its own classes."""
+    code = "import pvt_hf; pvt_hf.PvtModel; import transformers; transformers.PvtModel; transformers.PvtV2Backbone"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and "ERROR" not in result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def checkpoint(request, tmp_path_factory):
+    """A saved classifier with its image processor."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model_class = pvt_hf.PvtForImageClassification if request.param == "v1" else pvt_hf.PvtV2ForImageClassification
+    names = {"id2label": {0: "cat", 1: "dog", 2: "owl"}, "label2id": {"cat": 0, "dog": 1, "owl": 2}}
+    config = {key: value for key, value in small_config(request.param).to_dict().items() if key not in names}
+    del config["num_labels"]
+    randomize(model_class(model_class.config_class(**(config | names)))).save_pretrained(folder)
+    pvt_hf.PvtImageProcessor(crop_size=64).save_pretrained(folder)
+    return folder
+
+
+def test_from_pretrained(checkpoint):
+    native = type(transformers.AutoConfig.from_pretrained(checkpoint)).__name__.removesuffix("Config")
+    for auto_class, suffix in (
+        (transformers.AutoModel, "Model"),
+        (transformers.AutoModelForImageClassification, "ForImageClassification"),
+    ):
+        assert type(auto_class.from_pretrained(checkpoint)) is getattr(pvt_hf, native + suffix)
+    config = transformers.AutoConfig.from_pretrained(checkpoint, out_features=STAGES)
+    backbone = transformers.AutoBackbone.from_config(config)
+    assert type(backbone) is getattr(pvt_hf, f"{native}Backbone") and len(backbone.channels) == 4
+    for backend, suffix in (("torchvision", ""), ("pil", "Pil")):
+        processor = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend=backend)
+        assert type(processor) is getattr(pvt_hf, f"PvtImageProcessor{suffix}")
+        assert dict(processor.size) == {"shortest_edge": 73}
+
+
+def test_pipelines(checkpoint):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
+    best = pipeline("image-classification", model=str(checkpoint))(image)
+    assert {entry["label"] for entry in best} == {"cat", "dog", "owl"}
+    assert sum(entry["score"] for entry in best) == pytest.approx(1)
+    model = transformers.AutoModelForImageClassification.from_pretrained(checkpoint)
+    processor = transformers.AutoImageProcessor.from_pretrained(checkpoint)
+    logits = model(**processor(image, return_tensors="pt")).logits
+    assert best[0]["score"] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)
+    features = pipeline("image-feature-extraction", model=str(checkpoint))(image, return_tensors=True)
+    assert torch.equal(features, model.base_model(**processor(image, return_tensors="pt")).last_hidden_state)

@@ -1,0 +1,149 @@
+"""Backbones: which stages exist and run, loading from classifiers, and use inside transformers' dense models."""
+
+import pytest
+import torch
+import transformers
+from models import STAGES, randomize, small_config
+
+import pvt_hf
+
+BOTH = pytest.mark.parametrize("version", ["v1", "v2"])
+
+
+def backbone_class(version):
+    return pvt_hf.PvtBackbone if version == "v1" else pvt_hf.PvtV2Backbone
+
+
+def classifier_class(version):
+    return pvt_hf.PvtForImageClassification if version == "v1" else pvt_hf.PvtV2ForImageClassification
+
+
+@BOTH
+@pytest.mark.parametrize("out_features", [["stage1"], ["stage2", "stage3"], STAGES], ids=str)
+def test_stages_after_the_last_feature_do_not_exist(version, out_features):
+    backbone = backbone_class(version)(small_config(version, out_features=out_features)).train()
+    stages = backbone.encoder.block if version == "v1" else backbone.encoder.layers
+    assert len(stages) == int(out_features[-1][-1])
+    maps = backbone(torch.randn(1, 3, 64, 64)).feature_maps
+    assert [feature_map.shape[1] for feature_map in maps] == backbone.channels
+    assert len(maps) == len(out_features)
+    sum(feature_map.sum() for feature_map in maps).backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
+@BOTH
+def test_feature_beyond_the_built_stages(version):
+    backbone = backbone_class(version)(small_config(version, out_features=["stage2"]))
+    backbone.out_features = ["stage1", "stage4"]
+    with pytest.raises(ValueError, match="`out_features` asks for 'stage4', but .* built up to 'stage2'"):
+        backbone(torch.randn(1, 3, 64, 64))
+
+
+@BOTH
+@pytest.mark.parametrize("out_features", [["stage3"], STAGES], ids=str)
+@pytest.mark.parametrize("source", ["classifier", "model"])
+def test_loads_from_a_classification_checkpoint_without_a_word(version, out_features, source, tmp_path, caplog):
+    classifier = randomize(classifier_class(version)(small_config(version)))
+    (classifier if source == "classifier" else classifier.base_model).save_pretrained(tmp_path)
+    transformers.logging.get_logger("transformers").propagate = True
+    backbone, info = backbone_class(version).from_pretrained(
+        tmp_path, out_features=out_features, output_loading_info=True
+    )
+    assert not any(info.values()) and not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+    weights = classifier.base_model.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in backbone.state_dict().items())
+
+
+@torch.no_grad()
+def test_v1_leaves_the_position_of_the_cls_token_alone():
+    backbone = randomize(pvt_hf.PvtBackbone(small_config("v1", out_features=STAGES))).eval()
+    names = [name for name, _ in backbone.named_parameters()]
+    assert not [name for name in names if "cls_token" in name or name.startswith("encoder.layer_norm")]
+    pixels = torch.randn(1, 3, 64, 96)
+    before = backbone(pixels).feature_maps[-1]
+    backbone.encoder.patch_embeddings[3].position_embeddings[:, 0] = 1e6
+    assert torch.equal(backbone(pixels).feature_maps[-1], before)
+    backbone.encoder.patch_embeddings[3].position_embeddings[:, 1] = 1e6
+    assert not torch.equal(backbone(pixels).feature_maps[-1], before)
+
+
+TINY = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "num_queries": 5,
+    "num_labels": 3,
+}
+
+
+def detr(config):
+    config.out_features = ["stage4"]
+    model = transformers.DetrForObjectDetection(transformers.DetrConfig(backbone_config=config, **TINY))
+    labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}] * 2
+    return model, {"labels": labels}, model.model.backbone
+
+
+def upernet(config):
+    fields = {"hidden_size": 16, "num_labels": 4, "auxiliary_in_channels": 24}
+    model = transformers.UperNetForSemanticSegmentation(transformers.UperNetConfig(backbone_config=config, **fields))
+    return model, {"labels": torch.zeros(2, 64, 64, dtype=torch.long)}, model.backbone
+
+
+def mask2former(config):
+    fields = dict.fromkeys(("hidden_dim", "feature_size", "mask_feature_size", "dim_feedforward"), 32)
+    fields |= {"encoder_feedforward_dim": 32, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2}
+    config = transformers.Mask2FormerConfig(backbone_config=config, num_queries=5, num_labels=3, **fields)
+    model = transformers.Mask2FormerForUniversalSegmentation(config)
+    labels = {"mask_labels": [torch.ones(1, 64, 64)] * 2, "class_labels": [torch.tensor([1])] * 2}
+    return model, labels, model.model.pixel_level_module.encoder
+
+
+@pytest.mark.parametrize("head", [detr, upernet, mask2former])
+@BOTH
+def test_inside_transformers_dense_models(head, version, tmp_path):
+    """Forward, backward through the backbone, save and reload."""
+    model, labels, backbone = head(small_config(version, out_features=STAGES))
+    assert [type(module) for module in backbone.modules() if "Backbone" in type(module).__name__][-1] is backbone_class(
+        version
+    )
+    pixels = torch.randn(2, 3, 64, 64)
+    model(pixels, **labels).loss.sum().backward()
+    # In DETR and Mask2Former the losses of a random model may not reach a few biases; every weight is reached.
+    assert all(p.grad is not None for name, p in backbone.named_parameters() if name.endswith("weight"))
+    model.eval().save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        for a, b in zip(loaded(pixels).to_tuple(), model(pixels).to_tuple(), strict=True):
+            assert not isinstance(a, torch.Tensor) or torch.equal(a, b)
+
+
+@BOTH
+def test_inside_dpt_hybrid_hooks_are_not_doubled(version):
+    """DPT captures hidden states with hooks of its own; the backbone's maps must not depend on hooks."""
+    config = transformers.DPTConfig(
+        backbone_config=small_config(version, out_features=STAGES[:3]),
+        is_hybrid=True,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=96,
+        patch_size=16,
+        backbone_featmap_shape=[1, 24, 6, 6],
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 16, 24, 32],
+        neck_ignore_stages=[0, 1],
+        fusion_hidden_size=16,
+        num_labels=4,
+        use_auxiliary_head=False,
+    )
+    model = transformers.DPTForSemanticSegmentation(config).eval()
+    output = model(torch.randn(2, 3, 96, 96), output_hidden_states=True)
+    assert output.logits.shape == (2, 4, 96, 96)
+    assert len(output.hidden_states) == 1 + 4
+    output.logits.sum().backward()

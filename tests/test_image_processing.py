@@ -1,0 +1,151 @@
+"""`PvtImageProcessor` on both backends against torchvision's pipeline of the papers' evaluation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+import pvt_hf
+
+BACKENDS = pytest.mark.parametrize("processor_class", [pvt_hf.PvtImageProcessor, pvt_hf.PvtImageProcessorPil])
+GREY_LEVEL = 1 / 255 / min(IMAGENET_DEFAULT_STD)
+
+
+def photo(height: int, width: int, mode: str = "RGB") -> Image.Image:
+    """Structure at several scales, so that filter and position matter."""
+    y, x = np.mgrid[:height, :width]
+    noise = np.random.default_rng(0).integers(0, 60, (height, width, 3))
+    waves = np.stack([np.sin(x / 7 + y / 11), np.cos(x / 3), np.sin(y / 5)], axis=-1)
+    return Image.fromarray((90 + 90 * waves + noise).clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def official(image: Image.Image, resize: int = 256, crop: int = 224) -> torch.Tensor:
+    return transforms.Compose(
+        [
+            transforms.Resize(resize, interpolation=InterpolationMode.BICUBIC),
+            transforms.CenterCrop(crop),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )(image.convert("RGB"))
+
+
+def tolerance(processor_class) -> float:
+    return 1e-6 if processor_class is pvt_hf.PvtImageProcessorPil else GREY_LEVEL + 1e-6
+
+
+# The widths leave 0, 1, 2 and 3 odd pixels to the crop, which is where its rounding shows.
+@BACKENDS
+@pytest.mark.parametrize(
+    "size", [(300, 400), (256, 257), (256, 258), (256, 259), (259, 256), (480, 333), (60, 90)], ids=str
+)
+def test_equals_the_official_pipeline(processor_class, size):
+    image = photo(*size)
+    pixels = processor_class()(image, return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 224, 224) and pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels[0], official(image), rtol=0, atol=tolerance(processor_class))
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("arguments", "resize", "crop"),
+    [({"crop_size": 384}, 438, 384), ({"size": 438}, 438, 384), ({"size": {"shortest_edge": 512}}, 512, 448)],
+    ids=str,
+)
+def test_size_and_crop_scale_together(processor_class, arguments, resize, crop, tmp_path):
+    image = photo(500, 700)
+    expected = official(image, resize, crop)
+    for processor, call in ((processor_class(**arguments), {}), (processor_class(), arguments)):
+        pixels = processor(image, return_tensors="pt", **call).pixel_values[0]
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=tolerance(processor_class))
+    processor_class(**arguments).save_pretrained(tmp_path)
+    assert processor_class.from_pretrained(tmp_path).to_dict() == processor_class(**arguments).to_dict()
+
+
+@BACKENDS
+def test_size_and_crop_given_apart_are_kept(processor_class):
+    processor = processor_class(size={"shortest_edge": 248}, crop_size=224)
+    assert (dict(processor.size), dict(processor.crop_size)) == (
+        {"shortest_edge": 248},
+        {"height": 224, "width": 224},
+    )
+
+
+@BACKENDS
+@pytest.mark.parametrize("side", [224, 384])
+def test_preprocessor_config_of_the_hub(processor_class, side, tmp_path):
+    """Square resize and no crop, bilinear, as OpenGVLab's and Xrenya's files say."""
+    hub = {
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(IMAGENET_DEFAULT_MEAN),
+        "image_processor_type": "PvtImageProcessor",
+        "image_std": list(IMAGENET_DEFAULT_STD),
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"height": side, "width": side},
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(hub))
+    backend = "pil" if processor_class is pvt_hf.PvtImageProcessorPil else "torchvision"
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
+    assert type(processor) is processor_class
+    image = photo(300, 500)
+    squashed = transforms.Compose(
+        [
+            transforms.Resize((side, side), interpolation=InterpolationMode.BILINEAR),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )(image)
+    pixels = processor(image, return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(pixels, squashed, rtol=0, atol=tolerance(processor_class))
+
+
+@BACKENDS
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
+def test_modes(processor_class, mode):
+    image = photo(280, 300, mode)
+    pixels = processor_class()([image, photo(500, 260)], return_tensors="pt").pixel_values
+    assert pixels.shape == (2, 3, 224, 224)
+    torch.testing.assert_close(pixels[0], official(image), rtol=0, atol=tolerance(processor_class))
+
+
+@BACKENDS
+def test_arrays_and_tensors(processor_class):
+    image = photo(280, 300)
+    expected = processor_class()(image, return_tensors="pt").pixel_values
+    array = np.array(image)
+    for given in (array, [array], torch.from_numpy(array).permute(2, 0, 1), array.transpose(2, 0, 1)):
+        pixels = processor_class()(given, return_tensors="pt").pixel_values
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
+
+
+@BACKENDS
+def test_crop_larger_than_the_image(processor_class):
+    """Padded with black on both sides, as torchvision's `CenterCrop` does."""
+    image = photo(50, 70)
+    processor = processor_class(do_resize=False, crop_size=101, size=115)
+    expected = transforms.Compose(
+        [
+            transforms.CenterCrop(101),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )(image)
+    torch.testing.assert_close(processor(image, return_tensors="pt").pixel_values[0], expected, rtol=0, atol=1e-6)
+
+
+def test_backends_share_one_file(tmp_path):
+    pvt_hf.PvtImageProcessorPil(crop_size=288).save_pretrained(tmp_path)
+    assert (
+        json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"] == "PvtImageProcessor"
+    )
+    loaded = pvt_hf.PvtImageProcessor.from_pretrained(tmp_path)
+    assert dict(loaded.size) == {"shortest_edge": 329} and loaded.crop_size.height == 288
