@@ -82,7 +82,7 @@ _DOCSTRING = r"""
 
 
 class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
-    __doc__ = _DOCSTRING.format(backend="torchvision", exactness="within one grey level")
+    __doc__ = _DOCSTRING.format(backend="torchvision", exactness="within two grey levels")
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
         from torchvision.transforms.v2 import functional

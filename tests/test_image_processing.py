@@ -14,7 +14,6 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 import pvt_hf
 
 BACKENDS = pytest.mark.parametrize("processor_class", [pvt_hf.PvtImageProcessor, pvt_hf.PvtImageProcessorPil])
-GREY_LEVEL = 1 / 255 / min(IMAGENET_DEFAULT_STD)
 
 
 def photo(height: int, width: int, mode: str = "RGB") -> Image.Image:
@@ -36,20 +35,30 @@ def official(image: Image.Image, resize: int = 256, crop: int = 224) -> torch.Te
     )(image.convert("RGB"))
 
 
-def tolerance(processor_class) -> float:
-    return 1e-6 if processor_class is pvt_hf.PvtImageProcessorPil else GREY_LEVEL + 1e-6
+def assert_same(pixels: torch.Tensor, expected: torch.Tensor, processor_class) -> None:
+    """To rounding on PIL; on torchvision a grey level here and there, and two in a handful of values."""
+    if processor_class is pvt_hf.PvtImageProcessorPil:
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
+        return
+    grey_levels = (pixels - expected).abs() * torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None] * 255
+    assert grey_levels.max() < 2.01 and (grey_levels > 1.01).float().mean() < 1e-4
 
 
 # The widths leave 0, 1, 2 and 3 odd pixels to the crop, which is where its rounding shows.
 @BACKENDS
-@pytest.mark.parametrize(
-    "size", [(300, 400), (256, 257), (256, 258), (256, 259), (259, 256), (480, 333), (60, 90)], ids=str
-)
-def test_equals_the_official_pipeline(processor_class, size):
-    image = photo(*size)
+@pytest.mark.parametrize("height", [256, 300, 60])
+@pytest.mark.parametrize("width", [256, 257, 258, 259, 400, 90])
+def test_equals_the_official_pipeline(processor_class, height, width):
+    image = photo(height, width)
     pixels = processor_class()(image, return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 224, 224) and pixels.dtype == torch.float32
-    torch.testing.assert_close(pixels[0], official(image), rtol=0, atol=tolerance(processor_class))
+    assert_same(pixels[0], official(image), processor_class)
+    if processor_class is pvt_hf.PvtImageProcessor:  # and nothing but its own resize of tensors apart from PIL's
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        resized = transforms.functional.resize(tensor, 256, InterpolationMode.BICUBIC, antialias=True)
+        cropped = transforms.functional.center_crop(resized, 224) / 255
+        expected = transforms.functional.normalize(cropped, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        torch.testing.assert_close(pixels[0], expected, rtol=0, atol=1e-5)
 
 
 @BACKENDS
@@ -63,7 +72,7 @@ def test_size_and_crop_scale_together(processor_class, arguments, resize, crop, 
     expected = official(image, resize, crop)
     for processor, call in ((processor_class(**arguments), {}), (processor_class(), arguments)):
         pixels = processor(image, return_tensors="pt", **call).pixel_values[0]
-        torch.testing.assert_close(pixels, expected, rtol=0, atol=tolerance(processor_class))
+        assert_same(pixels, expected, processor_class)
     processor_class(**arguments).save_pretrained(tmp_path)
     assert processor_class.from_pretrained(tmp_path).to_dict() == processor_class(**arguments).to_dict()
 
@@ -105,7 +114,7 @@ def test_preprocessor_config_of_the_hub(processor_class, side, tmp_path):
         ]
     )(image)
     pixels = processor(image, return_tensors="pt").pixel_values[0]
-    torch.testing.assert_close(pixels, squashed, rtol=0, atol=tolerance(processor_class))
+    assert_same(pixels, squashed, processor_class)
 
 
 @BACKENDS
@@ -114,7 +123,7 @@ def test_modes(processor_class, mode):
     image = photo(280, 300, mode)
     pixels = processor_class()([image, photo(500, 260)], return_tensors="pt").pixel_values
     assert pixels.shape == (2, 3, 224, 224)
-    torch.testing.assert_close(pixels[0], official(image), rtol=0, atol=tolerance(processor_class))
+    assert_same(pixels[0], official(image), processor_class)
 
 
 @BACKENDS
@@ -144,8 +153,7 @@ def test_crop_larger_than_the_image(processor_class):
 
 def test_backends_share_one_file(tmp_path):
     pvt_hf.PvtImageProcessorPil(crop_size=288).save_pretrained(tmp_path)
-    assert (
-        json.loads((tmp_path / "preprocessor_config.json").read_text())["image_processor_type"] == "PvtImageProcessor"
-    )
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["image_processor_type"] == "PvtImageProcessor"
     loaded = pvt_hf.PvtImageProcessor.from_pretrained(tmp_path)
     assert dict(loaded.size) == {"shortest_edge": 329} and loaded.crop_size.height == 288
