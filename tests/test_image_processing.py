@@ -9,6 +9,7 @@ import transformers
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import pvt_hf
@@ -55,9 +56,9 @@ def test_equals_the_official_pipeline(processor_class, height, width):
     assert_same(pixels[0], official(image), processor_class)
     if processor_class is pvt_hf.PvtImageProcessor:  # and nothing but its own resize of tensors apart from PIL's
         tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        resized = transforms.functional.resize(tensor, 256, InterpolationMode.BICUBIC, antialias=True)
-        cropped = transforms.functional.center_crop(resized, 224) / 255
-        expected = transforms.functional.normalize(cropped, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        resized = functional.resize(tensor, 256, InterpolationMode.BICUBIC, antialias=True)
+        cropped = functional.center_crop(resized, 224) / 255
+        expected = functional.normalize(cropped, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         torch.testing.assert_close(pixels[0], expected, rtol=0, atol=1e-5)
 
 

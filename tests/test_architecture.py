@@ -1,0 +1,69 @@
+"""The rules that keep the packages apart: who imports whom, the size of a file, what stays out of the library."""
+
+import ast
+
+import pytest
+from models import ROOT
+
+LIBRARY = sorted((ROOT / "pvt_hf").glob("*.py"))
+ALL = LIBRARY + sorted((ROOT / "conversion").glob("*.py")) + sorted((ROOT / "examples").glob("*.py"))
+
+# The siblings that each file of pvt_hf may import. A file that is not here may import none.
+SIBLINGS = {
+    "__init__": {"variants"},
+    "configuration_pvt_v2": {"configuration_pvt"},
+    "modeling_pvt": {"configuration_pvt", "layers"},
+    "modeling_pvt_v2": {"configuration_pvt_v2", "layers"},
+}
+
+
+def imports(path) -> tuple[set[str], set[str]]:
+    """The siblings (from `.name import`) and the top-level packages that run time imports from a file."""
+    siblings, packages = set(), set()
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module, f"{path.name}: only `from .name import` can be published to the Hub"
+            siblings.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            packages.add(node.module.split(".")[0])
+    return siblings, packages
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_library_imports_downwards(path):
+    siblings, packages = imports(path)
+    assert siblings <= SIBLINGS.get(path.stem, set())
+    assert not packages & {"conversion", "examples", "tests", "pvt_hf"}
+
+
+@pytest.mark.parametrize("path", [path for path in ALL if path not in LIBRARY], ids=lambda path: path.stem)
+def test_programs_do_not_import_each_other(path):
+    _, packages = imports(path)
+    forbidden = {"conversion": {"examples", "tests"}, "examples": {"conversion", "tests"}}[path.parent.name]
+    assert not packages & forbidden
+
+
+def test_reference_is_independent():
+    assert imports(ROOT / "conversion" / "reference.py") == (set(), {"torch"})
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_optional_packages_are_imported_where_they_are_used(path):
+    top_level = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name) or ""
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    heavy = ("torchvision", "datasets", "accelerate", "timm", "sklearn", "scipy", "matplotlib", "evaluate")
+    assert not [name for name in top_level if name.startswith(heavy)]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 450
