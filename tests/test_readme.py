@@ -1,0 +1,73 @@
+"""The README is true: its table is the registry, its code runs, its first command does what it promises."""
+
+import os
+import re
+import subprocess
+import sys
+
+from models import ROOT
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from pvt_hf.variants import markdown_table
+
+README = (ROOT / "README.md").read_text()
+
+
+def fenced(info: str) -> list[str]:
+    """The contents of the blocks that start with exactly this info string."""
+    return re.findall(rf"^```{info}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_table_of_variants_is_generated():
+    table = README.split("<!-- Generated:")[1].split("-->\n")[1].split("<!-- End")[0]
+    assert table.strip() == markdown_table()
+
+
+def test_first_commands():
+    assert fenced("bash") == [
+        'pip install ".[examples]" && python examples/quickstart.py\n',
+        'pip install ".[test]" && pytest\n',
+    ]
+
+
+def test_python_examples_run():
+    namespace = {}
+    for block in fenced("python"):
+        exec(block, namespace)
+    assert namespace["logits"].shape == (2, 10)
+
+
+def test_quickstart(tmp_path):
+    """The first command as it stands: accuracy, checkpoint, reload in another process, picture."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "examples/quickstart.py", "--output_dir", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    accuracy, right, shown = re.search(r"accuracy ([\d.]+); (\d+) of (\d+) right", result.stdout).groups()
+    assert float(accuracy) >= 0.97 and int(right) >= 0.9 * int(shown) == 0.9 * 24
+    assert (tmp_path / "model.safetensors").exists()
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label[7] == "7"
+    assert AutoImageProcessor.from_pretrained(tmp_path).size.height == 64
+    with Image.open(tmp_path / "predictions.png") as picture:
+        assert picture.size == (1200, 800) and len(picture.convert("RGB").getcolors(10**6)) > 100
+
+
+def test_quickstart_on_an_image_folder_and_a_checkpoint(tmp_path):
+    """A stranger's folders of images: v1 from random weights, then again from the checkpoint this leaves."""
+    for index in range(24):
+        folder = tmp_path / "images" / ("bright", "dark")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40 + index, 50), color=(10 * index, 128, 255 * (index % 2))).save(folder / f"{index}.png")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    common = ["--data_dir", str(tmp_path / "images"), "--epochs", "1", "--batch_size", "4"]
+    for arguments in (
+        ["--variant", "pvt_tiny", "--image_size", "32", "--output_dir", str(tmp_path / "first")],
+        ["--model_name_or_path", str(tmp_path / "first"), "--output_dir", str(tmp_path / "second")],
+    ):
+        command = [sys.executable, "examples/quickstart.py", *common, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "second")
+    assert model.config.model_type == "pvt" and model.config.id2label == {0: "bright", 1: "dark"}
+    assert (tmp_path / "second" / "predictions.png").exists()
