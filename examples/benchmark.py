@@ -120,11 +120,10 @@ def main() -> None:
     args = parser.parse_args()
 
     cases = [(task, name, mode) for name in args.variants for task in args.tasks for mode in args.modes]
-    lines = ["| variant | input | step | peer | speed | memory | pvt_hf's peak |", "|--|--|--|--|--|--|--|"]
+    print(f"{args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("| variant | input | step | peer | speed | memory | pvt_hf's peak |\n|--|--|--|--|--|--|--|")
     for task, name, mode in tqdm(cases, desc="benchmark"):
-        lines += compare(task, name, mode == "training", args)
-    print(f"\n{args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("\n".join(lines))
+        tqdm.write("\n".join(compare(task, name, mode == "training", args)))
 
 
 if __name__ == "__main__":

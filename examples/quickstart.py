@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/quickstart", type=Path)
     parser.add_argument("--image_size", type=int, help="pixels; 64 for the digits, 224 for an image folder")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="1e-4 suits a pretrained checkpoint")
+    parser.add_argument("--learning_rate", type=float, help="1e-4 for a checkpoint, 1e-3 for random weights")
     parser.add_argument("--batch_size", type=int, default=32)
     args = parser.parse_args()
 
@@ -116,7 +116,7 @@ def main() -> None:
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,
             per_device_eval_batch_size=2 * args.batch_size,
-            learning_rate=args.learning_rate,
+            learning_rate=args.learning_rate or (1e-4 if args.model_name_or_path else 1e-3),
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
             weight_decay=0.05,

@@ -1,16 +1,11 @@
-"""What PVT v1 and v2 share: tokens and maps, stochastic depth, spatial-reduction attention, the check of the input."""
+"""What PVT v1 and v2 share: tokens as maps and back, stochastic depth, spatial-reduction attention."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
-from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
-
-logger = logging.get_logger(__name__)
 
 
 def tokens_to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -118,125 +113,3 @@ class SpatialReductionAttention(nn.Module):
             **kwargs,
         )
         return context.flatten(2), weights if output_attentions else None
-
-
-def resolve_output_flags(
-    model: nn.Module, output_attentions: bool | None, output_hidden_states: bool | int | list[int] | None
-) -> tuple[bool, bool | int | list[int]]:
-    """The flags of one call, with the config's values where the caller gave none."""
-    config = model.config
-    if output_attentions is None:
-        output_attentions = config.output_attentions
-    if output_hidden_states is None:
-        output_hidden_states = config.output_hidden_states
-    if output_attentions and config._attn_implementation != "eager":
-        logger.warning_once(
-            f"`output_attentions=True` with `attn_implementation={config._attn_implementation!r}`, which keeps no "
-            "attention probabilities: this call uses the eager implementation. Load the model with "
-            '`attn_implementation="eager"` to silence this warning.'
-        )
-    return bool(output_attentions), output_hidden_states if output_hidden_states is not None else False
-
-
-def select_hidden_states(
-    model: nn.Module, hidden_states: list[torch.Tensor], output_hidden_states: bool | int | list[int]
-) -> tuple[torch.Tensor | None, ...] | None:
-    """All of them, none, or (as elsewhere in transformers) those of the given indices with None in the other places."""
-    selected = selected_hidden_states(output_hidden_states)
-    if selected is None:
-        return tuple(hidden_states) if output_hidden_states else None
-    kept = resolve_hidden_states_indices(model, selected, num_hidden_states=len(hidden_states))
-    return tuple(state if index in kept else None for index, state in enumerate(hidden_states))
-
-
-class PretrainedPyramid:
-    """Mixin of the pretrained models: what transformers has to know about both versions, and complete loading."""
-
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers' heuristic looks for the interface in the modeling file, not here
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """
-        As [`~transformers.PreTrainedModel.from_pretrained`], which only logs the tensors that a checkpoint lacks and
-        leaves them at random. Here only the classifier may be new.
-
-        Raises:
-            ValueError: If the checkpoint lacks tensors of the encoder, or has encoder tensors that the model lacks.
-                With `output_loading_info=True` the caller gets the lists instead.
-        """
-        model, loading_info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        if pretrained_model_name_or_path is not None and not output_loading_info:
-            missing = sorted(key for key in loading_info["missing_keys"] if not key.startswith("classifier."))
-            unexpected = sorted(key for key in loading_info["unexpected_keys"] if "encoder." in key)
-            if missing or unexpected:
-                raise ValueError(
-                    f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) is not a complete checkpoint "
-                    f"of this {cls.__name__}: it lacks {len(missing)} tensors {missing[:3]} and has {len(unexpected)} "
-                    f"that the model does not have {unexpected[:3]}."
-                )
-        return (model, loading_info) if output_loading_info else model
-
-
-def stage_features(model: nn.Module, stages: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The maps of a backbone's `out_features`, from those of all the stages that it was built with."""
-    feature_maps = dict(zip(model.stage_names, stages, strict=False))
-    for name in model.out_features:
-        if name not in feature_maps:
-            raise ValueError(
-                f"`out_features` asks for {name!r}, but this {type(model).__name__} was built up to "
-                f"{list(feature_maps)[-1]!r}. Set `out_features` when the backbone is created."
-            )
-    return tuple(feature_maps[name] for name in model.out_features)
-
-
-def check_pixel_values(pixel_values: torch.Tensor, num_channels: int, minimum_size: int) -> None:
-    """Raises a `TypeError` or a `ValueError` that says what is wrong with `pixel_values`."""
-    if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
-        got = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
-        raise TypeError(f"`pixel_values` must be a floating-point tensor, got {got}. Use the image processor.")
-    if pixel_values.ndim != 4:
-        raise ValueError(
-            f"`pixel_values` must have shape (batch, {num_channels}, height, width), got {tuple(pixel_values.shape)}."
-        )
-    _, channels, height, width = pixel_values.shape
-    if channels != num_channels:
-        raise ValueError(
-            f"`pixel_values` must have {num_channels} channels (`config.num_channels`), got {channels} "
-            f"in shape {tuple(pixel_values.shape)}."
-        )
-    if height < minimum_size or width < minimum_size:
-        raise ValueError(
-            f"`pixel_values` must be at least {minimum_size} pixels high and wide, got {height} x {width}."
-        )
-
-
-def minimum_image_size(strides: Sequence[int], reduction_ratios: Sequence[int]) -> int:
-    """The smallest side, in pixels, that leaves every stage at least one reduced key: 32 for the official models."""
-    return max(math.prod(strides[: stage + 1]) * ratio for stage, ratio in enumerate(reduction_ratios))
-
-
-def check_labels(labels: torch.Tensor | None, num_labels: int, problem_type: str | None) -> None:
-    """Raises a `ValueError` if a class index in `labels` is neither in [0, num_labels) nor -100 (ignored)."""
-    if labels is None or labels.is_floating_point() or num_labels == 1 or torch.compiler.is_compiling():
-        return
-    if problem_type not in (None, "single_label_classification"):
-        return
-    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
-    if wrong.numel():
-        raise ValueError(
-            f"`labels` must be class indices in [0, {num_labels}) (`config.num_labels`) or -100, got "
-            f"{sorted(set(wrong.tolist()))}."
-        )

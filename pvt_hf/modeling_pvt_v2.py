@@ -19,19 +19,16 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_pvt_v2 import PvtV2Config
-from .layers import (
-    DropPath,
+from .layers import DropPath, SpatialReductionAttention, drop_path_rates, map_to_tokens, tokens_to_map
+from .pretrained import (
     PretrainedPyramid,
-    SpatialReductionAttention,
     check_labels,
     check_pixel_values,
-    drop_path_rates,
-    map_to_tokens,
+    classification_loss,
     minimum_image_size,
     resolve_output_flags,
     select_hidden_states,
     stage_features,
-    tokens_to_map,
 )
 
 
@@ -341,9 +338,11 @@ class PvtV2ForImageClassification(PvtV2PreTrainedModel):
             **kwargs,
         )
         logits = self.classifier(outputs.last_hidden_state.mean(dim=(2, 3)))
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
         return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=classification_loss(self, logits, labels, **kwargs),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 

@@ -115,8 +115,8 @@ def markdown_table() -> str:
             )
         )
         lines.append(
-            f"| [`{variant.name}`]({variant.checkpoint_url}) | {depths} | {channels} | {params} | {variant.paper_gflops} "
-            f"| {top1} | {variant.drop_path_rate} |"
+            f"| [`{variant.name}`]({variant.checkpoint_url}) | {depths} | {channels} | {params} "
+            f"| {variant.paper_gflops} | {top1} | {variant.drop_path_rate} |"
         )
     return "\n".join(lines)
 

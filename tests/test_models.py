@@ -145,7 +145,7 @@ class ModelChecks:
         logging.getLogger("transformers").propagate = True
         with caplog.at_level(logging.WARNING):
             # another number of the message's cache, so that every class is seen to warn
-            from pvt_hf.layers import logger
+            from pvt_hf.pretrained import logger
 
             logger.warning_once.cache_clear()
             output = model(pixels, output_attentions=True)
@@ -320,17 +320,22 @@ class ClassificationChecks(ModelChecks):
         with pytest.raises(ValueError, match=rf"`labels` must be class indices in \[0, 5\).*got \[{label}\]"):
             self.build()(self.pixels(), labels=torch.tensor([0, label]))
 
-    def test_gradient_accumulation(self):
+    @pytest.mark.parametrize("kind", ["single label", "multi label", "regression"])
+    def test_gradient_accumulation(self, kind):
         """8 images at once, or 4 times 2 with `num_items_in_batch`: the same loss and the same gradients."""
-        model = self.build().double().train()
-        pixels, labels = torch.randn(8, 3, 64, 64, dtype=torch.double), torch.tensor([0, 1, 2, 3, 4, -100, 1, 2])
+        labels, num_items, config = {
+            "single label": (torch.tensor([0, 1, 2, 3, 4, -100, 1, 2]), 7, {}),
+            "multi label": (torch.randint(0, 2, (8, 5)).double(), 40, {}),
+            "regression": (torch.randn(8, 1, dtype=torch.double), 8, {"num_labels": 1}),
+        }[kind]
+        model, pixels = self.build(**config).double().train(), torch.randn(8, 3, 64, 64, dtype=torch.double)
         whole = model(pixels, labels=labels).loss
         whole.backward()
         expected = [parameter.grad.clone() for parameter in model.parameters()]
         model.zero_grad()
         total = 0
         for part, part_labels in zip(pixels.split(2), labels.split(2), strict=True):
-            loss = model(part, labels=part_labels, num_items_in_batch=torch.tensor(7)).loss
+            loss = model(part, labels=part_labels, num_items_in_batch=torch.tensor(num_items)).loss
             loss.backward()
             total += loss.detach()
         torch.testing.assert_close(total, whole.detach())
