@@ -44,8 +44,8 @@ def load_splits(data_dir: str | None) -> tuple[datasets.Dataset, datasets.Datase
     held_out = next((data[split] for split in ("validation", "test") if split in data), None)
     if held_out is not None:
         return data["train"], held_out
-    halves = data["train"].train_test_split(0.2, stratify_by_column="label", seed=0)
-    return halves["train"], halves["test"]
+    splits = data["train"].train_test_split(0.2, stratify_by_column="label", seed=0)
+    return splits["train"], splits["test"]
 
 
 def load_model(args: argparse.Namespace, names: list[str]):
@@ -55,7 +55,8 @@ def load_model(args: argparse.Namespace, names: list[str]):
         model = AutoModelForImageClassification.from_pretrained(
             args.model_name_or_path, ignore_mismatched_sizes=True, **labels
         )
-        return model, AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        size = {"crop_size": args.image_size} if args.image_size else {}
+        return model, AutoImageProcessor.from_pretrained(args.model_name_or_path, **size)
     side = args.image_size or (224 if args.data_dir else 64)
     # The digits fill their images: nothing of them may be cropped away.
     size = {"crop_size": side} if args.data_dir else {"size": {"height": side, "width": side}}
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", help="a checkpoint on the Hub or in a folder, instead of --variant")
     parser.add_argument("--data_dir", help="an image folder, instead of the digits")
     parser.add_argument("--output_dir", default="runs/quickstart", type=Path)
-    parser.add_argument("--image_size", type=int, help="pixels; 64 for the digits, 224 for an image folder")
+    parser.add_argument("--image_size", type=int, help="pixels: 64 for digits, 224 for a folder, or a checkpoint's own")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--learning_rate", type=float, help="1e-4 for a checkpoint, 1e-3 for random weights")
     parser.add_argument("--batch_size", type=int, default=32)

@@ -7,6 +7,7 @@ name here or by model type in an Auto class.
 
 import importlib
 import sys
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING
@@ -57,16 +58,10 @@ _MODELS = {
 }
 
 
-def _load(name: str) -> type:
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-
-
 def __getattr__(name: str) -> type:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _CONFIGS.values():
-        _register_models()
-    globals()[name] = _load(name)
+    globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     return globals()[name]
 
 
@@ -74,56 +69,75 @@ def __dir__() -> list[str]:
     return __all__
 
 
-def _register_models() -> None:
-    from transformers.models.auto import configuration_auto, modeling_auto
+def _register() -> None:
+    from transformers.models.auto import configuration_auto, image_processing_auto, modeling_auto
 
+    package = sys.modules[__name__]
+    image_processors = {"torchvision": package.PvtImageProcessor, "pil": package.PvtImageProcessorPil}
     for position, (model_type, config_name) in enumerate(_CONFIGS.items()):
-        config_class = _load(config_name)
+        config_class = getattr(package, config_name)
         configuration_auto.AutoConfig.register(model_type, config_class, exist_ok=True)
-        for auto_class, model_names in _MODELS.items():
-            getattr(modeling_auto, auto_class).register(config_class, _load(model_names[position]), exist_ok=True)
-
-
-def _defer_models(configuration_auto) -> None:
-    """Has transformers look up the configurations in this module, whose `__getattr__` registers everything."""
-    mapping = configuration_auto.CONFIG_MAPPING
-    if hasattr(mapping, "_modules"):
-        mapping._modules.update(dict.fromkeys(_CONFIGS, sys.modules[__name__]))
-    else:
-        _register_models()
-
-
-def _register_image_processors(image_processing_auto) -> None:
-    classes = {"torchvision": _load("PvtImageProcessor"), "pil": _load("PvtImageProcessorPil")}
-    for config_name in _CONFIGS.values():
+        for auto_class, names in _MODELS.items():
+            model_class = getattr(package, names[position])
+            getattr(modeling_auto, auto_class).register(config_class, model_class, exist_ok=True)
         image_processing_auto.AutoImageProcessor.register(
-            _load(config_name), image_processor_classes=dict(classes), exist_ok=True
+            config_class, image_processor_classes=dict(image_processors), exist_ok=True
         )
 
 
-class _RegisterOnImport(MetaPathFinder):
-    """Registers with transformers' Auto modules as soon as they have been imported."""
+def _defer_registration() -> None:
+    """Has `AutoConfig` find the configurations in this package, where the first look at one of them registers all."""
+    mapping = sys.modules["transformers.models.auto.configuration_auto"].CONFIG_MAPPING
+    if hasattr(mapping, "_modules"):
+        mapping._modules.update(dict.fromkeys(_CONFIGS, sys.modules[__name__]))
+    else:
+        _register()
 
-    hooks = {
-        "transformers.models.auto.configuration_auto": _defer_models,
-        "transformers.models.auto.image_processing_auto": _register_image_processors,
-    }
+
+class _RegisterOnImport(MetaPathFinder):
+    """Registers once a module of this package, or the Auto class that looks classes up by name, has been imported."""
+
+    def __init__(self):
+        self.registered = False
+        self.in_progress = set()
+
+    def register(self) -> None:
+        if self.registered or self.in_progress:  # a half imported module registers when it is whole
+            return
+        self.registered = True
+        try:
+            _register()
+        except BaseException:
+            self.registered = False
+            raise
+
+    def hook(self, name: str) -> Callable[[], None] | None:
+        if name == "transformers.models.auto.configuration_auto":
+            return _defer_registration
+        ours = {f"{__name__}.{module}" for module in _MODULES.values()}
+        return self.register if name in ours | {"transformers.models.auto.image_processing_auto"} else None
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname not in self.hooks:
+        hook = self.hook(fullname)
+        spec = PathFinder.find_spec(fullname, path, target) if hook else None
+        if spec is None or spec.loader is None:
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
         execute = spec.loader.exec_module
 
         def exec_module(module):
-            execute(module)
-            self.hooks[fullname](module)
+            self.in_progress.add(fullname)
+            try:
+                execute(module)
+            finally:
+                self.in_progress.discard(fullname)
+            hook()
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-for _name, _hook in _RegisterOnImport.hooks.items():
-    if _name in sys.modules:
-        _hook(sys.modules[_name])
-sys.meta_path.insert(0, _RegisterOnImport())
+sys.meta_path.insert(0, _finder := _RegisterOnImport())
+if "transformers.models.auto.image_processing_auto" in sys.modules:
+    _finder.register()
+elif "transformers.models.auto.configuration_auto" in sys.modules:
+    _defer_registration()

@@ -17,7 +17,7 @@ def check_stage_fields(config: PreTrainedConfig, *fields: str) -> None:
                 f"(`num_encoder_blocks`), got {len(value)}: {list(value)}."
             )
     for stage, (hidden_size, heads) in enumerate(zip(config.hidden_sizes, config.num_attention_heads, strict=True)):
-        if hidden_size % heads:
+        if heads < 1 or hidden_size % heads:
             raise ValueError(
                 f"`hidden_sizes[{stage}]` must be divisible by `num_attention_heads[{stage}]`, got {hidden_size} and "
                 f"{heads}."
@@ -109,6 +109,8 @@ class PvtConfig(BackboneConfigMixin, PreTrainedConfig):
             "num_attention_heads",
             "mlp_ratios",
         )
+        if len(self.image_shape) != 2:
+            raise ValueError(f"`image_size` must be one number or (height, width), got {self.image_size}.")
         self.stage_names = [f"stage{stage}" for stage in range(1, self.num_encoder_blocks + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)

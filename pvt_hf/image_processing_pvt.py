@@ -18,20 +18,23 @@ from transformers.image_utils import (
 
 def _scale_together(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Where only one of `size` and `crop_size` is given, the other follows in the papers' ratio of 256 to 224."""
-    size, crop_size = kwargs.get("size"), kwargs.get("crop_size")
-    if crop_size is not None and size is None:
+    size, crop_size = (
+        dict(value) if isinstance(value, SizeDict) else value for value in map(kwargs.get, ("size", "crop_size"))
+    )
+    if (size is None) == (crop_size is None):
+        return kwargs
+    crops = True
+    if size is None:
         sides = crop_size.values() if isinstance(crop_size, dict) else np.atleast_1d(crop_size)
-        return kwargs | {"size": {"shortest_edge": int(256 / 224 * int(min(sides)))}}
-    if size is not None and crop_size is None:
-        if isinstance(size, int):
-            size = {"shortest_edge": size}
-        shortest_edge = dict(size).get("shortest_edge") if isinstance(size, dict | SizeDict) else None
-        if shortest_edge:
-            side = math.ceil(224 / 256 * shortest_edge)
-            return kwargs | {"crop_size": {"height": side, "width": side}}
-        if kwargs.get("do_center_crop") is None:  # a size that fixes both sides leaves nothing to crop
-            return kwargs | {"crop_size": size, "do_center_crop": False}
-    return kwargs
+        size = {"shortest_edge": int(256 / 224 * int(max(sides)))}
+    else:
+        shortest_edge = size.get("shortest_edge") if isinstance(size, dict) else size
+        crops = isinstance(shortest_edge, int)
+        # A size that fixes both sides leaves nothing to crop.
+        crop_size = math.ceil(224 / 256 * shortest_edge) if crops else size
+    if kwargs.get("do_center_crop") is not None:
+        crops = kwargs["do_center_crop"]
+    return kwargs | {"size": size, "crop_size": crop_size, "do_center_crop": crops}
 
 
 class _PvtPreprocessing:
@@ -51,6 +54,11 @@ class _PvtPreprocessing:
 
     def __init__(self, **kwargs: Any):
         super().__init__(**_scale_together(kwargs))
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any):
+        # What the caller overrides scales together, before it is merged with a file that has both.
+        return super().from_dict(image_processor_dict, **_scale_together(kwargs))
 
     def preprocess(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
         """

@@ -18,6 +18,11 @@ def map_to_tokens(feature_map: torch.Tensor) -> torch.Tensor:
     return feature_map.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def runs_transformed() -> bool:
+    """Whether a compiler, a tracer or a transform of torch.func runs this code, and has to see plain operations."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): in training, zeroes a sample's residual branch with probability `p`."""
 

@@ -169,7 +169,7 @@ class PvtEncoder(nn.Module):
         super().__init__()
         self.num_channels = config.num_channels
         ratios = config.sequence_reduction_ratios[:num_stages]
-        self.minimum_size = minimum_image_size(config.strides[:num_stages], ratios)
+        self.minimum_size = minimum_image_size(config.patch_sizes, config.strides, ratios)
         if min(config.image_shape) < self.minimum_size:
             raise ValueError(f"`image_size` must be at least {self.minimum_size}, got {config.image_size}.")
         self.patch_embeddings = nn.ModuleList(
@@ -239,7 +239,7 @@ class PvtModel(PvtPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.patch_embeddings[0]
+        return self.encoder.patch_embeddings[0].projection
 
     @can_return_tuple
     def forward(
@@ -317,7 +317,7 @@ class PvtForImageClassification(PvtPreTrainedModel):
         Raises:
             TypeError, ValueError: As in [`PvtModel`], and a `ValueError` for class indices out of range.
         """
-        check_labels(labels, self.num_labels, self.config.problem_type)
+        check_labels(labels, pixel_values, self.num_labels, self.config.problem_type)
         outputs = self.pvt(
             pixel_values,
             output_attentions=output_attentions,
@@ -343,7 +343,7 @@ class PvtBackbone(BackboneMixin, PvtPreTrainedModel):
     def __init__(self, config: PvtConfig):
         super().__init__(config)
         self.num_features = list(config.hidden_sizes)
-        num_stages = max(config.out_indices) % config.num_encoder_blocks + 1
+        num_stages = 1 + max(index % config.num_encoder_blocks for index in config.out_indices)
         self.encoder = PvtEncoder(config, num_stages=num_stages, cls_token=False)
         # What a classification checkpoint has beside the stages of this backbone.
         self._keys_to_ignore_on_load_unexpected = [r"cls_token$", r"encoder\.layer_norm\.", r"^classifier\."]
@@ -353,7 +353,7 @@ class PvtBackbone(BackboneMixin, PvtPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.patch_embeddings[0]
+        return self.encoder.patch_embeddings[0].projection
 
     @can_return_tuple
     def forward(

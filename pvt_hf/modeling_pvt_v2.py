@@ -19,7 +19,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_pvt_v2 import PvtV2Config
-from .layers import DropPath, SpatialReductionAttention, drop_path_rates, map_to_tokens, tokens_to_map
+from .layers import (
+    DropPath,
+    SpatialReductionAttention,
+    drop_path_rates,
+    map_to_tokens,
+    runs_transformed,
+    tokens_to_map,
+)
 from .pretrained import (
     PretrainedPyramid,
     check_labels,
@@ -103,7 +110,7 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
 
     Its hidden states are up to 8 times as wide as the block: most of a dense model's memory, and on a CPU most of its
     time, which goes into page faults. So a large map is recomputed in the backward pass instead of stored, and a CPU
-    works in strips of rows that fit its cache. A compiler takes these decisions itself.
+    works in strips of rows that fit its cache, unless a hook wants to see the whole map. A compiler decides for itself.
     """
 
     max_stored_tokens = 56 * 56  # of one image: the first stage at 224 x 224
@@ -141,15 +148,16 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
         return torch.cat(outputs, dim=1)
 
     def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        transform, differentiates = self.transform, torch.is_grad_enabled() and hidden_states.requires_grad
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return transform(hidden_states, width)
-        if differentiates and height * width <= self.max_stored_tokens:
+        transform = self.transform
+        is_large = height * width > self.max_stored_tokens
+        differentiates = torch.is_grad_enabled() and hidden_states.requires_grad
+        # (Training draws its dropout in the same pieces with and without gradients: a checkpointed block runs both.)
+        if runs_transformed() or (not is_large and (differentiates or self.training)):
             return transform(hidden_states, width)
         if differentiates:
-            draws_dropout = self.training and self.dropout.p > 0
-            transform = partial(checkpoint, transform, use_reentrant=False, preserve_rng_state=draws_dropout)
-        if hidden_states.device.type != "cpu":
+            transform = partial(checkpoint, transform, use_reentrant=False, preserve_rng_state=self.training)
+        has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        if hidden_states.device.type != "cpu" or has_hooks:
             return transform(hidden_states, width)
         return torch.cat([self.transform_in_strips(image, width, transform) for image in hidden_states.split(1)])
 
@@ -209,7 +217,7 @@ class PvtV2Encoder(nn.Module):
         super().__init__()
         self.num_channels = config.num_channels
         ratios = [1] * num_stages if config.linear_attention else config.sr_ratios[:num_stages]
-        self.minimum_size = minimum_image_size(config.strides[:num_stages], ratios)
+        self.minimum_size = minimum_image_size(config.strides, config.strides, ratios)  # padding makes up for more
         rates = drop_path_rates(config.drop_path_rate, config.depths)
         self.layers = nn.ModuleList(PvtV2EncoderLayer(config, stage, rates[stage]) for stage in range(num_stages))
 
@@ -254,7 +262,7 @@ class PvtV2Model(PvtV2PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.layers[0].patch_embedding
+        return self.encoder.layers[0].patch_embedding.proj
 
     @can_return_tuple
     def forward(
@@ -329,7 +337,7 @@ class PvtV2ForImageClassification(PvtV2PreTrainedModel):
         Raises:
             TypeError, ValueError: As in [`PvtV2Model`], and a `ValueError` for class indices out of range.
         """
-        check_labels(labels, self.num_labels, self.config.problem_type)
+        check_labels(labels, pixel_values, self.num_labels, self.config.problem_type)
         outputs = self.pvt_v2(
             pixel_values,
             output_attentions=output_attentions,
@@ -355,7 +363,7 @@ class PvtV2Backbone(BackboneMixin, PvtV2PreTrainedModel):
     def __init__(self, config: PvtV2Config):
         super().__init__(config)
         self.num_features = list(config.hidden_sizes)
-        num_stages = max(config.out_indices) % config.num_encoder_blocks + 1
+        num_stages = 1 + max(index % config.num_encoder_blocks for index in config.out_indices)
         self.encoder = PvtV2Encoder(config, num_stages=num_stages)
         # What a classification checkpoint has beside the stages of this backbone.
         self._keys_to_ignore_on_load_unexpected = [r"^classifier\."]
@@ -365,7 +373,7 @@ class PvtV2Backbone(BackboneMixin, PvtV2PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.layers[0].patch_embedding
+        return self.encoder.layers[0].patch_embedding.proj
 
     @can_return_tuple
     def forward(

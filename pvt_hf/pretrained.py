@@ -1,12 +1,13 @@
 """What every pretrained model of PVT does around its encoder: loading, checks of the input, choice of outputs."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers.utils import logging
 from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
+
+from .layers import runs_transformed
 
 logger = logging.get_logger(__name__)
 
@@ -34,20 +35,23 @@ class PretrainedPyramid:
         leaves them at random. Here only the classifier may be new.
 
         Raises:
-            ValueError: If the checkpoint lacks tensors of the encoder, or has encoder tensors that the model lacks.
-                With `output_loading_info=True` the caller gets the lists instead.
+            ValueError: If the checkpoint lacks tensors of the encoder, has them in another shape (even with
+                `ignore_mismatched_sizes=True`), or has encoder tensors that the model lacks. With
+                `output_loading_info=True` the caller gets the lists instead.
         """
         model, loading_info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         if pretrained_model_name_or_path is not None and not output_loading_info:
-            missing = sorted(key for key in loading_info["missing_keys"] if not key.startswith("classifier."))
+            lost = loading_info["missing_keys"] | {key for key, *_ in loading_info["mismatched_keys"]}
+            lost = sorted(key for key in lost if not key.startswith("classifier."))
             unexpected = sorted(key for key in loading_info["unexpected_keys"] if "encoder." in key)
-            if missing or unexpected:
+            if lost or unexpected:
                 raise ValueError(
                     f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) is not a complete checkpoint "
-                    f"of this {cls.__name__}: it lacks {len(missing)} tensors {missing[:3]} and has {len(unexpected)} "
-                    f"that the model does not have {unexpected[:3]}."
+                    f"of this {cls.__name__}: it lacks {len(lost)} tensors (or has them in another shape) {lost[:3]} "
+                    f"and has {len(unexpected)} that the model does not have {unexpected[:3]}. (A model takes images "
+                    "of any size: there is no need for another `image_size` than the checkpoint's.)"
                 )
         return (model, loading_info) if output_loading_info else model
 
@@ -73,22 +77,46 @@ def check_pixel_values(pixel_values: torch.Tensor, num_channels: int, minimum_si
         )
 
 
-def minimum_image_size(strides: Sequence[int], reduction_ratios: Sequence[int]) -> int:
-    """The smallest side, in pixels, that leaves every stage at least one reduced key: 32 for the official models."""
-    return max(math.prod(strides[: stage + 1]) * ratio for stage, ratio in enumerate(reduction_ratios))
+def minimum_image_size(kernels: Sequence[int], strides: Sequence[int], reduction_ratios: Sequence[int]) -> int:
+    """The smallest side, in pixels, that leaves every stage one reduced key: 32 for the official models."""
+
+    def side(stage: int) -> int:
+        pixels = reduction_ratios[stage]
+        for kernel, stride in zip(kernels[stage::-1], strides[stage::-1], strict=True):
+            pixels = (pixels - 1) * stride + kernel
+        return pixels
+
+    return max(side(stage) for stage in range(len(reduction_ratios)))
 
 
-def check_labels(labels: torch.Tensor | None, num_labels: int, problem_type: str | None) -> None:
-    """Raises a `ValueError` if a class index in `labels` is neither in [0, num_labels) nor -100 (ignored)."""
-    if labels is None or labels.is_floating_point() or num_labels == 1 or torch.compiler.is_compiling():
+def check_labels(
+    labels: torch.Tensor | None, pixel_values: torch.Tensor, num_labels: int, problem_type: str | None
+) -> None:
+    """Raises a `TypeError` or a `ValueError` that says what is wrong with `labels`."""
+    if labels is None or runs_transformed():
         return
-    if problem_type not in (None, "single_label_classification"):
-        return
-    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
-    if wrong.numel():
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}.")
+    batch_size = len(pixel_values)
+    if problem_type is None:  # as transformers tells them apart
+        integer = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        problem_type = "regression" if num_labels == 1 else integer
+    if problem_type == "single_label_classification":
+        if labels.is_floating_point() or labels.numel() != batch_size:
+            raise ValueError(
+                f"`labels` must be {batch_size} class indices, one for each image, got shape {tuple(labels.shape)} of "
+                f"{labels.dtype}."
+            )
+        wrong = (labels != -100) & ((labels < 0) | (labels >= num_labels))
+        if not labels.is_meta and wrong.any():
+            raise ValueError(
+                f"`labels` must be class indices in [0, {num_labels}) (`config.num_labels`) or -100, got "
+                f"{sorted(set(labels[wrong].tolist()))}."
+            )
+    elif not labels.is_floating_point() or labels.numel() != batch_size * num_labels:
         raise ValueError(
-            f"`labels` must be class indices in [0, {num_labels}) (`config.num_labels`) or -100, got "
-            f"{sorted(set(wrong.tolist()))}."
+            f"`labels` must be floats of shape {(batch_size, num_labels)} for {problem_type}, got shape "
+            f"{tuple(labels.shape)} of {labels.dtype}."
         )
 
 
@@ -118,7 +146,7 @@ def resolve_output_flags(
         output_attentions = config.output_attentions
     if output_hidden_states is None:
         output_hidden_states = config.output_hidden_states
-    if output_attentions and config._attn_implementation != "eager":
+    if output_attentions and config._attn_implementation != "eager" and not torch.compiler.is_compiling():
         logger.warning_once(
             f"`output_attentions=True` with `attn_implementation={config._attn_implementation!r}`, which keeps no "
             "attention probabilities: this call uses the eager implementation. Load the model with "

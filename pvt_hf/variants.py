@@ -27,9 +27,7 @@ class Variant:
         paper_params: Parameters of the classifier in the paper, in millions.
         paper_gflops: Multiply-adds at 224 x 224 in the paper, in billions.
         released_top1: Top-1 that the official repository states for the released checkpoint, in percent.
-        released_params: Parameters of the released code, in millions. Where it differs from `paper_params`, the
-        released
-            code is what runs.
+        released_params: Parameters of the released code, in millions: what runs, where it differs from `paper_params`.
     """
 
     name: str
@@ -70,23 +68,23 @@ class Variant:
 # What `PreTrainedConfig` accepts beside its dataclass fields.
 _EXTRA_CONFIG_ARGUMENTS = {"num_labels", "out_features", "out_indices", "attn_implementation", "output_attentions"}
 
-_V1, _V2 = "pvt", "pvt_v2"
-
 # Errors of v1 (24.9, 20.2, 18.8, 18.3) are written as accuracies.
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant("pvt_tiny", _V1, (2, 2, 2, 2), 75.1, 13.2, 1.9),
-        Variant("pvt_small", _V1, (3, 4, 6, 3), 79.8, 24.5, 3.8),
-        Variant("pvt_medium", _V1, (3, 4, 18, 3), 81.2, 44.2, 6.7, drop_path_rate=0.3),
-        Variant("pvt_large", _V1, (3, 8, 27, 3), 81.7, 61.4, 9.8, drop_path_rate=0.3),
-        Variant("pvt_v2_b0", _V2, (2, 2, 2, 2), 70.5, 3.4, 0.6, hidden_sizes=(32, 64, 160, 256), released_params=3.7),
-        Variant("pvt_v2_b1", _V2, (2, 2, 2, 2), 78.7, 13.1, 2.1, released_params=14.0),
-        Variant("pvt_v2_b2", _V2, (3, 4, 6, 3), 82.0, 25.4, 4.0),
-        Variant("pvt_v2_b2_li", _V2, (3, 4, 6, 3), 82.1, 22.6, 3.9, linear_attention=True),
-        Variant("pvt_v2_b3", _V2, (3, 4, 18, 3), 83.2, 45.2, 6.9, drop_path_rate=0.3, released_top1=83.1),
-        Variant("pvt_v2_b4", _V2, (3, 8, 27, 3), 83.6, 62.6, 10.1, drop_path_rate=0.3),
-        Variant("pvt_v2_b5", _V2, (3, 6, 40, 3), 83.8, 82.0, 11.8, mlp_ratios=(4, 4, 4, 4), drop_path_rate=0.3),
+        Variant("pvt_tiny", "pvt", (2, 2, 2, 2), 75.1, 13.2, 1.9),
+        Variant("pvt_small", "pvt", (3, 4, 6, 3), 79.8, 24.5, 3.8),
+        Variant("pvt_medium", "pvt", (3, 4, 18, 3), 81.2, 44.2, 6.7, drop_path_rate=0.3),
+        Variant("pvt_large", "pvt", (3, 8, 27, 3), 81.7, 61.4, 9.8, drop_path_rate=0.3),
+        Variant(
+            "pvt_v2_b0", "pvt_v2", (2, 2, 2, 2), 70.5, 3.4, 0.6, hidden_sizes=(32, 64, 160, 256), released_params=3.7
+        ),
+        Variant("pvt_v2_b1", "pvt_v2", (2, 2, 2, 2), 78.7, 13.1, 2.1, released_params=14.0),
+        Variant("pvt_v2_b2", "pvt_v2", (3, 4, 6, 3), 82.0, 25.4, 4.0),
+        Variant("pvt_v2_b2_li", "pvt_v2", (3, 4, 6, 3), 82.1, 22.6, 3.9, linear_attention=True),
+        Variant("pvt_v2_b3", "pvt_v2", (3, 4, 18, 3), 83.2, 45.2, 6.9, drop_path_rate=0.3, released_top1=83.1),
+        Variant("pvt_v2_b4", "pvt_v2", (3, 8, 27, 3), 83.6, 62.6, 10.1, drop_path_rate=0.3),
+        Variant("pvt_v2_b5", "pvt_v2", (3, 6, 40, 3), 83.8, 82.0, 11.8, mlp_ratios=(4, 4, 4, 4), drop_path_rate=0.3),
     )
 }
 
@@ -145,6 +143,6 @@ def build_config(name: str, **overrides: Any) -> PreTrainedConfig:
             nearest = difflib.get_close_matches(field, known, n=3) or sorted(known)
             raise ValueError(f"{config_class.__name__} has no field {field!r}. Nearest: {', '.join(nearest)}.")
     fields = variant.config_fields
-    if "id2label" in overrides:
+    if overrides.get("id2label") is not None:
         del fields["num_labels"]
     return config_class(**(fields | overrides))

@@ -12,6 +12,7 @@ ALL = LIBRARY + sorted((ROOT / "conversion").glob("*.py")) + sorted((ROOT / "exa
 SIBLINGS = {
     "__init__": {"variants"},
     "configuration_pvt_v2": {"configuration_pvt"},
+    "pretrained": {"layers"},
     "modeling_pvt": {"configuration_pvt", "layers", "pretrained"},
     "modeling_pvt_v2": {"configuration_pvt_v2", "layers", "pretrained"},
 }
