@@ -1,6 +1,7 @@
 """`import pvt_hf` is cheap, and every Auto class and pipeline knows PVT. (Fresh processes: registration is global.)"""
 
 import os
+import pickle
 import statistics
 import subprocess
 import sys
@@ -67,6 +68,32 @@ for model_type, prefix in (("pvt", "Pvt"), ("pvt_v2", "PvtV2")):
     # transformers' own classes stay what they are
     assert getattr(transformers, f"{prefix}Model").__module__.startswith("transformers.")
 """
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "from pvt_hf.configuration_pvt_v2 import PvtV2Config; config = PvtV2Config()",
+        "from pvt_hf.modeling_pvt_v2 import PvtV2Backbone; config = PvtV2Backbone.config_class()",
+        "import pvt_hf; config = pvt_hf.PvtV2Backbone.config_class()",
+        "import pickle, sys; config = pickle.loads(bytes.fromhex(sys.argv[1]))",
+        "import pvt_hf, transformers; config = transformers.AutoConfig.for_model('pvt_v2')",
+        "from transformers import AutoImageProcessor, pipeline; import pvt_hf; config = pvt_hf.build_config('pvt_v2_b0')",
+    ],
+    ids=["submodule", "model", "class attribute", "pickle", "auto", "pipeline first"],
+)
+def test_a_configuration_from_anywhere_is_known(config):
+    """Where transformers' class of the same name has been imported before: the fallback by name would find that."""
+    run(
+        f"""
+from transformers import AutoBackbone, AutoModel, PvtV2Backbone, PvtV2Model
+{config}
+import pvt_hf
+assert type(AutoModel.from_config(config)) is pvt_hf.PvtV2Model
+assert type(AutoBackbone.from_config(config)) is pvt_hf.PvtV2Backbone
+""",
+        pickle.dumps(pvt_hf.PvtV2Config()).hex(),
     )
 
 

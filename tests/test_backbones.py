@@ -32,6 +32,13 @@ def test_stages_after_the_last_feature_do_not_exist(version, out_features):
 
 
 @BOTH
+def test_negative_indices(version):
+    config = small_config(version, out_indices=[0, -1])
+    maps = backbone_class(version)(config)(torch.randn(1, 3, 64, 64)).feature_maps
+    assert [feature_map.shape[1] for feature_map in maps] == [8, 32]
+
+
+@BOTH
 def test_feature_beyond_the_built_stages(version):
     backbone = backbone_class(version)(small_config(version, out_features=["stage2"]))
     backbone.out_features = ["stage1", "stage4"]

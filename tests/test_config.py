@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from models import SMALL_V1, small_config
 
 import pvt_hf
@@ -81,6 +82,19 @@ def test_v1_cannot_reduce_the_cls_token():
 def test_v1_image_size_has_to_hold_every_stage():
     with pytest.raises(ValueError, match="`image_size` must be at least 32, got 16"):
         pvt_hf.PvtModel(small_config("v1", image_size=16))
+
+
+def test_wrong_image_size():
+    with pytest.raises(ValueError, match=r"`image_size` must be one number or \(height, width\), got \[224\]"):
+        pvt_hf.PvtConfig(image_size=[224])
+
+
+def test_overlapping_v1_kernels_need_a_larger_image():
+    model = pvt_hf.PvtBackbone(small_config("v1", patch_sizes=[7, 3, 3, 3], out_features=["stage4"]))
+    smallest = model.encoder.minimum_size
+    model(torch.zeros(1, 3, smallest, smallest))
+    with pytest.raises(ValueError, match=f"at least {smallest} pixels"):
+        model(torch.zeros(1, 3, smallest - 1, smallest))
 
 
 def test_three_stages():

@@ -79,6 +79,30 @@ def test_size_and_crop_scale_together(processor_class, arguments, resize, crop, 
 
 
 @BACKENDS
+@pytest.mark.parametrize(
+    ("arguments", "size", "crop_size", "crops"),
+    [
+        ({"crop_size": 448}, {"shortest_edge": 512}, {"height": 448, "width": 448}, True),
+        ({"size": 438}, {"shortest_edge": 438}, {"height": 384, "width": 384}, True),
+        ({"size": {"height": 384, "width": 384}}, {"height": 384, "width": 384}, {"height": 384, "width": 384}, False),
+        ({"crop_size": (192, 224)}, {"shortest_edge": 256}, {"height": 192, "width": 224}, True),
+        ({"crop_size": 192, "do_center_crop": False}, {"shortest_edge": 219}, {"height": 192, "width": 192}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("source", ["own", "hub"])
+def test_size_and_crop_scale_together_when_loading(
+    processor_class, source, arguments, size, crop_size, crops, tmp_path
+):
+    saved = processor_class() if source == "own" else processor_class(size={"height": 224, "width": 224})
+    saved.save_pretrained(tmp_path)
+    loaded = processor_class.from_pretrained(tmp_path, **arguments)
+    assert (dict(loaded.size), dict(loaded.crop_size), loaded.do_center_crop) == (size, crop_size, crops)
+    called = saved(photo(500, 700), return_tensors="pt", **arguments).pixel_values
+    torch.testing.assert_close(called, loaded(photo(500, 700), return_tensors="pt").pixel_values, rtol=0, atol=0)
+
+
+@BACKENDS
 def test_size_and_crop_given_apart_are_kept(processor_class):
     processor = processor_class(size={"shortest_edge": 248}, crop_size=224)
     assert (dict(processor.size), dict(processor.crop_size)) == (

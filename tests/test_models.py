@@ -144,10 +144,9 @@ class ModelChecks:
         assert model.config._attn_implementation == "sdpa"
         logging.getLogger("transformers").propagate = True
         with caplog.at_level(logging.WARNING):
-            # another number of the message's cache, so that every class is seen to warn
             from pvt_hf.pretrained import logger
 
-            logger.warning_once.cache_clear()
+            logger.warning_once.cache_clear()  # another class may have warned already
             output = model(pixels, output_attentions=True)
         assert "this call uses the eager implementation" in caplog.text
         assert len(output.attentions) == 5
@@ -162,11 +161,21 @@ class ModelChecks:
         assert_close(gradients(model, pixels), sdpa_gradients)
 
     @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-    def test_attention_dropout(self, implementation):
+    def test_attention_dropout_only_in_training(self, implementation):
         model, pixels = self.build(attention_probs_dropout_prob=0.5, attn_implementation=implementation), self.pixels()
         assert_close(tensors(model(pixels)), tensors(model(pixels)), atol=0)
         model.train()
         assert not torch.equal(tensors(model(pixels))[-1], tensors(model(pixels))[-1])
+
+    @torch.no_grad()
+    def test_attention_dropout_acts_on_probabilities(self):
+        """Each is zero with probability p, or divided by 1 - p."""
+        model = self.build(attention_probs_dropout_prob=0.25, attn_implementation="eager")
+        pixels = self.pixels(128, 128)
+        kept = model(pixels, output_attentions=True).attentions[0]
+        dropped = model.train()(pixels, output_attentions=True).attentions[0]
+        assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.02)
+        torch.testing.assert_close(dropped[dropped != 0], kept[dropped != 0] / 0.75)
 
     def test_attention_interface_gets_no_causal_mask(self):
         """What a registered kernel sees: (batch, heads, tokens, head_dim), scaling, no mask, a module not causal."""
@@ -202,20 +211,30 @@ class ModelChecks:
         assert_close(gradients(model, pixels), expected)
         assert len(runs) == 2 * 5
 
-    def test_large_maps_are_recomputed(self):
-        """v2's MLP in strips and recomputed equals itself in one piece and stored, dropout included."""
-        model, pixels = self.build(hidden_dropout_prob=0.2).double().train(), self.pixels(dtype=torch.double)
-        mlps = [module for module in model.modules() if hasattr(module, "max_stored_tokens")]
-        assert len(mlps) == (0 if self.version == "v1" else 5)
+    @pytest.mark.parametrize("implementation", ["plain", "reentrant", "not reentrant"])
+    @pytest.mark.parametrize("max_stored_tokens", [0, 100, 10**6])
+    def test_gradients_with_dropout(self, implementation, max_stored_tokens):
+        """Against a finite difference along one direction under the same seed: what is recomputed draws the same."""
+        model = self.build(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).double().train()
+        if implementation != "plain":
+            model.gradient_checkpointing_enable({"use_reentrant": implementation == "reentrant"})
+        for module in model.modules():
+            if hasattr(module, "max_stored_tokens"):
+                module.max_stored_tokens, module.strip_bytes = max_stored_tokens, 2**13
+        pixels, parameters = self.pixels(dtype=torch.double), list(model.parameters())
+        directions = [torch.randn_like(parameter) for parameter in parameters]
 
-        def run(max_stored_tokens, dropout):
-            for mlp in mlps:
-                mlp.max_stored_tokens, mlp.strip_bytes, mlp.dropout.p = max_stored_tokens, 2**12, dropout
+        def loss(step: float) -> torch.Tensor:
             torch.manual_seed(1)
-            return gradients(model, pixels)
+            with torch.no_grad():
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter.add_(direction, alpha=step)
+            return sum(tensor.square().mean() for tensor in tensors(model(pixels)))
 
-        assert_close(run(0, 0.0), run(10**6, 0.0)) if self.version != "v1" else None
-        assert_close(run(0, 0.2), run(0, 0.2), atol=0)  # recomputation draws the same dropout
+        loss(0.0).backward()
+        derivative = sum((p.grad * direction).sum() for p, direction in zip(parameters, directions, strict=True))
+        ahead, behind = loss(1e-6).detach(), loss(-2e-6).detach()
+        torch.testing.assert_close(derivative, (ahead - behind) / 2e-6, rtol=1e-4, atol=1e-8)
 
     @torch.no_grad()
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -272,6 +291,38 @@ class ModelChecks:
         model.train()
         assert not torch.equal(tensors(model(pixels))[-1], tensors(model(pixels))[-1])
 
+    def test_hooks_see_whole_maps(self):
+        """Also those of v2's MLP, which works in strips on a CPU; and hooks do not change the result."""
+        model, pixels, shapes = self.build(), self.pixels(128, 128), []
+        for module in model.modules():
+            if hasattr(module, "strip_bytes"):
+                module.strip_bytes = 2**12
+        expected = tensors(model(pixels))
+        for name, module in model.named_modules():
+            if name.endswith("dense1"):
+                module.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[:2]))
+        assert_close(tensors(model(pixels)), expected, atol=1e-6)
+        cls_token = int(self.version == "v1" and not self.is_backbone)
+        assert shapes == [(2, 1024), (2, 256), (2, 256), (2, 64), (2, 16 + cls_token)]
+
+    def test_input_can_require_gradients(self):
+        """What transformers calls for adapters on a frozen model with checkpointing."""
+        model = self.build()
+        model.requires_grad_(False)
+        model.enable_input_require_grads()
+        assert tensors(model(self.pixels()))[-1].requires_grad
+
+    def test_functional_gradients(self):
+        """torch.func sees plain operations at every size."""
+        model, pixels = self.build().double(), self.pixels(256, 64, dtype=torch.double)
+        expected = gradients(model, pixels)
+
+        def loss(parameters):
+            output = torch.func.functional_call(model, parameters, (pixels,))
+            return sum(tensor.square().sum() for tensor in tensors(output))
+
+        assert_close(torch.func.grad(loss)(dict(model.named_parameters())).values(), expected)
+
     @torch.no_grad()
     def test_initialisation(self):
         """Statistics of the official code's initialisation, from wide layers."""
@@ -315,6 +366,25 @@ class ClassificationChecks(ModelChecks):
         output = self.build(**config)(self.pixels(), labels=labels)
         torch.testing.assert_close(output.loss, loss(output.logits, labels))
 
+    @pytest.mark.parametrize(
+        ("config", "labels", "error", "message"),
+        [
+            ({}, [0, 1], TypeError, "`labels` must be a tensor, got list"),
+            ({}, torch.tensor([0]), ValueError, r"`labels` must be 2 class indices.*shape \(1,\)"),
+            ({}, torch.zeros(2, 4), ValueError, r"`labels` must be floats of shape \(2, 5\).*shape \(2, 4\)"),
+            (
+                {"problem_type": "multi_label_classification"},
+                torch.zeros(2, 5, dtype=torch.long),
+                ValueError,
+                "`labels` must be floats.*torch.int64",
+            ),
+        ],
+        ids=["list", "count", "shape", "integers"],
+    )
+    def test_wrong_labels(self, config, labels, error, message):
+        with pytest.raises(error, match=message):
+            self.build(**config)(self.pixels(), labels=labels)
+
     @pytest.mark.parametrize("label", [5, -1, 1000])
     def test_labels_out_of_range(self, label):
         with pytest.raises(ValueError, match=rf"`labels` must be class indices in \[0, 5\).*got \[{label}\]"):
@@ -340,6 +410,11 @@ class ClassificationChecks(ModelChecks):
             total += loss.detach()
         torch.testing.assert_close(total, whole.detach())
         assert_close([parameter.grad for parameter in model.parameters()], expected)
+
+    def test_another_encoder_never_loads_half(self, tmp_path):
+        self.build().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="not a complete checkpoint.*another shape"):
+            self.model_class.from_pretrained(tmp_path, hidden_sizes=[8, 16, 24, 64], ignore_mismatched_sizes=True)
 
     def test_another_number_of_classes(self, tmp_path):
         model = self.build()

@@ -55,6 +55,7 @@ def test_overrides():
     config = pvt_hf.build_config("pvt_small", num_labels=7, drop_path_rate=0.2, image_size=(512, 2048))
     assert (config.num_labels, config.drop_path_rate, config.image_shape) == (7, 0.2, (512, 2048))
     assert pvt_hf.build_config("pvt_v2_b2").num_labels == 1000
+    assert pvt_hf.build_config("pvt_v2_b2", id2label=None).num_labels == 1000
     assert pvt_hf.build_config("pvt_v2_b2", id2label={0: "cat", 1: "dog"}).num_labels == 2
 
 
