@@ -79,9 +79,9 @@ for model_type, prefix in (("pvt", "Pvt"), ("pvt_v2", "PvtV2")):
         "import pvt_hf; config = pvt_hf.PvtV2Backbone.config_class()",
         "import pickle, sys; config = pickle.loads(bytes.fromhex(sys.argv[1]))",
         "import pvt_hf, transformers; config = transformers.AutoConfig.for_model('pvt_v2')",
-        "from transformers import AutoImageProcessor, pipeline; import pvt_hf; config = pvt_hf.build_config('pvt_v2_b0')",
+        "from transformers import AutoImageProcessor; import pvt_hf; config = pvt_hf.build_config('pvt_v2_b0')",
     ],
-    ids=["submodule", "model", "class attribute", "pickle", "auto", "pipeline first"],
+    ids=["submodule", "model", "class attribute", "pickle", "auto", "processor first"],
 )
 def test_a_configuration_from_anywhere_is_known(config):
     """Where transformers' class of the same name has been imported before: the fallback by name would find that."""

@@ -11,6 +11,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 import pvt_hf
+from pvt_hf.layers import DropPath
 
 
 def tensors(output) -> list[torch.Tensor]:
@@ -435,6 +436,14 @@ class ClassificationChecks(ModelChecks):
         loaded, info = self.model_class.from_pretrained(tmp_path, output_loading_info=True)
         assert info["missing_keys"] == {"classifier.weight", "classifier.bias"} and not info["unexpected_keys"]
         assert self.model_class.from_pretrained(tmp_path).classifier.out_features == 5
+
+
+def test_drop_path_keeps_the_expectation():
+    """Whole samples are zero with probability p, and the others are divided by 1 - p."""
+    output = DropPath(0.25).train()(torch.ones(4000, 3, 2))
+    assert output.unique().tolist() == [0, pytest.approx(1 / 0.75)]
+    assert (output == output[:, :1, :1]).all()
+    assert (output == 0).float().mean() == pytest.approx(0.25, abs=0.03)
 
 
 class TestPvtModel(ModelChecks):
