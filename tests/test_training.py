@@ -1,5 +1,7 @@
 """Trainer, resume, gradient accumulation and DistributedDataParallel on small models."""
 
+import socket
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -104,10 +106,11 @@ def test_activation_checkpointing_trains_the_same(version, tmp_path):
     assert_same_weights(plain.model, checkpointed.model, rtol=1e-4, atol=1e-6)
 
 
-def ddp_worker(rank: int, file: str, version: str, is_backbone: bool) -> None:
+def ddp_worker(rank: int, port: int, version: str, is_backbone: bool) -> None:
     import pvt_hf  # noqa: F401 (registers with the Auto classes of the new process)
 
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.manual_seed(0)
     config = small_config(version, out_features=STAGES[:3])
     model = (AutoBackbone if is_backbone else AutoModelForImageClassification).from_config(config)
@@ -126,5 +129,8 @@ def ddp_worker(rank: int, file: str, version: str, is_backbone: bool) -> None:
 
 @VERSIONS
 @pytest.mark.parametrize("is_backbone", [False, True], ids=["classifier", "backbone"])
-def test_distributed_without_unused_parameters(version, is_backbone, tmp_path):
-    mp.spawn(ddp_worker, args=(str(tmp_path / "rendezvous"), version, is_backbone), nprocs=2)
+def test_distributed_without_unused_parameters(version, is_backbone):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(ddp_worker, args=(port, version, is_backbone), nprocs=2)
