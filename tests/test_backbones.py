@@ -126,7 +126,8 @@ def test_inside_transformers_dense_models(head, version, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     with torch.no_grad():
         for a, b in zip(loaded(pixels).to_tuple(), model(pixels).to_tuple(), strict=True):
-            assert not isinstance(a, torch.Tensor) or torch.equal(a, b)
+            if isinstance(a, torch.Tensor):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @BOTH
