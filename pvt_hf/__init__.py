@@ -100,6 +100,11 @@ class _RegisterOnImport(MetaPathFinder):
     def __init__(self):
         self.registered = False
         self.in_progress = set()
+        self.hooks: dict[str, Callable[[], None]] = {
+            "transformers.models.auto.configuration_auto": _defer_registration,
+            "transformers.models.auto.image_processing_auto": self.register,
+            **{f"{__name__}.{module}": self.register for module in _MODULES.values()},
+        }
 
     def register(self) -> None:
         if self.registered or self.in_progress:  # a half imported module registers when it is whole
@@ -111,15 +116,8 @@ class _RegisterOnImport(MetaPathFinder):
             self.registered = False
             raise
 
-    def hook(self, name: str) -> Callable[[], None] | None:
-        if name == "transformers.models.auto.configuration_auto":
-            return _defer_registration
-        ours = {f"{__name__}.{module}" for module in _MODULES.values()}
-        return self.register if name in ours | {"transformers.models.auto.image_processing_auto"} else None
-
     def find_spec(self, fullname, path=None, target=None):
-        hook = self.hook(fullname)
-        spec = PathFinder.find_spec(fullname, path, target) if hook else None
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in self.hooks else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -130,7 +128,7 @@ class _RegisterOnImport(MetaPathFinder):
                 execute(module)
             finally:
                 self.in_progress.discard(fullname)
-            hook()
+            self.hooks[fullname]()
 
         spec.loader.exec_module = exec_module
         return spec

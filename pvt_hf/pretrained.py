@@ -99,8 +99,8 @@ def check_labels(
         raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}.")
     batch_size = len(pixel_values)
     if problem_type is None:  # as transformers tells them apart
-        integer = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-        problem_type = "regression" if num_labels == 1 else integer
+        kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        problem_type = "regression" if num_labels == 1 else kind
     if problem_type == "single_label_classification":
         if labels.is_floating_point() or labels.numel() != batch_size:
             raise ValueError(
