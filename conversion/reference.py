@@ -6,10 +6,12 @@ the state dict has. The tests hold the models against it, in outputs and gradien
 Keys are those of the official classification checkpoints (`patch_embed1.proj.weight`, `block1.0.attn.q.weight`, ...).
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 
-StateDict = dict[str, torch.Tensor]
+StateDict = Mapping[str, torch.Tensor]
 
 HEADS = (1, 2, 5, 8)  # of every released variant; the one number that the shapes of a checkpoint do not tell
 
@@ -77,11 +79,13 @@ def mlp(weights: StateDict, name: str, tokens: torch.Tensor, height: int, width:
     return linear(weights, f"{name}.fc2", F.gelu(hidden))
 
 
-def blocks(weights: StateDict, stage: int, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def blocks(
+    weights: StateDict, stage: int, tokens: torch.Tensor, height: int, width: int, heads: Sequence[int]
+) -> torch.Tensor:
     for index in range(depth(weights, stage)):
         name = f"block{stage}.{index}"
         tokens = tokens + attention(
-            weights, f"{name}.attn", norm(weights, f"{name}.norm1", tokens, 1e-6), height, width, HEADS[stage - 1]
+            weights, f"{name}.attn", norm(weights, f"{name}.norm1", tokens, 1e-6), height, width, heads[stage - 1]
         )
         tokens = tokens + mlp(weights, f"{name}.mlp", norm(weights, f"{name}.norm2", tokens, 1e-6), height, width)
     return tokens
@@ -111,7 +115,10 @@ def position_embedding(
 
 
 def feature_maps(
-    weights: StateDict, pixels: torch.Tensor, image_size: tuple[int, int] | None = None
+    weights: StateDict,
+    pixels: torch.Tensor,
+    image_size: tuple[int, int] | None = None,
+    heads: Sequence[int] = HEADS,
 ) -> list[torch.Tensor]:
     """The four maps of the official detection backbones. `image_size` is that of v1's stored positions."""
     maps = []
@@ -120,22 +127,27 @@ def feature_maps(
         if is_v1(weights):
             grid = image_size and tuple(side // 2 ** (stage + 1) for side in image_size)
             tokens = tokens + position_embedding(weights, stage, height, width, grid)
-        tokens = blocks(weights, stage, tokens, height, width)
+        tokens = blocks(weights, stage, tokens, height, width, heads)
         if not is_v1(weights):
             tokens = norm(weights, f"norm{stage}", tokens, 1e-6)
         maps.append(to_map(tokens, height, width))
     return maps
 
 
-def logits(weights: StateDict, pixels: torch.Tensor, image_size: tuple[int, int] | None = None) -> torch.Tensor:
+def logits(
+    weights: StateDict,
+    pixels: torch.Tensor,
+    image_size: tuple[int, int] | None = None,
+    heads: Sequence[int] = HEADS,
+) -> torch.Tensor:
     """The official classifiers: v1 reads the CLS token that stage 4 adds, v2 the mean of stage 4's normed tokens."""
     if not is_v1(weights):
-        return linear(weights, "head", feature_maps(weights, pixels)[-1].mean((2, 3)))
-    *_, third, _ = feature_maps(weights, pixels, image_size)
+        return linear(weights, "head", feature_maps(weights, pixels, heads=heads)[-1].mean((2, 3)))
+    *_, third, _ = feature_maps(weights, pixels, image_size, heads)
     tokens, height, width = patch_embedding(weights, 4, third)
     grid = image_size and tuple(side // 32 for side in image_size)
     positions = position_embedding(weights, 4, height, width, grid)
     tokens = torch.cat((weights["cls_token"].expand(len(tokens), -1, -1), tokens), dim=1)
     tokens = tokens + torch.cat((weights["pos_embed4"][:, :1], positions), dim=1)
-    tokens = norm(weights, "norm", blocks(weights, 4, tokens, height, width), 1e-6)
+    tokens = norm(weights, "norm", blocks(weights, 4, tokens, height, width, heads), 1e-6)
     return linear(weights, "head", tokens[:, 0])

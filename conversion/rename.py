@@ -1,13 +1,22 @@
-"""Rules that rename the tensors of official checkpoints to those of pvt_hf (and transformers) and back."""
+"""Rules that rename the tensors of every known checkpoint format to the official names, and those to pvt_hf's.
+
+The official names are the hub: timm -> official -> pvt_hf (which is transformers' own format), and back.
+"""
 
 import re
+from collections.abc import Iterable
 
 import torch
 
 StateDict = dict[str, torch.Tensor]
 
-# (official, pvt_hf): each `{n}` is a number, `{s}` a stage, which the official code counts from 1. The first match
-# counts.
+
+class ConversionError(ValueError):
+    """What is wrong with a checkpoint, or with where it should go, in words for the one who has it."""
+
+
+# (official, other). `{n}` is a number and `{s}` a stage, which the official code counts from 1, everybody else from 0.
+# The first match counts.
 _V1_RULES = (
     ("pos_embed{s}", "pvt.encoder.patch_embeddings.{s}.position_embeddings"),
     ("cls_token", "pvt.encoder.patch_embeddings.3.cls_token"),
@@ -43,48 +52,168 @@ _V2_RULES = (
     ("norm{s}.", "pvt_v2.encoder.layers.{s}.layer_norm."),
     ("head.", "classifier."),
 )
-_KEY_VALUE = re.compile(r"(block\d+\.\d+\.attn\.)(k|v)\.(weight|bias)$")
+_TIMM_RULES = (
+    ("patch_embed1.", "patch_embed."),
+    ("patch_embed{s}.", "stages.{s}.downsample."),
+    ("block{s}.{n}.mlp.dwconv.dwconv.", "stages.{s}.blocks.{n}.mlp.dwconv."),
+    ("block{s}.{n}.", "stages.{s}.blocks.{n}."),
+    ("norm{s}.", "stages.{s}.norm."),
+    ("head.", "head."),
+)
+_KEY_VALUE = re.compile(r"(block\d+\.\d+\.attn\.)(k|v)\.(weight|bias)")
+
+# A tensor that only checkpoints of the format have.
+_SIGNATURES = (
+    ("patch_embed1.proj.weight", "official"),
+    ("stages.0.blocks.0.attn.kv.weight", "timm"),
+    ("pvt.encoder.patch_embeddings.0.projection.weight", "transformers"),
+    ("pvt_v2.encoder.layers.0.patch_embedding.proj.weight", "transformers"),
+    ("backbone.patch_embed1.proj.weight", "mmdetection"),
+)
+# The systems of mmdetection and mmsegmentation, by the tensors of their heads.
+_SYSTEMS = (
+    ("bbox_head.retina_cls.", "RetinaNet"),
+    ("bbox_head.transformer.", "DETR"),
+    ("roi_head.mask_head.", "Mask R-CNN"),
+    ("roi_head.bbox_head.", "Faster R-CNN"),
+    ("decode_head.scale_heads.", "Semantic FPN"),
+)
 
 
-def _rename(key: str, rules: list[tuple[str, str]], stage_offset: int) -> str:
-    for source, target in rules:
-        pattern = re.escape(source).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{n\}", r"(?P<n>\d+)")
-        if match := re.match(pattern, key):
-            numbers = match.groupdict()
-            if "s" in numbers:
-                numbers["s"] = int(numbers["s"]) + stage_offset
-            return target.format(**numbers) + key[match.end() :]
-    raise ValueError(f"No rule renames the tensor {key!r}.")
+def quote(names: Iterable[str], limit: int = 8) -> str:
+    """The first of these names for a message, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more
 
 
-def from_official(state_dict: StateDict) -> StateDict:
-    """An official classification checkpoint with the names of [`PvtForImageClassification`] or the v2 class.
-
-    The fused keys and values are split; no value changes.
+def detect_format(keys: Iterable[str]) -> str:
+    """`"official"`, `"timm"`, `"transformers"`, `"mmdetection"` or `"mmsegmentation"`.
 
     Raises:
-        ValueError: For a tensor that no rule knows.
+        ConversionError: For the names of any other network.
     """
-    rules = list(_V1_RULES if "pos_embed1" in state_dict else _V2_RULES)
-    renamed = {}
-    for key, tensor in state_dict.items():
-        if ".attn.kv." in key:
-            for part, half in zip("kv", tensor.chunk(2), strict=True):
-                renamed[_rename(key.replace(".kv.", f".{part}."), rules, -1)] = half
+    keys = set(keys)
+    for signature, name in _SIGNATURES:
+        if signature in keys:
+            return "mmsegmentation" if any(key.startswith("decode_head.") for key in keys) else name
+    if any(key.startswith("backbone.layers.0.0.projection.") for key in keys):
+        raise ConversionError(
+            "This is a checkpoint of mmdetection's own PVT (`backbone.layers...`), not of the official one "
+            "(`backbone.patch_embed1...`). There is no rule for its names."
+        )
+    raise ConversionError(
+        f"These are not the tensors of a PVT of the official code, timm, transformers, mmdetection or mmsegmentation: "
+        f"{quote(keys) or 'there are none'}."
+    )
+
+
+def system_name(keys: Iterable[str]) -> str:
+    """What an mmdetection or mmsegmentation checkpoint is, in words."""
+    keys = list(keys)
+    for prefix, name in _SYSTEMS:
+        if any(key.startswith(prefix) for key in keys):
+            return name
+    return f"a system with {quote({key.split('.')[0] for key in keys if not key.startswith('backbone.')})}"
+
+
+def _rename(keys: Iterable[str], rules: Iterable[tuple[str, str]], stage_offset: int) -> dict[str, str]:
+    """The new name of every key. Raises a `ConversionError` for keys without a rule or with the same new name."""
+    compiled = []
+    for source, target in rules:
+        pattern = re.escape(source).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{n\}", r"(?P<n>\d+)")
+        compiled.append((re.compile(pattern), target))
+    renamed, unknown = {}, []
+    for key in keys:
+        for pattern, target in compiled:
+            if match := pattern.match(key):
+                numbers = match.groupdict()
+                if "s" in numbers:
+                    numbers["s"] = int(numbers["s"]) + stage_offset
+                renamed[key] = target.format(**numbers) + key[match.end() :]
+                break
         else:
-            renamed[_rename(key, rules, -1)] = tensor
+            unknown.append(key)
+    if unknown:
+        raise ConversionError(f"No rule renames {len(unknown)} tensors: {quote(unknown)}.")
+    taken = set()
+    if twice := {name for name in renamed.values() if name in taken or taken.add(name)}:
+        raise ConversionError(f"Several tensors would get the same name: {quote(twice)}.")
     return renamed
 
 
+def _inverse(rules: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(other, official) for official, other in rules]
+
+
+def from_official(state_dict: StateDict) -> StateDict:
+    """The tensors of an official classification checkpoint with the names of [`PvtForImageClassification`] or of the v2
+    class. The fused keys and values are split into views; no value changes.
+
+    Raises:
+        ConversionError: For tensors that no rule knows.
+    """
+    split = {}
+    for key, tensor in state_dict.items():
+        if ".attn.kv." in key:
+            if not tensor.ndim or len(tensor) % 2:
+                raise ConversionError(f"{key!r} must hold keys and values, got shape {tuple(tensor.shape)}.")
+            split |= {key.replace(".kv.", f".{part}."): half for part, half in zip("kv", tensor.chunk(2), strict=True)}
+        else:
+            split[key] = tensor
+    names = _rename(split, _V1_RULES if "pos_embed1" in state_dict else _V2_RULES, -1)
+    return {names[key]: tensor for key, tensor in split.items()}
+
+
 def to_official(state_dict: StateDict) -> StateDict:
-    """The inverse of [`from_official`]: the names, and keys and values fused."""
+    """The inverse of [`from_official`]: the names, and keys and values fused.
+
+    Raises:
+        ConversionError: For tensors that no rule knows, and for a key without its value or the reverse.
+    """
     is_v1 = any(key.startswith("pvt.") for key in state_dict)
-    rules = [(target, source) for source, target in (_V1_RULES if is_v1 else _V2_RULES)]
-    renamed = {_rename(key, rules, 1): tensor for key, tensor in state_dict.items()}
+    names = _rename(state_dict, _inverse(_V1_RULES if is_v1 else _V2_RULES), 1)
+    renamed = {names[key]: tensor for key, tensor in state_dict.items()}
     official = {}
     for key, tensor in renamed.items():
-        if not (match := _KEY_VALUE.match(key)):
+        if not (match := _KEY_VALUE.fullmatch(key)):
             official[key] = tensor
-        elif match[2] == "k":
-            official[f"{match[1]}kv.{match[3]}"] = torch.cat((tensor, renamed[f"{match[1]}v.{match[3]}"]))
+            continue
+        start, part, end = match.groups()
+        if (partner := f"{start}{'v' if part == 'k' else 'k'}.{end}") not in renamed:
+            raise ConversionError(f"{key!r} has no {partner!r} to be fused with.")
+        if part == "k":
+            official[f"{start}kv.{end}"] = torch.cat((tensor, renamed[partner]))
     return official
+
+
+def timm_to_official(state_dict: StateDict) -> StateDict:
+    """timm's `pvt_v2_*` with the official names. (timm has no v1.)"""
+    names = _rename(state_dict, _inverse(_TIMM_RULES), 1)
+    return {names[key]: tensor for key, tensor in state_dict.items()}
+
+
+def official_to_timm(state_dict: StateDict) -> StateDict:
+    """The inverse of [`timm_to_official`]."""
+    if "pos_embed1" in state_dict:
+        raise ConversionError("timm has no PVT v1.")
+    names = _rename(state_dict, _TIMM_RULES, -1)
+    return {names[key]: tensor for key, tensor in state_dict.items()}
+
+
+def check_filled(tensors: StateDict, wanted: StateDict) -> None:
+    """Raises a `ConversionError` that lists the differences unless `tensors` has the names and shapes of `wanted`."""
+    complaints = []
+    if missing := wanted.keys() - tensors.keys():
+        complaints.append(f"it lacks {len(missing)}: {quote(missing)}")
+    if unused := tensors.keys() - wanted.keys():
+        complaints.append(f"{len(unused)} have no place: {quote(unused)}")
+    wrong = [
+        f"{key} {tuple(tensor.shape)} for {tuple(wanted[key].shape)}"
+        for key, tensor in tensors.items()
+        if key in wanted and tensor.shape != wanted[key].shape
+    ]
+    if wrong:
+        complaints.append(f"{len(wrong)} have another shape: {quote(wrong)}")
+    if complaints:
+        raise ConversionError(f"The tensors do not fill the model; {'; '.join(complaints)}.")

@@ -60,6 +60,14 @@ class _PvtPreprocessing:
         # What the caller overrides scales together, before it is merged with a file that has both.
         return super().from_dict(image_processor_dict, **_scale_together(kwargs))
 
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        if self._auto_class is not None and "auto_map" in fields:  # saved with this file, which has both backends
+            module = type(self).__module__.rsplit(".", 1)[-1]
+            backends = {"torchvision": f"{module}.PvtImageProcessor", "pil": f"{module}.PvtImageProcessorPil"}
+            fields["auto_map"]["AutoImageProcessor"] = backends
+        return fields
+
     def preprocess(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
         """
         Args:

@@ -1,5 +1,6 @@
 """What every pretrained model of PVT does around its encoder: loading, checks of the input, choice of outputs."""
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,13 @@ from transformers.utils.output_capturing import resolve_hidden_states_indices, s
 from .layers import runs_transformed
 
 logger = logging.get_logger(__name__)
+
+# The class of a modeling file that each Auto class stands for, by the end of its name.
+_AUTO_CLASSES = {
+    "AutoModel": "Model",
+    "AutoModelForImageClassification": "ForImageClassification",
+    "AutoBackbone": "Backbone",
+}
 
 
 class PretrainedPyramid:
@@ -54,6 +62,20 @@ class PretrainedPyramid:
                     "of any size: there is no need for another `image_size` than the checkpoint's.)"
                 )
         return (model, loading_info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.save_pretrained`]. After `register_for_auto_class`, which saves the code with
+        the weights, the configuration names the classes in it for every Auto class, not only for the registered one:
+        `AutoModel` of a saved classifier would else be transformers' own class.
+        """
+        prefix, module = type(self.config).__name__.removesuffix("Config"), sys.modules[type(self).__module__]
+        classes = {key: getattr(module, prefix + suffix, None) for key, suffix in _AUTO_CLASSES.items()}
+        if self.is_remote_code() and all(classes.values()):  # a user's own subclass has no siblings
+            classes["AutoConfig"] = type(self.config)
+            auto_map = {key: f"{value.__module__.split('.')[-1]}.{value.__name__}" for key, value in classes.items()}
+            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def check_pixel_values(pixel_values: torch.Tensor, num_channels: int, minimum_size: int) -> None:

@@ -1,0 +1,166 @@
+"""Reads the configuration of a PVT from the names and shapes of its tensors."""
+
+import dataclasses
+import math
+from typing import Any
+
+from torchvision.models import ResNet50_Weights
+from transformers import PreTrainedConfig
+
+from conversion.rename import ConversionError, StateDict
+from pvt_hf import VARIANTS, PvtConfig, PvtV2Config, build_config
+from pvt_hf.variants import Variant
+
+_CONFIG_CLASSES = {"pvt": PvtConfig, "pvt_v2": PvtV2Config}
+# What makes a variant; the rest (labels, image size, dropout) is free.
+_VARIANT_FIELDS = {
+    "pvt": ("depths", "hidden_sizes", "mlp_ratios", "sequence_reduction_ratios", "num_attention_heads", "patch_sizes"),
+    "pvt_v2": ("depths", "hidden_sizes", "mlp_ratios", "sr_ratios", "num_attention_heads", "patch_sizes"),
+}
+
+
+def read_fields(weights: StateDict) -> dict[str, Any]:
+    """The fields of the configuration that the official names and shapes determine, `model_type` among them.
+
+    Raises:
+        ConversionError: If a tensor that they are read from is missing.
+    """
+
+    def shape(key: str) -> tuple[int, ...]:
+        if key not in weights:
+            raise ConversionError(f"The checkpoint lacks {key!r} (by its official name), and is not a whole PVT.")
+        return tuple(weights[key].shape)
+
+    stages = (1, 2, 3, 4)
+    projections = [shape(f"patch_embed{stage}.proj.weight") for stage in stages]
+    hidden_sizes = [channels for channels, *_ in projections]
+    ratios = [
+        shape(f"block{stage}.0.mlp.fc1.weight")[0] / size for stage, size in zip(stages, hidden_sizes, strict=True)
+    ]
+    fields = {
+        "model_type": "pvt" if "pos_embed1" in weights else "pvt_v2",
+        "num_channels": projections[0][1],
+        "depths": [len({key.split(".")[1] for key in weights if key.startswith(f"block{stage}.")}) for stage in stages],
+        "hidden_sizes": hidden_sizes,
+        "patch_sizes": [kernel for *_, kernel in projections],
+        "mlp_ratios": [int(ratio) if ratio.is_integer() else ratio for ratio in ratios],
+        "qkv_bias": "block1.0.attn.q.bias" in weights,
+    }
+    reductions = [
+        weights[key].shape[-1] if (key := f"block{stage}.0.attn.sr.weight") in weights else 1 for stage in stages
+    ]
+    if fields["model_type"] == "pvt":
+        fields["sequence_reduction_ratios"] = reductions
+    elif "block4.0.attn.sr.weight" in weights:  # only the linear variant reduces in stage 4
+        fields["linear_attention"] = True
+    else:
+        fields |= {"linear_attention": False, "sr_ratios": reductions}
+    if "head.weight" in weights:
+        fields["num_labels"] = shape("head.weight")[0]
+    return fields
+
+
+def read_config(weights: StateDict, known: dict[str, Any] | None = None) -> PreTrainedConfig:
+    """The configuration of a checkpoint with official names.
+
+    Args:
+        weights: Tensors with official names; v1 with `pos_embed1`, classifiers with `head.weight`.
+        known: The `config.json` beside the checkpoint, for what shapes do not tell: labels, attention heads, rates of
+            dropout, the height and width of oblong images. Without it, these are the official ones.
+
+    Raises:
+        ConversionError: If tensors are missing or `known` contradicts them.
+    """
+    fields = read_fields(weights)
+    config_class = _CONFIG_CLASSES[fields.pop("model_type")]
+    known = known or {}
+    if known.get("model_type") in _CONFIG_CLASSES:
+        if known["model_type"] != config_class.model_type:
+            raise ConversionError(
+                f"`config.json` says model_type {known['model_type']!r}, but the tensors are those of a "
+                f"{config_class.model_type!r}."
+            )
+        names = {field.name for field in dataclasses.fields(config_class)} - {"_out_features", "_out_indices", "dtype"}
+        stated = {name: known[name] for name in names if known.get(name) is not None}
+        wrong = [
+            f"{name} {stated[name]} for {value}" for name, value in fields.items() if stated.get(name, value) != value
+        ]
+        if wrong:
+            raise ConversionError(f"`config.json` does not describe the tensors: {'; '.join(sorted(wrong))}.")
+        fields = stated | fields
+    if config_class is PvtConfig:
+        fields["image_size"] = _image_size(weights["pos_embed1"].shape[1], fields)
+    num_labels = fields.pop("num_labels", None)
+    if num_labels is not None:
+        names = _label_names(num_labels, known)
+        fields["id2label"] = dict(enumerate(names))
+        fields["label2id"] = {name: index for index, name in enumerate(names)}
+    try:
+        return config_class(**fields)
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"The checkpoint's shapes are not those of a PVT: {error}") from error
+
+
+def _image_size(positions: int, fields: dict[str, Any]) -> int | list[int]:
+    stride, stated = fields["patch_sizes"][0], fields.get("image_size")
+    if stated is not None:
+        height, width = (stated, stated) if isinstance(stated, int) else stated
+        if (height // stride) * (width // stride) != positions:
+            raise ConversionError(
+                f"`config.json` says image_size {stated}, but 'pos_embed1' has {positions} positions."
+            )
+        return stated
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise ConversionError(
+            f"'pos_embed1' has {positions} positions, which is no square: put a `config.json` with `image_size` "
+            "(height, width) beside the checkpoint and call it model.safetensors or pytorch_model.bin."
+        )
+    return side * stride
+
+
+def imagenet_labels() -> list[str]:
+    """The 1000 classes of ImageNet-1k in torchvision's words, each of them once."""
+    return ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+
+
+def _label_names(num_labels: int, known: dict[str, Any]) -> list[str]:
+    """Those of `config.json` (transformers' or timm's), or ImageNet's for 1000 classes, or LABEL_0, LABEL_1, ..."""
+    placeholders = [f"LABEL_{index}" for index in range(num_labels)]
+    id2label = {int(index): name for index, name in (known.get("id2label") or {}).items()}
+    names = [id2label.get(index) for index in range(num_labels)] if id2label else known.get("label_names")
+    if names and names != placeholders:
+        if len(names) != num_labels or len(id2label or names) != num_labels or None in names:
+            raise ConversionError(f"`config.json` does not name the {num_labels} labels of the checkpoint's head.")
+        return list(names)
+    return imagenet_labels() if num_labels == 1000 else placeholders
+
+
+def has_imagenet_labels(config: PreTrainedConfig) -> bool:
+    return list(config.id2label.values()) == imagenet_labels()
+
+
+def differences(config: PreTrainedConfig, variant: Variant) -> list[str]:
+    """What distinguishes an architecture from a variant, in words. Labels, image size and rates do not count."""
+    wanted = build_config(variant.name)
+    if config.model_type != wanted.model_type:
+        return [f"model_type is {config.model_type}, not {wanted.model_type}"]
+    fields = _VARIANT_FIELDS[config.model_type]
+    if config.model_type == "pvt_v2":
+        fields = ("linear_attention", *fields)
+        if config.linear_attention and wanted.linear_attention:  # which does not use them
+            fields = tuple(field for field in fields if field != "sr_ratios")
+    return [
+        f"{field} is {got}, not {want}"
+        for field in fields
+        if (got := _plain(getattr(config, field))) != (want := _plain(getattr(wanted, field)))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def find_variant(config: PreTrainedConfig) -> Variant | None:
+    """The released variant that has this architecture."""
+    return next((variant for variant in VARIANTS.values() if not differences(config, variant)), None)

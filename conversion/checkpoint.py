@@ -1,0 +1,192 @@
+"""Reads the tensors of a checkpoint from a file, the official release or the Hub. Nothing is ever unpickled."""
+
+import argparse
+import difflib
+import hashlib
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import safetensors.torch
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+
+from conversion.rename import ConversionError, StateDict, quote
+from pvt_hf import VARIANTS
+
+_FILE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_WRAPPERS = ("state_dict", "model")  # mmcv and timm; the official training code
+_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel; torch.compile
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    Attributes:
+        source: Where it came from, as a model card says it.
+        path: The file.
+        weights: Its tensors, by the names that they have in the file, without wrappers and common prefixes.
+        config, preprocessor: `config.json` and `preprocessor_config.json` beside the weights, empty if there are none.
+        set_aside: What else the file holds: optimiser, epoch, averaged weights.
+    """
+
+    source: str
+    path: Path
+    weights: StateDict
+    config: dict[str, Any]
+    preprocessor: dict[str, Any]
+    set_aside: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checkpoint(name: str) -> Checkpoint:
+    """Finds and reads a checkpoint.
+
+    Args:
+        name: A file, the name of a variant (its official release is downloaded), or a repo id of the Hub.
+
+    Raises:
+        ConversionError: If there is no such checkpoint, or it is not one that can be read safely.
+    """
+    path = Path(name)
+    if path.is_dir():
+        files = quote(file.name for file in path.iterdir() if file.suffix in _FILE_ENDINGS) or "none"
+        raise ConversionError(f"`CHECKPOINT` must be a file, got the directory {name}. Checkpoints in it: {files}.")
+    if path.exists():
+        # The files of a folder saved by `save_pretrained` belong together; those around a lone `.pth` do not.
+        beside = path.parent if path.name in _HUB_FILES else None
+        return _read(path.name, path, *(read_json(beside and beside / file) for file in _JSON_FILES))
+    if path.suffix in _FILE_ENDINGS:
+        raise ConversionError(f"`CHECKPOINT` is {name}, and there is no such file.")
+    if name in VARIANTS:
+        return _read_release(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return _read_from_hub(name)
+    nearest = difflib.get_close_matches(name, VARIANTS) or list(VARIANTS)
+    raise ConversionError(
+        f"`CHECKPOINT` must be a file, a variant or a repo id of the Hub (`owner/name`), got {name!r}. "
+        f"Nearest variants: {', '.join(nearest)}."
+    )
+
+
+_JSON_FILES = ("config.json", "preprocessor_config.json")
+
+
+def read_json(path: Path | None) -> dict[str, Any]:
+    if path is None or not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is not JSON: {error}") from error
+
+
+def _read_release(name: str) -> Checkpoint:
+    url = VARIANTS[name].checkpoint_url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pth"
+    downloaded = not path.exists()
+    if downloaded:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"Downloading {url} to {path}")
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except (URLError, OSError) as error:
+            raise ConversionError(f"{url} could not be downloaded: {error}") from error
+    try:
+        return _read(url, path, {}, {})
+    except ConversionError as error:
+        if downloaded:
+            path.unlink()
+            raise ConversionError(
+                f"The download of {url} is damaged and was deleted; run this again. {error}"
+            ) from error
+        raise ConversionError(f"{error} It was downloaded earlier: delete it and run this again.") from error
+
+
+def _read_from_hub(repo: str) -> Checkpoint:
+    def fetch(file: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repo, file))
+        except EntryNotFoundError:
+            return None
+        except Exception as error:  # a repository that is missing, private or out of reach; the message says which
+            raise ConversionError(f"{file} of {repo} could not be downloaded from the Hub: {error}") from error
+
+    path = next((path for path in map(fetch, _HUB_FILES) if path), None)
+    if path is None:
+        raise ConversionError(f"{repo} on the Hub has none of {', '.join(_HUB_FILES)}.")
+    return _read(f"https://huggingface.co/{repo}", path, *(read_json(fetch(file)) for file in _JSON_FILES))
+
+
+def _read(source: str, path: Path, config: dict[str, Any], preprocessor: dict[str, Any]) -> Checkpoint:
+    loaded, set_aside = load_file(path), ()
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded.get(wrapper), dict):
+            set_aside = tuple(key for key in loaded if key != wrapper)
+            loaded = loaded[wrapper]
+            break
+    for prefix in _PREFIXES:
+        if loaded and all(isinstance(key, str) and key.startswith(prefix) for key in loaded):
+            loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
+    if other := [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]:
+        raise ConversionError(
+            f"{path} holds other things than tensors, and no {' or '.join(map(repr, _WRAPPERS))} around them: "
+            f"{quote(other)}."
+        )
+    return Checkpoint(source, path, loaded, config, preprocessor, set_aside)
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """What is in a `.safetensors` file or, without running its code, in a file of `torch.save`.
+
+    The kind is told from the first bytes, not from the name, and the tensors stay on the disk until they are used.
+
+    Raises:
+        ConversionError: If the file is neither, is damaged, or wants to run code.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    text = start.lstrip().lower()
+    if not start:
+        raise ConversionError(f"{path} is empty.")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ConversionError(f"{path} is an HTML page, not a checkpoint: the page of a download was saved instead.")
+    if text.startswith(b"version https://git-lfs"):
+        raise ConversionError(f"{path} is a Git LFS pointer, not the checkpoint: run `git lfs pull`.")
+    try:
+        if start[8:9] == b"{":
+            return safetensors.torch.load_file(path)
+        is_zip = start.startswith(b"PK")
+        if not is_zip and not start.startswith(b"\x80"):
+            raise ConversionError(f"{path} is neither a file of `torch.save` nor a `.safetensors` file.")
+        # A Namespace holds the arguments of the official training code. It runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ConversionError(
+                f"{path} is refused: it is a pickle that asks for `{wanted[1]}`, which could run code on this machine. "
+                "Only tensors and plain containers are read. Save its `state_dict()` where you trust it."
+            ) from error
+        raise ConversionError(f"{path} is refused or damaged: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"{path} is truncated or damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(loaded, dict):
+        raise ConversionError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}.")
+    return loaded

@@ -1,0 +1,329 @@
+"""Converts PVT checkpoints to verified Hugging Face folders, publishes them, and converts them back.
+
+    python conversion/convert.py pvt_v2_b2 converted/pvt_v2_b2             # downloads the official release
+    python conversion/convert.py checkpoint.pth converted/mine             # official, timm's or transformers' format
+    python conversion/convert.py timm/pvt_v2_b2.in1k converted/b2          # a repository of the Hub
+    python conversion/convert.py retinanet.pth converted/c --backbone-only # the backbone of a detector or segmenter
+    python conversion/convert.py --all converted                           # all the released variants
+    python conversion/convert.py --to official converted/b2 b2.pth         # and back
+
+What the checkpoint is, is read from its tensors. Before anything is written, the converted model is compared in float64
+with an independent evaluation of the source's weights.
+"""
+
+import argparse
+import functools
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # this clone's `conversion` and `pvt_hf`, run from anywhere
+
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoBackbone, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from conversion import rename
+from conversion.architecture import differences, find_variant, has_imagenet_labels, read_config
+from conversion.checkpoint import Checkpoint, load_file, read_checkpoint, read_json
+from conversion.model_card import Conversion, render
+from conversion.publish import publish, saved_with_code
+from conversion.rename import ConversionError, StateDict
+from conversion.verify import largest_difference, reference_outputs, timm_outputs
+from pvt_hf import VARIANTS, PvtImageProcessor
+
+# What a conversion writes, and therefore all that `--overwrite` deletes.
+_WRITTEN = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
+
+
+def convert(
+    name: str,
+    output_dir: Path,
+    *,
+    variant: str | None = None,
+    backbone_only: bool = False,
+    overwrite: bool = False,
+    with_code: bool = False,
+    card_name: str | None = None,
+) -> Conversion:
+    """Converts one checkpoint.
+
+    Args:
+        name: A file, the name of a variant or a repo id: see [`read_checkpoint`].
+        output_dir: Folder to write. It appears only when it is whole and verified.
+        variant: The variant that it must be.
+        backbone_only: Write the backbone with its four feature maps and leave the heads.
+        overwrite: Replace the folder of a former conversion.
+        with_code: Write the code of the package too.
+        card_name: What the model card calls the checkpoint, `output_dir` by default.
+
+    Raises:
+        ConversionError: If the checkpoint is not what it should be, or the result differs from it.
+    """
+    _check_output_dir(output_dir, overwrite)
+    checkpoint = read_checkpoint(name)
+    source_format = rename.detect_format(checkpoint.weights)
+    official = _official_weights(checkpoint.weights, source_format, backbone_only)
+    config = read_config(official, checkpoint.config)
+    if backbone_only:
+        config.out_features = config.stage_names
+    variant = variant or (name if name in VARIANTS else None)
+    if variant and (wrong := differences(config, VARIANTS[variant])):
+        raise ConversionError(f"The checkpoint is not a {variant}: {'; '.join(wrong)}.")
+    model = build_model(official, config, backbone_only)
+    processor = _image_processor(checkpoint, config)
+    facts = {
+        "source": checkpoint.source,
+        "sha256": checkpoint.sha256,
+        "source_format": source_format,
+        "config": config,
+        "variant": find_variant(config),
+        "model_class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tensors": len(model.state_dict()),
+        "parameters": model.num_parameters(),
+        "has_image_processor": processor is not None,
+        "has_code": with_code,
+    }
+    with _appearing_whole(output_dir) as folder:
+        with ExitStack() as stack:
+            if with_code:
+                auto_class = "AutoBackbone" if backbone_only else "AutoModelForImageClassification"
+                code = {auto_class: type(model), "AutoConfig": type(config), "AutoImageProcessor": PvtImageProcessor}
+                stack.enter_context(saved_with_code(**code))
+            model.save_pretrained(folder)
+            if processor is not None:
+                processor.save_pretrained(folder)
+        model_class = type(model)
+        del model  # the tensors are the source's: one copy of the checkpoint in memory
+        if source_format == "timm":
+            del official
+            expected = timm_outputs(checkpoint.weights, config, backbone_only)
+        else:
+            expected = reference_outputs(official, config, backbone_only)
+            del official
+        checkpoint.weights.clear()
+        difference = largest_difference(model_class.from_pretrained(folder), expected)
+        conversion = Conversion(difference=difference, **facts)
+        card = render(conversion, card_name or str(output_dir))
+        card.save(folder / "README.md")
+    _describe(conversion, checkpoint, output_dir)
+    return conversion
+
+
+def build_model(official: StateDict, config: PreTrainedConfig, is_backbone: bool) -> PreTrainedModel:
+    """The model with these tensors, which are shared, in the widest of their dtypes.
+
+    Raises:
+        ConversionError: Unless each tensor has its place and each place its tensor.
+    """
+    auto_class = AutoBackbone if is_backbone else AutoModelForImageClassification
+    with torch.device("meta"):
+        model = auto_class.from_config(config).eval()
+    tensors = rename.from_official(official)
+    if is_backbone:
+        tensors = {key.removeprefix(f"{model.base_model_prefix}."): tensor for key, tensor in tensors.items()}
+    rename.check_filled(tensors, model.state_dict())
+    if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise ConversionError(f"These tensors are no floating-point numbers: {rename.quote(whole)}.")
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
+    model.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
+    model.config.dtype = dtype
+    return model
+
+
+def export(saved_dir: Path, file: Path, to: str, overwrite: bool = False) -> None:
+    """Writes the tensors of a folder saved by `save_pretrained` with the names of another format.
+
+    Args:
+        saved_dir: Folder with `config.json` and `model.safetensors`.
+        file: To write: with the ending `.safetensors` that format, else a plain state dict of `torch.save`.
+        to: `"official"` or `"timm"` (v2 only).
+
+    Raises:
+        ConversionError: If the folder does not hold a whole PVT, or `file` exists and `overwrite` is not set.
+    """
+    if file.is_dir() or (file.exists() and not overwrite):
+        raise ConversionError(
+            f"`FILE` {file} exists" + (": it is a directory." if file.is_dir() else "; use --overwrite.")
+        )
+    config_file, weights_file = saved_dir / "config.json", saved_dir / "model.safetensors"
+    if missing := [path.name for path in (config_file, weights_file) if not path.is_file()]:
+        raise ConversionError(f"`SAVED_DIR` must be a folder of `save_pretrained`, but {saved_dir} has no {missing}.")
+    weights, known = load_file(weights_file), read_json(config_file)
+    is_backbone = all(key.startswith("encoder.") for key in weights)
+    if is_backbone:
+        weights = {f"{known.get('model_type')}.{key}": tensor for key, tensor in weights.items()}
+    official = rename.to_official(weights)
+    build_model(official, read_config(official, known), is_backbone)  # a whole one, or an error
+    if to == "timm":
+        official = rename.official_to_timm(official)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as temporary:
+        partial = Path(temporary) / file.name
+        if file.suffix == ".safetensors":
+            safetensors.torch.save_file(official, partial, metadata={"format": "pt"})
+        else:
+            torch.save(official, partial)
+        partial.replace(file)
+    print(f"{saved_dir}: {len(official)} tensors written to {file} with the names of {to}.")
+
+
+def _official_weights(weights: StateDict, source_format: str, backbone_only: bool) -> StateDict:
+    if source_format.startswith("mm"):
+        if not backbone_only:
+            raise ConversionError(
+                f"This is an {source_format} checkpoint of {rename.system_name(weights)}, which pvt_hf does not have. "
+                "`--backbone-only` converts its backbone."
+            )
+        weights = {key.removeprefix("backbone."): weights[key] for key in weights if key.startswith("backbone.")}
+    convert_names = {"timm": rename.timm_to_official, "transformers": rename.to_official}
+    official = convert_names.get(source_format, dict)(weights)
+    if backbone_only:  # what the official backbones for dense prediction do not have
+        official = {key: official[key] for key in official if not key.startswith(("head.", "norm.", "cls_token"))}
+    return official
+
+
+def _image_processor(checkpoint: Checkpoint, config: PreTrainedConfig) -> PvtImageProcessor | None:
+    """The checkpoint's own settings if it was trained for something else than ImageNet, else the papers' evaluation."""
+    if config.num_channels != 3:
+        return None
+    if checkpoint.preprocessor and not has_imagenet_labels(config):
+        return PvtImageProcessor.from_dict(checkpoint.preprocessor)
+    if config.model_type == "pvt" and config.image_shape != (224, 224):
+        height, width = config.image_shape
+        return PvtImageProcessor(crop_size={"height": height, "width": width})
+    return PvtImageProcessor()
+
+
+def _is_written(path: Path) -> bool:
+    return path.is_file() and (path.name in _WRITTEN or path.suffix == ".py")
+
+
+def _check_output_dir(output_dir: Path, overwrite: bool) -> None:
+    if not output_dir.exists():
+        return
+    if not output_dir.is_dir():
+        raise ConversionError(f"`OUTPUT_DIR` {output_dir} exists and is not a directory.")
+    files = list(output_dir.iterdir())
+    if files and not overwrite:
+        raise ConversionError(f"`OUTPUT_DIR` {output_dir} is not empty; use --overwrite to replace a conversion.")
+    if foreign := [path.name for path in files if not _is_written(path)]:
+        raise ConversionError(
+            f"`OUTPUT_DIR` {output_dir} has files that no conversion writes, and --overwrite would delete them: "
+            f"{rename.quote(foreign)}."
+        )
+
+
+@contextmanager
+def _appearing_whole(output_dir: Path) -> Iterator[Path]:
+    """A folder to write to. If all goes well it takes the place of `output_dir`, else it disappears."""
+    output_dir = output_dir.absolute()
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
+        folder = Path(temporary) / "new"
+        folder.mkdir()
+        yield folder
+        if output_dir.exists():
+            output_dir.rename(Path(temporary) / "old")
+        folder.rename(output_dir)
+
+
+def _describe(conversion: Conversion, checkpoint: Checkpoint, output_dir: Path) -> None:
+    name = conversion.variant.name if conversion.variant else "a variant of your own"
+    print(f"{conversion.source}: {name}, {conversion.source_format} format, {conversion.dtype}")
+    if checkpoint.set_aside:
+        print(f"  left in the file: {', '.join(checkpoint.set_aside)}")
+    if conversion.variant is None and not checkpoint.config:
+        heads = ", ".join(map(str, conversion.config.num_attention_heads))
+        print(f"  attention heads: {heads}, the official numbers; the checkpoint does not tell")
+    print(f"  {conversion.tensors} tensors, {conversion.parameters / 1e6:.1f} M parameters, all of them used")
+    print(f"  largest difference to the source, in float64: {conversion.difference:.1e}")
+    print(f"  written to {output_dir}")
+
+
+def convert_all(output_root: Path, repo_owner: str | None = None, private: bool = False, **options) -> bool:
+    """Converts every released variant to `output_root/<variant>`, prints a table, and tells whether all went well."""
+    lines = ["| variant | tensors | parameters (M) | largest difference | result |", "|--|--|--|--|--|"]
+    failures = 0
+    for name in VARIANTS:
+        folder = output_root / name
+        try:
+            repo = f"{repo_owner}/{name}" if repo_owner else None
+            done = convert(name, folder, card_name=repo, **options)
+            result = publish(folder, repo, private) if repo else folder
+            lines.append(
+                f"| {name} | {done.tensors} | {done.parameters / 1e6:.1f} | {done.difference:.1e} | {result} |"
+            )
+        except _EXPECTED as error:
+            failures += 1
+            lines.append(f"| {name} | | | | {error} |")
+    print("\n".join(lines))
+    return not failures
+
+
+# What a user's files, disks and networks can do. Anything else is a mistake of this program, and shows its traceback.
+_EXPECTED = (ConversionError, OSError, SafetensorError)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "source", nargs="?", metavar="CHECKPOINT", help="file, variant or repo id (--to: a saved folder)"
+    )
+    parser.add_argument("output", nargs="?", metavar="OUTPUT_DIR", type=Path, help="folder to write (--to: a file)")
+    parser.add_argument("--all", type=Path, metavar="OUTPUT_ROOT", help="convert every released variant")
+    parser.add_argument("--to", choices=("official", "timm"), help="convert a saved folder back")
+    parser.add_argument("--variant", choices=VARIANTS, help="insist on a variant")
+    parser.add_argument("--backbone-only", action="store_true", help="write a backbone, leave the heads")
+    parser.add_argument("--overwrite", action="store_true", help="replace a former conversion")
+    parser.add_argument("--with-code", action="store_true", help="write the code too, for trust_remote_code=True")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload it; with --all, an owner of repositories")
+    parser.add_argument("--private", action="store_true", help="into a private repository")
+    options = parser.parse_args(arguments)
+    if options.all and (options.source or options.to or options.variant):
+        parser.error("--all takes no CHECKPOINT, --to or --variant")
+    if not options.all and options.output is None:
+        parser.error("CHECKPOINT and OUTPUT_DIR are required, or --all OUTPUT_ROOT")
+    if options.to and (options.push_to_hub or options.with_code or options.variant or options.backbone_only):
+        parser.error("--to takes SAVED_DIR, FILE and --overwrite only")
+    if options.private and not options.push_to_hub:
+        parser.error("--private needs --push-to-hub")
+    if options.push_to_hub:
+        try:
+            validate_repo_id(f"{options.push_to_hub}/name" if options.all else options.push_to_hub)
+        except ValueError as error:
+            parser.error(f"--push-to-hub: {error}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the program. Returns its exit code: 0, or 1 for an error, which is printed."""
+    options = parse_arguments(arguments)
+    logging.disable_progress_bar()  # of transformers: its bars for two small files hide the figures
+    chosen = {key: getattr(options, key) for key in ("backbone_only", "overwrite", "with_code")}
+    try:
+        if options.all:
+            return 0 if convert_all(options.all, options.push_to_hub, options.private, **chosen) else 1
+        if options.to:
+            export(Path(options.source), options.output, options.to, options.overwrite)
+            return 0
+        convert(options.source, options.output, variant=options.variant, card_name=options.push_to_hub, **chosen)
+        if options.push_to_hub:
+            print(f"  published: {publish(options.output, options.push_to_hub, options.private)}")
+    except _EXPECTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Uploads a converted folder to the Hub, and saves the package's code along with a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from conversion.rename import ConversionError
+
+_REASONS = {
+    401: "the Hub does not know you: run `hf auth login`, or set HF_TOKEN",
+    403: "your token may not write there",
+    409: "the repository is in conflict with this upload: somebody changes it at this moment, or the name is taken",
+}
+
+
+def publish(folder: Path, repo: str, private: bool) -> str:
+    """Uploads the files of `folder` in one commit: the repository has all of them or none.
+
+    Args:
+        folder: A converted folder. It is only read.
+        repo: `owner/name`, or `name` in one's own namespace. Created unless it exists. The Hub is that of
+            `HF_ENDPOINT`.
+        private: Whether the repository must be private.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConversionError: If the upload fails, or the repository exists and is public although `private` is set.
+    """
+    api = HfApi()
+    try:
+        repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+        if private and not api.repo_info(repo).private:
+            raise ConversionError(f"{repo} exists and is public, and `--private` is set: nothing was uploaded.")
+        files = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+        return api.create_commit(repo, files, commit_message="Checkpoint converted by pvt_hf").commit_url
+    except ConversionError:
+        raise
+    except Exception as error:  # HTTP errors, cut connections, offline mode: whatever it is, the folder is whole
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        reason = _REASONS.get(status, f"{type(error).__name__}: {error}")
+        raise ConversionError(
+            f"The upload to {repo} at {api.endpoint} failed: {reason}. Nothing was committed there; everything is in "
+            f"{folder}. To try again: hf upload {repo} {folder}"
+        ) from error
+
+
+@contextmanager
+def saved_with_code(**auto_classes: type) -> Iterator[None]:
+    """While it lasts, `save_pretrained` of these classes saves their code too, for `trust_remote_code=True`."""
+    try:
+        for auto_class, registered in auto_classes.items():
+            registered.register_for_auto_class(auto_class)
+        yield
+    finally:
+        for registered in auto_classes.values():
+            registered._auto_class = None
