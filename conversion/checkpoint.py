@@ -13,8 +13,8 @@ from urllib.error import URLError
 
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 
 from conversion.rename import ConversionError, StateDict, quote
@@ -117,8 +117,8 @@ def _read_release(name: str) -> Checkpoint:
 def _read_from_hub(repo: str) -> Checkpoint:
     def fetch(file: str) -> Path | None:
         try:
-            return Path(hf_hub_download(repo, file))
-        except EntryNotFoundError:
+            return Path(HfApi().hf_hub_download(repo, file))
+        except RemoteEntryNotFoundError:
             return None
         except Exception as error:  # a repository that is missing, private or out of reach; the message says which
             raise ConversionError(f"{file} of {repo} could not be downloaded from the Hub: {error}") from error
@@ -126,7 +126,7 @@ def _read_from_hub(repo: str) -> Checkpoint:
     path = next((path for path in map(fetch, _HUB_FILES) if path), None)
     if path is None:
         raise ConversionError(f"{repo} on the Hub has none of {', '.join(_HUB_FILES)}.")
-    return _read(f"https://huggingface.co/{repo}", path, *(read_json(fetch(file)) for file in _JSON_FILES))
+    return _read(f"{HfApi().endpoint}/{repo}", path, *(read_json(fetch(file)) for file in _JSON_FILES))
 
 
 def _read(source: str, path: Path, config: dict[str, Any], preprocessor: dict[str, Any]) -> Checkpoint:
@@ -173,6 +173,8 @@ def load_file(path: Path) -> dict[str, Any]:
         is_zip = start.startswith(b"PK")
         if not is_zip and not start.startswith(b"\x80"):
             raise ConversionError(f"{path} is neither a file of `torch.save` nor a `.safetensors` file.")
+        if path.suffix == ".safetensors":
+            raise ConversionError(f"{path} is a pickle of `torch.save` under the name of a `.safetensors` file.")
         # A Namespace holds the arguments of the official training code. It runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)

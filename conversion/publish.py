@@ -41,8 +41,10 @@ def publish(folder: Path, repo: str, private: bool) -> str:
     except ConversionError:
         raise
     except Exception as error:  # HTTP errors, cut connections, offline mode: whatever it is, the folder is whole
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        reason = _REASONS.get(status, f"{type(error).__name__}: {error}")
+        if isinstance(error, HfHubHTTPError):
+            reason = _REASONS.get(error.response.status_code, str(error))
+        else:
+            reason = f"the connection failed ({type(error).__name__}: {error})"
         raise ConversionError(
             f"The upload to {repo} at {api.endpoint} failed: {reason}. Nothing was committed there; everything is in "
             f"{folder}. To try again: hf upload {repo} {folder}"

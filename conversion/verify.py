@@ -62,7 +62,7 @@ def timm_outputs(weights: StateDict, config: PreTrainedConfig, is_backbone: bool
     with torch.device("meta"):
         model = PyramidVisionTransformerV2(
             in_chans=config.num_channels,
-            num_classes=config.num_labels if "head.weight" in weights else 0,
+            num_classes=len(weights["head.weight"]) if "head.weight" in weights else 0,
             depths=config.depths,
             embed_dims=config.hidden_sizes,
             num_heads=config.num_attention_heads,
