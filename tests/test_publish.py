@@ -1,6 +1,9 @@
 """Uploads over HTTP to a local Hub, loading from it, and every way in which the network fails."""
 
+import importlib
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,8 +13,9 @@ import safetensors.torch
 import torch
 from checkpoints import TINY, equal, official_weights, run, save
 from hub import TOKEN, LocalHub
-from models import ROOT
+from models import ROOT, STAGES, randomize, small_config
 
+import pvt_hf
 from conversion import rename
 
 
@@ -48,6 +52,7 @@ def online(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for name, value in {
         "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_CACHE": str(tmp_path / "home"),
@@ -93,6 +98,83 @@ def test_upload_and_load(version, python, hub, tmp_path):
         assert model.startswith(f"{home}.") and processor.startswith(f"{home}.")
         weights = safetensors.torch.load_file(tmp_path / mode / "model.safetensors")
         assert equal(weights, rename.from_official(source))
+
+
+CLASSES = [
+    name for name in pvt_hf.__all__ if name.startswith("Pvt") and not name.endswith(("Config", "Processor", "Pil"))
+]
+LOAD_CODE = """
+import json, sys
+sys.modules["pvt_hf"] = None  # not installed
+import torch, transformers
+from transformers import AutoConfig, AutoImageProcessor
+
+def load(auto_class, repo):
+    loaded = getattr(transformers, auto_class).from_pretrained(repo, trust_remote_code=True)
+    assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
+    return loaded
+
+for name, own in json.loads(sys.argv[1]).items():
+    repo = f"me/{name}"
+    auto_map = AutoConfig.from_pretrained(repo, trust_remote_code=True).auto_map
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}, auto_map
+    expected = torch.load(sys.argv[2] + f"/{name}.pt", weights_only=True)
+    model = load(own, repo).eval()
+    assert type(model).__name__ == name
+    with torch.no_grad():
+        outputs = model(expected["pixels"])
+    output = outputs.feature_maps[-1] if "feature_maps" in outputs else outputs[0]
+    torch.testing.assert_close(output, expected["output"], rtol=1e-5, atol=1e-6)
+    if own == "AutoModelForImageClassification":  # the others take what they need from a classifier
+        load("AutoModel", repo)
+        load("AutoBackbone", repo)
+    for backend, suffix in (("torchvision", ""), ("pil", "Pil")):
+        processor = AutoImageProcessor.from_pretrained(repo, trust_remote_code=True, backend=backend)
+        assert type(processor).__module__.startswith("transformers_modules.")
+        assert type(processor).__name__ == "PvtImageProcessor" + suffix and processor.crop_size.height == 64
+    print(name)
+"""
+
+
+@torch.no_grad()
+def test_code_of_every_class(python, hub, tmp_path, monkeypatch):
+    """What `save_pretrained` leaves after `register_for_auto_class` works where pvt_hf is not installed."""
+    own = {
+        "Model": "AutoModel",
+        "ForImageClassification": "AutoModelForImageClassification",
+        "Backbone": "AutoBackbone",
+    }
+    auto_classes = {name: own[re.search("|".join(own), name)[0]] for name in CLASSES}
+    assert len(auto_classes) == 6
+    for index, (name, auto_class) in enumerate(auto_classes.items()):
+        model_class = getattr(pvt_hf, name)
+        processor = (pvt_hf.PvtImageProcessor, pvt_hf.PvtImageProcessorPil)[index % 2](crop_size=64)
+        for code in (model_class, model_class.config_class, type(processor)):
+            monkeypatch.setattr(code, "_auto_class", None)  # what is registered here is undone afterwards
+        model_class.register_for_auto_class(auto_class)
+        model_class.config_class.register_for_auto_class()
+        type(processor).register_for_auto_class()
+        model = randomize(model_class(small_config("v2" if "V2" in name else "v1", out_features=STAGES))).eval()
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        pixels = torch.randn(2, 3, 64, 64)
+        outputs = model(pixels)
+        output = outputs.feature_maps[-1] if "feature_maps" in outputs else outputs[0]
+        torch.save({"pixels": pixels, "output": output}, tmp_path / f"{name}.pt")
+        hub.repos[f"me/{name}"] = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+    result = python("-c", LOAD_CODE, json.dumps(auto_classes), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == CLASSES
+
+
+def test_own_subclass_is_saved_as_everywhere(tmp_path, monkeypatch):
+    """A class of somebody's own file has no siblings there for the other Auto classes."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_pvt.py").write_text("import pvt_hf\n\n\nclass MyPvt(pvt_hf.PvtModel):\n    pass\n")
+    model_class = importlib.import_module("my_pvt").MyPvt
+    model_class.register_for_auto_class("AutoModel")
+    model_class(small_config("v1")).save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {"AutoModel": "my_pvt.MyPvt"}
 
 
 def test_repository_as_source(online, tmp_path, capsys):
