@@ -31,8 +31,8 @@ class _Float64(Mapping):
 
 
 def _to_float64(model: torch.nn.Module) -> None:
-    """Loaded tensors are parts of one mapped file, which is in memory until the last of them is gone: copied first, they
-    need twice the checkpoint's size at the peak, not three times."""
+    """Loaded tensors are parts of one mapped file, which is in memory until the last of them is gone. Copied first,
+    they need twice the checkpoint's size at the peak, not three times."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     model.double().eval()
