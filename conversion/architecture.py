@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torchvision.models import ResNet50_Weights
 from transformers import PreTrainedConfig
 
@@ -26,16 +27,18 @@ def read_fields(weights: StateDict) -> dict[str, Any]:
         ConversionError: If a tensor that they are read from is missing.
     """
 
-    def shape(key: str) -> tuple[int, ...]:
+    def shape(key: str, ndim: int) -> tuple[int, ...]:
         if key not in weights:
             raise ConversionError(f"The checkpoint lacks {key!r} (by its official name), and is not a whole PVT.")
+        if weights[key].ndim != ndim or not weights[key].numel():
+            raise ConversionError(f"{key!r} must have {ndim} dimensions, got shape {tuple(weights[key].shape)}.")
         return tuple(weights[key].shape)
 
     stages = (1, 2, 3, 4)
-    projections = [shape(f"patch_embed{stage}.proj.weight") for stage in stages]
+    projections = [shape(f"patch_embed{stage}.proj.weight", 4) for stage in stages]
     hidden_sizes = [channels for channels, *_ in projections]
     ratios = [
-        shape(f"block{stage}.0.mlp.fc1.weight")[0] / size for stage, size in zip(stages, hidden_sizes, strict=True)
+        shape(f"block{stage}.0.mlp.fc1.weight", 2)[0] / size for stage, size in zip(stages, hidden_sizes, strict=True)
     ]
     fields = {
         "model_type": "pvt" if "pos_embed1" in weights else "pvt_v2",
@@ -46,17 +49,16 @@ def read_fields(weights: StateDict) -> dict[str, Any]:
         "mlp_ratios": [int(ratio) if ratio.is_integer() else ratio for ratio in ratios],
         "qkv_bias": "block1.0.attn.q.bias" in weights,
     }
-    reductions = [
-        weights[key].shape[-1] if (key := f"block{stage}.0.attn.sr.weight") in weights else 1 for stage in stages
-    ]
+    reductions = [shape(key, 4)[-1] if (key := f"block{stage}.0.attn.sr.weight") in weights else 1 for stage in stages]
     if fields["model_type"] == "pvt":
+        shape("pos_embed1", 3)
         fields["sequence_reduction_ratios"] = reductions
     elif "block4.0.attn.sr.weight" in weights:  # only the linear variant reduces in stage 4
         fields["linear_attention"] = True
     else:
         fields |= {"linear_attention": False, "sr_ratios": reductions}
     if "head.weight" in weights:
-        fields["num_labels"] = shape("head.weight")[0]
+        fields["num_labels"] = shape("head.weight", 2)[0]
     return fields
 
 
@@ -97,14 +99,17 @@ def read_config(weights: StateDict, known: dict[str, Any] | None = None) -> PreT
         fields["label2id"] = {name: index for index, name in enumerate(names)}
     try:
         return config_class(**fields)
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"The checkpoint's shapes are not those of a PVT: {error}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConversionError(f"There is no PVT with these shapes and this `config.json`: {error}") from error
 
 
 def _image_size(positions: int, fields: dict[str, Any]) -> int | list[int]:
     stride, stated = fields["patch_sizes"][0], fields.get("image_size")
     if stated is not None:
-        height, width = (stated, stated) if isinstance(stated, int) else stated
+        sides = [stated, stated] if isinstance(stated, int) else stated
+        if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+            raise ConversionError(f"`config.json` must have one or two numbers as image_size, got {stated!r}.")
+        height, width = sides
         if (height // stride) * (width // stride) != positions:
             raise ConversionError(
                 f"`config.json` says image_size {stated}, but 'pos_embed1' has {positions} positions."
@@ -127,17 +132,15 @@ def imagenet_labels() -> list[str]:
 def _label_names(num_labels: int, known: dict[str, Any]) -> list[str]:
     """Those of `config.json` (transformers' or timm's), or ImageNet's for 1000 classes, or LABEL_0, LABEL_1, ..."""
     placeholders = [f"LABEL_{index}" for index in range(num_labels)]
-    id2label = {int(index): name for index, name in (known.get("id2label") or {}).items()}
-    names = [id2label.get(index) for index in range(num_labels)] if id2label else known.get("label_names")
+    stated = known.get("id2label") or known.get("label_names") or {}
+    if isinstance(stated, list):
+        stated = dict(enumerate(stated))
+    if not isinstance(stated, dict) or (stated and {str(key) for key in stated} != set(map(str, range(num_labels)))):
+        raise ConversionError(f"`config.json` does not name the {num_labels} labels of the checkpoint's head.")
+    names = [name for _, name in sorted(stated.items(), key=lambda item: int(item[0]))]
     if names and names != placeholders:
-        if len(names) != num_labels or len(id2label or names) != num_labels or None in names:
-            raise ConversionError(f"`config.json` does not name the {num_labels} labels of the checkpoint's head.")
-        return list(names)
+        return names
     return imagenet_labels() if num_labels == 1000 else placeholders
-
-
-def has_imagenet_labels(config: PreTrainedConfig) -> bool:
-    return list(config.id2label.values()) == imagenet_labels()
 
 
 def differences(config: PreTrainedConfig, variant: Variant) -> list[str]:

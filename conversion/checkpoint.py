@@ -1,16 +1,19 @@
 """Reads the tensors of a checkpoint from a file, the official release or the Hub. Nothing is ever unpickled."""
 
 import argparse
+import collections
 import difflib
 import hashlib
+import http.client
 import json
+import pathlib
 import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
+import numpy as np
 import safetensors.torch
 import torch
 from huggingface_hub import HfApi
@@ -22,8 +25,22 @@ from pvt_hf import VARIANTS
 
 _FILE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_JSON_FILES = ("config.json", "preprocessor_config.json")
 _WRAPPERS = ("state_dict", "model")  # mmcv and timm; the official training code
-_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel; torch.compile
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel; torch.compile; Lightning
+
+# What training programs put beside the weights, and what runs nothing when it is read: the arguments of the official
+# code, paths, counters, and scalars of NumPy by their names in version 2 and before.
+_HARMLESS = [
+    argparse.Namespace,
+    collections.defaultdict,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    np.dtype,
+    np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
+]
 
 
 @dataclass(frozen=True)
@@ -59,7 +76,9 @@ def read_checkpoint(name: str) -> Checkpoint:
     Raises:
         ConversionError: If there is no such checkpoint, or it is not one that can be read safely.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
+    if name in VARIANTS and not path.is_file():
+        return _read_release(name)
     if path.is_dir():
         files = quote(file.name for file in path.iterdir() if file.suffix in _FILE_ENDINGS) or "none"
         raise ConversionError(f"`CHECKPOINT` must be a file, got the directory {name}. Checkpoints in it: {files}.")
@@ -69,8 +88,6 @@ def read_checkpoint(name: str) -> Checkpoint:
         return _read(path.name, path, *(read_json(beside and beside / file) for file in _JSON_FILES))
     if path.suffix in _FILE_ENDINGS:
         raise ConversionError(f"`CHECKPOINT` is {name}, and there is no such file.")
-    if name in VARIANTS:
-        return _read_release(name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return _read_from_hub(name)
     nearest = difflib.get_close_matches(name, VARIANTS) or list(VARIANTS)
@@ -80,16 +97,16 @@ def read_checkpoint(name: str) -> Checkpoint:
     )
 
 
-_JSON_FILES = ("config.json", "preprocessor_config.json")
-
-
 def read_json(path: Path | None) -> dict[str, Any]:
     if path is None or not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConversionError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} must hold an object, got {content!r:.40}.")
+    return content
 
 
 def _read_release(name: str) -> Checkpoint:
@@ -101,7 +118,7 @@ def _read_release(name: str) -> Checkpoint:
         print(f"Downloading {url} to {path}")
         try:
             torch.hub.download_url_to_file(url, str(path))
-        except (URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ConversionError(f"{url} could not be downloaded: {error}") from error
     try:
         return _read(url, path, {}, {})
@@ -130,21 +147,28 @@ def _read_from_hub(repo: str) -> Checkpoint:
 
 
 def _read(source: str, path: Path, config: dict[str, Any], preprocessor: dict[str, Any]) -> Checkpoint:
-    loaded, set_aside = load_file(path), ()
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded.get(wrapper), dict):
-            set_aside = tuple(key for key in loaded if key != wrapper)
-            loaded = loaded[wrapper]
-            break
-    for prefix in _PREFIXES:
-        if loaded and all(isinstance(key, str) and key.startswith(prefix) for key in loaded):
-            loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
-    if other := [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]:
+    loaded, set_aside = load_file(path), []
+    while wrapper := next((key for key in _WRAPPERS if isinstance(loaded.get(key), dict) and loaded[key]), None):
+        set_aside += [str(key) for key in loaded if key != wrapper]
+        loaded = loaded[wrapper]
+    if "n_averaged" in loaded:  # the counter of torch.optim.swa_utils.AveragedModel
+        loaded = {key: value for key, value in loaded.items() if key != "n_averaged"}
+        set_aside.append("n_averaged")
+    if other := [str(key) for key, value in loaded.items() if not (isinstance(key, str) and _is_plain(value))]:
         raise ConversionError(
-            f"{path} holds other things than tensors, and no {' or '.join(map(repr, _WRAPPERS))} around them: "
-            f"{quote(other)}."
+            f"{path} holds other things than plain tensors with names, and no {' or '.join(map(repr, _WRAPPERS))} "
+            f"around them: {quote(other)}."
         )
-    return Checkpoint(source, path, loaded, config, preprocessor, set_aside)
+    while loaded and (prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in loaded)), None)):
+        loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
+    return Checkpoint(source, path, loaded, config, preprocessor, tuple(set_aside))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor with ordinary numbers: not sparse, not quantised to 8 bits, not without content."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return not value.is_complex() and not (value.is_floating_point() and value.dtype.itemsize < 2)
 
 
 def load_file(path: Path) -> dict[str, Any]:
@@ -160,10 +184,10 @@ def load_file(path: Path) -> dict[str, Any]:
             start = file.read(256)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
-    text = start.lstrip().lower()
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not start:
         raise ConversionError(f"{path} is empty.")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+    if text.startswith((b"<!", b"<html", b"<?xml")):
         raise ConversionError(f"{path} is an HTML page, not a checkpoint: the page of a download was saved instead.")
     if text.startswith(b"version https://git-lfs"):
         raise ConversionError(f"{path} is a Git LFS pointer, not the checkpoint: run `git lfs pull`.")
@@ -175,14 +199,13 @@ def load_file(path: Path) -> dict[str, Any]:
             raise ConversionError(f"{path} is neither a file of `torch.save` nor a `.safetensors` file.")
         if path.suffix == ".safetensors":
             raise ConversionError(f"{path} is a pickle of `torch.save` under the name of a `.safetensors` file.")
-        # A Namespace holds the arguments of the official training code. It runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_HARMLESS):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if wanted := re.search(r"GLOBAL (\S+)", str(error)):
             raise ConversionError(
-                f"{path} is refused: it is a pickle that asks for `{wanted[1]}`, which could run code on this machine. "
-                "Only tensors and plain containers are read. Save its `state_dict()` where you trust it."
+                f"{path} is refused: it is a pickle that asks for `{wanted[1]}`, and reading that could run code "
+                "here. Only tensors and a few harmless types are read. Save its `state_dict()` where you trust it."
             ) from error
         raise ConversionError(f"{path} is refused or damaged: {str(error).splitlines()[0]}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:

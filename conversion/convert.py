@@ -23,19 +23,20 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # this clone's `conversion` and `pvt_hf`, run from anywhere
+# Run from anywhere, the program uses the `conversion` and `pvt_hf` beside it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoBackbone, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from conversion import rename
-from conversion.architecture import differences, find_variant, has_imagenet_labels, read_config
+from conversion.architecture import differences, find_variant, imagenet_labels, read_config
 from conversion.checkpoint import Checkpoint, load_file, read_checkpoint, read_json
 from conversion.model_card import Conversion, render
-from conversion.publish import publish, saved_with_code
+from conversion.preprocessing import read_image_processor
+from conversion.publish import CODE, publish, saved_with_code
 from conversion.rename import ConversionError, StateDict
 from conversion.verify import largest_difference, reference_outputs, timm_outputs
 from pvt_hf import VARIANTS, PvtImageProcessor
@@ -70,7 +71,9 @@ def convert(
     """
     _check_output_dir(output_dir, overwrite)
     checkpoint = read_checkpoint(name)
-    source_format = rename.detect_format(checkpoint.weights)
+    if checkpoint.path.resolve().is_relative_to(output_dir.resolve()):
+        raise ConversionError(f"`OUTPUT_DIR` {output_dir} holds the checkpoint itself; choose another.")
+    source_format = rename.detect_format(rename.with_base_prefix(checkpoint.weights))
     official = _official_weights(checkpoint.weights, source_format, backbone_only)
     config = read_config(official, checkpoint.config)
     if backbone_only:
@@ -79,7 +82,7 @@ def convert(
     if variant and (wrong := differences(config, VARIANTS[variant])):
         raise ConversionError(f"The checkpoint is not a {variant}: {'; '.join(wrong)}.")
     model = build_model(official, config, backbone_only)
-    processor = _image_processor(checkpoint, config)
+    processor, processor_origin = read_image_processor(checkpoint, config)
     facts = {
         "source": checkpoint.source,
         "sha256": checkpoint.sha256,
@@ -93,7 +96,7 @@ def convert(
         "has_image_processor": processor is not None,
         "has_code": with_code,
     }
-    with _appearing_whole(output_dir) as folder:
+    with _appearing_whole(output_dir, overwrite) as folder:
         with ExitStack() as stack:
             if with_code:
                 auto_class = "AutoBackbone" if backbone_only else "AutoModelForImageClassification"
@@ -103,7 +106,7 @@ def convert(
             if processor is not None:
                 processor.save_pretrained(folder)
         model_class = type(model)
-        del model  # the tensors are the source's: one copy of the checkpoint in memory
+        del model
         if source_format == "timm":
             del official
             expected = timm_outputs(checkpoint.weights, config, backbone_only)
@@ -115,12 +118,12 @@ def convert(
         conversion = Conversion(difference=difference, **facts)
         card = render(conversion, card_name or str(output_dir))
         card.save(folder / "README.md")
-    _describe(conversion, checkpoint, output_dir)
+    _describe(conversion, checkpoint, processor_origin, output_dir)
     return conversion
 
 
 def build_model(official: StateDict, config: PreTrainedConfig, is_backbone: bool) -> PreTrainedModel:
-    """The model with these tensors, which are shared, in the widest of their dtypes.
+    """The model with copies of these tensors, in the widest of their dtypes.
 
     Raises:
         ConversionError: Unless each tensor has its place and each place its tensor.
@@ -135,7 +138,9 @@ def build_model(official: StateDict, config: PreTrainedConfig, is_backbone: bool
     if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise ConversionError(f"These tensors are no floating-point numbers: {rename.quote(whole)}.")
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
-    model.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
+    # Copies, because `save_pretrained` refuses tensors that share memory, as the two halves of a fused tensor do.
+    own = {key: torch.empty(tensor.shape, dtype=dtype).copy_(tensor) for key, tensor in tensors.items()}
+    model.load_state_dict(own, assign=True)
     model.config.dtype = dtype
     return model
 
@@ -151,6 +156,8 @@ def export(saved_dir: Path, file: Path, to: str, overwrite: bool = False) -> Non
     Raises:
         ConversionError: If the folder does not hold a whole PVT, or `file` exists and `overwrite` is not set.
     """
+    if file.resolve().is_relative_to(saved_dir.resolve()):
+        raise ConversionError(f"`FILE` {file} would lie in `SAVED_DIR` {saved_dir}; choose another place.")
     if file.is_dir() or (file.exists() and not overwrite):
         raise ConversionError(
             f"`FILE` {file} exists" + (": it is a directory." if file.is_dir() else "; use --overwrite.")
@@ -160,9 +167,7 @@ def export(saved_dir: Path, file: Path, to: str, overwrite: bool = False) -> Non
         raise ConversionError(f"`SAVED_DIR` must be a folder of `save_pretrained`, but {saved_dir} has no {missing}.")
     weights, known = load_file(weights_file), read_json(config_file)
     is_backbone = all(key.startswith("encoder.") for key in weights)
-    if is_backbone:
-        weights = {f"{known.get('model_type')}.{key}": tensor for key, tensor in weights.items()}
-    official = rename.to_official(weights)
+    official = rename.to_official(rename.with_base_prefix(weights))
     build_model(official, read_config(official, known), is_backbone)  # a whole one, or an error
     if to == "timm":
         official = rename.official_to_timm(official)
@@ -186,65 +191,70 @@ def _official_weights(weights: StateDict, source_format: str, backbone_only: boo
             )
         weights = {key.removeprefix("backbone."): weights[key] for key in weights if key.startswith("backbone.")}
     convert_names = {"timm": rename.timm_to_official, "transformers": rename.to_official}
-    official = convert_names.get(source_format, dict)(weights)
+    official = convert_names.get(source_format, dict)(rename.with_base_prefix(weights))
     if backbone_only:  # what the official backbones for dense prediction do not have
         official = {key: official[key] for key in official if not key.startswith(("head.", "norm.", "cls_token"))}
     return official
 
 
-def _image_processor(checkpoint: Checkpoint, config: PreTrainedConfig) -> PvtImageProcessor | None:
-    """The checkpoint's own settings if it was trained for something else than ImageNet, else the papers' evaluation."""
-    if config.num_channels != 3:
-        return None
-    if checkpoint.preprocessor and not has_imagenet_labels(config):
-        return PvtImageProcessor.from_dict(checkpoint.preprocessor)
-    if config.model_type == "pvt" and config.image_shape != (224, 224):
-        height, width = config.image_shape
-        return PvtImageProcessor(crop_size={"height": height, "width": width})
-    return PvtImageProcessor()
-
-
-def _is_written(path: Path) -> bool:
-    return path.is_file() and (path.name in _WRITTEN or path.suffix == ".py")
+def _is_former_conversion(folder: Path) -> bool:
+    """Whether the files are those that a conversion writes, and the card says that one wrote them."""
+    if any(path.name not in (*_WRITTEN, *CODE) for path in folder.iterdir()):
+        return False
+    try:
+        return "conversion" in ModelCard.load(folder / "README.md").data.to_dict()
+    except (OSError, ValueError):
+        return False
 
 
 def _check_output_dir(output_dir: Path, overwrite: bool) -> None:
     if not output_dir.exists():
         return
-    if not output_dir.is_dir():
-        raise ConversionError(f"`OUTPUT_DIR` {output_dir} exists and is not a directory.")
-    files = list(output_dir.iterdir())
-    if files and not overwrite:
-        raise ConversionError(f"`OUTPUT_DIR` {output_dir} is not empty; use --overwrite to replace a conversion.")
-    if foreign := [path.name for path in files if not _is_written(path)]:
+    if not output_dir.is_dir() or output_dir.resolve() == Path.cwd():
         raise ConversionError(
-            f"`OUTPUT_DIR` {output_dir} has files that no conversion writes, and --overwrite would delete them: "
-            f"{rename.quote(foreign)}."
+            f"`OUTPUT_DIR` must be a new or an empty directory with a name of its own, got {output_dir}."
         )
+    if any(output_dir.iterdir()):
+        if not overwrite:
+            raise ConversionError(f"`OUTPUT_DIR` {output_dir} is not empty; use --overwrite to replace a conversion.")
+        if not _is_former_conversion(output_dir):
+            raise ConversionError(
+                f"`OUTPUT_DIR` {output_dir} is not what a conversion left, and --overwrite would delete it: "
+                f"{rename.quote(path.name for path in output_dir.iterdir())}."
+            )
 
 
 @contextmanager
-def _appearing_whole(output_dir: Path) -> Iterator[Path]:
+def _appearing_whole(output_dir: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write to. If all goes well it takes the place of `output_dir`, else it disappears."""
-    output_dir = output_dir.absolute()
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as temporary:
-        folder = Path(temporary) / "new"
+    target = output_dir.resolve()  # through links
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        folder, former = Path(temporary) / "new", Path(temporary) / "former"
         folder.mkdir()
         yield folder
-        if output_dir.exists():
-            output_dir.rename(Path(temporary) / "old")
-        folder.rename(output_dir)
+        _check_output_dir(output_dir, overwrite)  # again: this took a while
+        if target.exists():
+            target.rename(former)
+        try:
+            folder.rename(target)
+        except BaseException:
+            if former.exists():
+                former.rename(target)
+            raise
 
 
-def _describe(conversion: Conversion, checkpoint: Checkpoint, output_dir: Path) -> None:
-    name = conversion.variant.name if conversion.variant else "a variant of your own"
+def _describe(conversion: Conversion, checkpoint: Checkpoint, processor_origin: str, output_dir: Path) -> None:
+    config, name = conversion.config, conversion.variant.name if conversion.variant else "a variant of your own"
     print(f"{conversion.source}: {name}, {conversion.source_format} format, {conversion.dtype}")
     if checkpoint.set_aside:
         print(f"  left in the file: {', '.join(checkpoint.set_aside)}")
-    if conversion.variant is None and not checkpoint.config:
-        heads = ", ".join(map(str, conversion.config.num_attention_heads))
+    if conversion.variant is None and "num_attention_heads" not in checkpoint.config:
+        heads = ", ".join(map(str, config.num_attention_heads))
         print(f"  attention heads: {heads}, the official numbers; the checkpoint does not tell")
+    if not conversion.is_backbone and list(config.id2label.values()) == imagenet_labels():
+        print("  labels: those of ImageNet-1k, as there are 1000 without other names")
+    print(f"  image processor: {processor_origin}")
     print(f"  {conversion.tensors} tensors, {conversion.parameters / 1e6:.1f} M parameters, all of them used")
     print(f"  largest difference to the source, in float64: {conversion.difference:.1e}")
     print(f"  written to {output_dir}")
@@ -298,10 +308,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.private and not options.push_to_hub:
         parser.error("--private needs --push-to-hub")
     if options.push_to_hub:
+        repo = f"{options.push_to_hub}/name" if options.all else options.push_to_hub
         try:
-            validate_repo_id(f"{options.push_to_hub}/name" if options.all else options.push_to_hub)
+            validate_repo_id(repo)
         except ValueError as error:
             parser.error(f"--push-to-hub: {error}")
+        if "/" not in repo:  # the card names the repository
+            parser.error(f"--push-to-hub must be owner/name, got {repo}")
     return options
 
 
@@ -327,3 +340,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -6,7 +6,6 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from conversion.architecture import has_imagenet_labels
 from conversion.verify import TOLERANCE
 from pvt_hf.variants import Variant
 
@@ -45,9 +44,9 @@ class Conversion:
         return self.model_class.endswith("Backbone")
 
     @property
-    def is_imagenet(self) -> bool:
-        """Whether this classifies the 1000 classes of ImageNet-1k with a released variant, as the official files do."""
-        return self.variant is not None and not self.is_backbone and has_imagenet_labels(self.config)
+    def is_release(self) -> bool:
+        """Whether it was downloaded from the official release: only then its licence and its data are known."""
+        return self.variant is not None and self.source == self.variant.checkpoint_url
 
 
 def render(conversion: Conversion, name: str) -> ModelCard:
@@ -56,7 +55,7 @@ def render(conversion: Conversion, name: str) -> ModelCard:
     Its metadata has no `model-index`: a conversion measures no accuracy.
     """
     model_type = conversion.config.model_type
-    known = {"license": "apache-2.0", "datasets": ["ILSVRC/imagenet-1k"]} if conversion.is_imagenet else {}
+    known = {"license": "apache-2.0", "datasets": ["ILSVRC/imagenet-1k"]} if conversion.is_release else {}
     metadata = ModelCardData(
         **known,
         library_name="transformers",

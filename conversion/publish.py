@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+import pvt_hf
 from conversion.rename import ConversionError
 
+CODE = frozenset(path.name for path in Path(pvt_hf.__file__).parent.glob("*.py"))  # what --with-code may write
 _REASONS = {
     401: "the Hub does not know you: run `hf auth login`, or set HF_TOKEN",
     403: "your token may not write there",
@@ -36,18 +39,23 @@ def publish(folder: Path, repo: str, private: bool) -> str:
         repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
         if private and not api.repo_info(repo).private:
             raise ConversionError(f"{repo} exists and is public, and `--private` is set: nothing was uploaded.")
-        files = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
-        return api.create_commit(repo, files, commit_message="Checkpoint converted by pvt_hf").commit_url
+        files = {path.name: path for path in sorted(folder.iterdir())}
+        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        # Code that a former upload had and this one has not would be run with other weights.
+        operations += [CommitOperationDelete(name) for name in api.list_repo_files(repo) if name in CODE - files.keys()]
+        return api.create_commit(repo, operations, commit_message="Checkpoint converted by pvt_hf").commit_url
     except ConversionError:
         raise
     except Exception as error:  # HTTP errors, cut connections, offline mode: whatever it is, the folder is whole
         if isinstance(error, HfHubHTTPError):
             reason = _REASONS.get(error.response.status_code, str(error))
+            outcome = "Nothing was committed there"
         else:
             reason = f"the connection failed ({type(error).__name__}: {error})"
+            outcome = "Whether the commit arrived is not known"
         raise ConversionError(
-            f"The upload to {repo} at {api.endpoint} failed: {reason}. Nothing was committed there; everything is in "
-            f"{folder}. To try again: hf upload {repo} {folder}"
+            f"The upload to {repo} at {api.endpoint} failed: {reason}. {outcome}; everything is in {folder}. To try "
+            f"again: hf upload {repo} {quote(str(folder))}"
         ) from error
 
 

@@ -108,6 +108,14 @@ def detect_format(keys: Iterable[str]) -> str:
     )
 
 
+def with_base_prefix(weights: StateDict) -> StateDict:
+    """The tensors of a bare [`PvtModel`] or backbone (`encoder...`) with the names that they have in a classifier."""
+    if not weights or not all(key.startswith("encoder.") for key in weights):
+        return weights
+    prefix = "pvt_v2" if any(key.startswith("encoder.layers.") for key in weights) else "pvt"
+    return {f"{prefix}.{key}": tensor for key, tensor in weights.items()}
+
+
 def system_name(keys: Iterable[str]) -> str:
     """What an mmdetection or mmsegmentation checkpoint is, in words."""
     keys = list(keys)

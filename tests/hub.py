@@ -143,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "file":
                 self.hub.repos[repo][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del self.hub.repos[repo][value["path"]]
             elif line["key"] == "lfsFile":
                 self.hub.repos[repo][value["path"]] = self.hub.objects[value["oid"]]
         oid = self.hub.commit_id(repo)

@@ -2,14 +2,18 @@
 
 import argparse
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
 import threading
+import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -17,10 +21,11 @@ import torch
 from checkpoints import TINY, equal, official_shapes, official_weights, run, save
 from huggingface_hub import ModelCard
 from models import ROOT, STAGES, randomize, small_config
+from torchvision.models import ResNet50_Weights
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 import pvt_hf
-from conversion import convert, rename
+from conversion import convert, rename, verify
 from pvt_hf.variants import VARIANTS
 
 VERSIONS = pytest.mark.parametrize("version", TINY)
@@ -41,19 +46,24 @@ def test_counts_of_official_tensors():
     counts = {name: len(official_shapes(variant)) for name, variant in VARIANTS.items()}
     assert [counts[f"pvt_{size}"] for size in ("tiny", "small", "medium", "large")] == [161, 301, 517, 751]
     assert [counts[f"pvt_v2_b{index}"] for index in range(6)] == [178, 178, 334, 574, 834, 1054]
+    assert counts["pvt_v2_b2_li"] == 346
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant(name, tmp_path):
+def test_every_variant(name, tmp_path, monkeypatch):
     """The official format, and timm's for v2, of the real shapes: verified, loadable, and back bit for bit."""
     source = official_weights(VARIANTS[name])
     done = convert.convert(str(save({"model": source}, tmp_path / "source.pth")), tmp_path / "out")
     assert done.variant.name == name and done.difference < 1e-10 and done.source_format == "official"
 
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
-    assert type(model).__module__.startswith("pvt_hf.") and model.config.id2label[1] == "goldfish"
+    assert type(model).__module__.startswith("pvt_hf.")
+    assert list(model.config.id2label.values()) == ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    assert len(model.config.label2id) == 1000
     assert equal(model.state_dict(), rename.from_official(source))
     assert dict(AutoImageProcessor.from_pretrained(tmp_path / "out").size) == {"shortest_edge": 256}
+
+    assert len({image.shape for image in verify.probe_images(model.config)}) == 2  # one is oblong
 
     assert run("--to", "official", tmp_path / "out", tmp_path / "back.pth") == 0
     assert equal(torch.load(tmp_path / "back.pth", mmap=True), source)
@@ -62,6 +72,7 @@ def test_every_variant(name, tmp_path):
         with torch.device("meta"):
             expected = {key: tensor.shape for key, tensor in timm.create_model(name).state_dict().items()}
         assert run("--to", "timm", tmp_path / "out", tmp_path / "timm.safetensors") == 0
+        monkeypatch.delattr(convert, "reference_outputs")  # timm's checkpoint is compared with timm's model
         again = convert.convert(str(tmp_path / "timm.safetensors"), tmp_path / "again")
         assert again.source_format == "timm" and again.difference < 1e-10
         with safetensors.safe_open(tmp_path / "timm.safetensors", "pt") as file:
@@ -71,23 +82,38 @@ def test_every_variant(name, tmp_path):
 
 
 def namespaced(weights):
-    return {"model": weights, "epoch": 3, "optimizer": {"state": {}}, "args": argparse.Namespace(lr=1e-3, data="x")}
+    arguments = argparse.Namespace(lr=1e-3, data=Path("x"))
+    return {"model": weights, "epoch": 3, "best": np.float64(81.2), "optimizer": {"state": {}}, "args": arguments}
 
 
+def shared_and_strided(weights):
+    """In memory as `save_pretrained` would refuse it."""
+    return {key: value.t().contiguous().t() if value.ndim == 2 else value for key, value in weights.items()}
+
+
+ONE = torch.tensor(1)
 PACKAGINGS = {
     "plain": lambda weights: weights,
     "model, optimizer and arguments": namespaced,
     "state_dict": lambda weights: {"state_dict": weights, "meta": {"epoch": 12, "CLASSES": ("a", "b")}},
     "module.": lambda weights: {"state_dict": {f"module.{key}": value for key, value in weights.items()}},
+    "model.": lambda weights: {"state_dict": {f"model.{key}": value for key, value in weights.items()}, "epoch": 1},
+    "nested": lambda weights: {"model": {"state_dict": weights}, "state_dict": {}},
+    "averaged": lambda weights: {f"module.{key}": value for key, value in weights.items()} | {"n_averaged": ONE},
+    "shared and strided": shared_and_strided,
     "_orig_mod.": lambda weights: {f"module._orig_mod.{key}": value for key, value in weights.items()},
 }
 
 
 @pytest.mark.parametrize("packaging", PACKAGINGS)
 @VERSIONS
-def test_packaging(version, packaging, tmp_path):
+def test_packaging(version, packaging, tmp_path, capsys):
     source = official_weights(TINY[version])
+    if packaging == "shared and strided" and version != "v1":
+        source["norm1.bias"] = source["norm1.weight"]
     convert.convert(str(save(PACKAGINGS[packaging](source), tmp_path / "a.pth")), tmp_path / "out")
+    beside = {"model, optimizer and arguments": "left in the file: epoch, best, optimizer, args", "model.": "epoch"}
+    assert beside.get(packaging, "") in capsys.readouterr().out
     assert equal(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"), rename.from_official(source))
 
 
@@ -166,15 +192,87 @@ def test_folder_of_save_pretrained(version, tmp_path):
         assert (tmp_path / "in" / file).read_bytes() == (tmp_path / "out" / file).read_bytes(), file
 
 
-def test_labels_of_timm(tmp_path):
+@pytest.mark.parametrize("names", ['["no", "yes"]', '{"1": "yes", "0": "no"}'])
+def test_settings_of_timm(names, tmp_path):
+    """Labels and preprocessing from timm's `config.json`."""
     weights = rename.official_to_timm(official_weights(TINY["v2"]))
     weights["head.weight"], weights["head.bias"] = torch.randn(2, 64), torch.randn(2)
     folder = tmp_path / "repo"
     folder.mkdir()
     save(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"architecture": "pvt_v2_b0", "num_classes": 2, "label_names": ["no", "yes"]}')
+    image = {"input_size": [3, 384, 384], "crop_pct": 0.9, "interpolation": "bilinear"}
+    image |= {"mean": [0.5, 0.4, 0.3], "std": [1, 1, 1]}
+    settings = {"architecture": "pvt_v2_b0", "label_names": json.loads(names), "pretrained_cfg": image}
+    (folder / "config.json").write_text(json.dumps(settings))
     done = convert.convert(str(folder / "model.safetensors"), tmp_path / "out")
     assert done.config.id2label == {0: "no", 1: "yes"} and done.config.label2id == {"no": 0, "yes": 1}
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor.size.shortest_edge == 426 and processor.crop_size.height == 384 and processor.resample == 2
+    assert list(processor.image_mean) == [0.5, 0.4, 0.3] and list(processor.image_std) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "edge", "origin"),
+    [
+        (
+            {"size": {"height": 224, "width": 224}, "resample": 2},
+            256,
+            "the papers' evaluation, in place of the squashing default",
+        ),
+        ({"size": {"shortest_edge": 438}, "crop_size": {"height": 384, "width": 384}}, 438, "the checkpoint's own"),
+        ({}, 256, "the papers' evaluation"),
+    ],
+)
+def test_preprocessing_of_transformers(fields, edge, origin, tmp_path, capsys):
+    """Settings are kept, but for the squashing default with which the released weights are on the Hub."""
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    save(rename.from_official(official_weights(TINY["v2"])), folder / "old.pth")
+    save({key: value.clone() for key, value in torch.load(folder / "old.pth").items()}, folder / "model.safetensors")
+    if fields:
+        code = {"auto_map": {"AutoImageProcessor": "elsewhere.Processor"}, "image_processor_type": "PvtImageProcessor"}
+        (folder / "preprocessor_config.json").write_text(json.dumps(fields | code))
+    assert run(folder / "model.safetensors", tmp_path / "out") == 0
+    assert f"image processor: {origin}" in capsys.readouterr().out
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert processor.size.shortest_edge == edge and processor.do_center_crop
+
+
+def test_size_of_v1_is_the_size_of_its_crop(tmp_path):
+    weights = official_weights(TINY["v1"])
+    for stage, side in enumerate((24, 12, 6, 3), start=1):
+        weights[f"pos_embed{stage}"] = weights[f"pos_embed{stage}"][:, : side * side + (stage == 4)].clone()
+    convert.convert(str(save(weights, tmp_path / "a.pth")), tmp_path / "out")
+    assert AutoConfig.from_pretrained(tmp_path / "out").image_size == 96
+    assert AutoImageProcessor.from_pretrained(tmp_path / "out").crop_size.height == 96
+
+
+def test_tensors_of_a_gpu(tmp_path):
+    """A file that was saved on a GPU is read without one."""
+    source, path = official_weights(TINY["v2"]), tmp_path / "a.pth"
+    torch.save(source, path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "gpu.pth", "w") as new:
+        for entry in old.infolist():
+            cpu, cuda = b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0"
+            content = old.read(entry)
+            assert entry.filename != "a/data.pkl" or cpu in content
+            new.writestr("gpu" + entry.filename.removeprefix("a"), content.replace(cpu, cuda))
+    assert run(tmp_path / "gpu.pth", tmp_path / "out") == 0
+
+
+def test_bare_model_and_backbone_of_transformers(tmp_path, capsys):
+    """Without a classifier there is a backbone in them, and what `--backbone-only` wrote can be read again."""
+    for version, name in (("v1", "PvtModel"), ("v2", "PvtV2Model")):
+        model = randomize(getattr(pvt_hf, name)(small_config(version)))
+        model.save_pretrained(tmp_path / name)
+        assert run(tmp_path / name / "model.safetensors", tmp_path / "classifier") == 1
+        assert "lacks 2: 'classifier.bias'" in capsys.readouterr().err
+        out, again = tmp_path / f"{name}_backbone", tmp_path / f"{name}_again"
+        assert run(tmp_path / name / "model.safetensors", out, "--backbone-only") == 0
+        assert run(out / "model.safetensors", again, "--backbone-only") == 0
+        assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+        for key, value in safetensors.torch.load_file(out / "model.safetensors").items():
+            assert torch.equal(value, model.state_dict()[key])
 
 
 @pytest.mark.parametrize(
@@ -249,20 +347,24 @@ def release(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_download(release, tmp_path, capsys):
+def test_download(release, tmp_path, capsys, monkeypatch):
     source = save(official_weights(VARIANTS["pvt_v2_b0"]), release / "pvt_v2_b0.pth")
     assert run("pvt_v2_b0", tmp_path / "out") == 0
     captured = capsys.readouterr()
     assert "Downloading http" in captured.out and "100%" in captured.err
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.to_dict()["conversion"]["source"] == VARIANTS["pvt_v2_b0"].checkpoint_url
+    assert card.data.license == "apache-2.0" and "trained on\nImageNet-1k" in card.content
     source.unlink()
-    assert run("pvt_v2_b0", tmp_path / "out", "--overwrite") == 0  # from the cache
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pvt_v2_b0").mkdir()  # a folder of that name does not hide the variant
+    assert run("pvt_v2_b0", "pvt_v2_b0") == 0  # from the cache
 
     assert run("pvt_v2_b1", tmp_path / "b1") == 1
     assert "pvt_v2_b1.pth could not be downloaded: HTTP Error 404" in capsys.readouterr().err
     (release / "pvt_v2_b2.pth").write_bytes(b"<html>moved</html>")
-    assert run("pvt_v2_b2", tmp_path / "b2") == 1
+    for _ in range(2):  # the damaged file is not kept
+        assert run("pvt_v2_b2", tmp_path / "b2") == 1
     assert re.search("damaged and was deleted; run this again.*HTML page", capsys.readouterr().err)
     save(official_weights(VARIANTS["pvt_v2_b0"]), release / "pvt_v2_b3.pth")
     assert run("pvt_v2_b3", tmp_path / "b3") == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -69,7 +70,7 @@ WRONG_FILES = {
     "empty.pth": (raw(b""), "is empty"),
     "text.pth": (raw(b"hello world, this is a text"), "neither a file of `torch.save` nor"),
     "list.pth": (changed(lambda w: list(w.values())), "must hold a dictionary of tensors, got list"),
-    "numbers.pth": (adding(epoch=3), "other things than tensors.*'epoch'"),
+    "numbers.pth": (adding(epoch=3), "other things than plain tensors.*'epoch'"),
     "nothing.pth": (changed(lambda w: {}), "there are none"),
     "resnet.pth": (changed(lambda w: {"conv1.weight": ONES, "fc.bias": ONES}), "'conv1.weight', 'fc.bias'"),
     "mmdet3.pth": (changed(lambda w: {"backbone.layers.0.0.projection.weight": ONES}), "mmdetection's own PVT"),
@@ -79,6 +80,14 @@ WRONG_FILES = {
     ),
     "lacking.pth": (lacking("block2.1.attn.q.bias"), r"lacks 1: '.*blocks\.1\.attention\.query\.bias"),
     "headless.pth": (lacking("head.weight", "head.bias"), "lacks 2: 'classifier.bias'"),
+    "flat.pth": (adding(**{"head.weight": ONES}), r"'head.weight' must have 2 dimensions, got shape \(2,\)"),
+    "sparse.pth": (adding(**{"norm3.bias": ONES.to_sparse()}), "other things than plain tensors.*'norm3.bias'"),
+    "float8.pth": (adding(**{"norm3.bias": ONES.to(torch.float8_e5m2)}), "other things than plain tensors"),
+    "numbered.pth": (changed(lambda w: dict(enumerate(w.values()))), "plain tensors with names"),
+    "twice.pth": (
+        changed(lambda w: rename.official_to_timm(w) | {"stages.0.downsample.proj.weight": ONES}),
+        "Several tensors would get the same name: 'patch_embed1.proj.weight'",
+    ),
     "no_mlp.pth": (lacking("block1.0.mlp.fc1.weight"), "lacks 'block1.0.mlp.fc1.weight'"),
     "additional.pth": (adding(**{"block2.1.attn.gate": ONES}), "No rule renames 1 tensors: 'block2"),
     "homeless.pth": (adding(**{"block2.0.attn.q.scale": ONES}), "1 have no place: '.*query.scale"),
@@ -86,7 +95,10 @@ WRONG_FILES = {
     "odd_kv.pth": (adding(**{"block1.0.attn.kv.bias": torch.ones(3)}), r"must hold keys and values.*\(3,\)"),
     "integers.pth": (adding(**{"norm3.bias": torch.ones(40, dtype=torch.int8)}), "no floating-point"),
     "nan.pth": (adding(**{"norm3.bias": torch.full((40,), float("nan"))}), "not finite numbers"),
-    "indivisible.pth": (adding(**{"patch_embed3.proj.weight": torch.ones(41, 16, 3, 3)}), "not those of a PVT.*41"),
+    "indivisible.pth": (
+        adding(**{"patch_embed3.proj.weight": torch.ones(41, 16, 3, 3)}),
+        "no PVT with.*41",
+    ),
 }
 
 
@@ -130,6 +142,8 @@ def test_wrong_source(source, message, tmp_path, capsys, monkeypatch):
         (("depths", [1, 1, 1, 1]), r"does not describe the tensors: depths \[1, 1, 1, 1\] for \[1, 2, 1, 1\]"),
         (("id2label", {"0": "a", "1": "b"}), "does not name the 5 labels"),
         (("hidden_act", "relu"), "differs from its source by"),
+        (("hidden_act", 3), "no PVT with these shapes and this `config.json`"),
+        (("id2label", "abc"), "does not name the 5 labels"),
     ],
 )
 def test_config_that_contradicts_the_tensors(change, message, tmp_path, capsys):
@@ -138,9 +152,10 @@ def test_config_that_contradicts_the_tensors(change, message, tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | dict([change])))
     assert run(tmp_path / "in" / "model.safetensors", tmp_path / "out") == 1
     assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
-    path.write_text("{")
-    assert run(tmp_path / "in" / "model.safetensors", tmp_path / "out") == 1
-    assert "config.json is not JSON" in capsys.readouterr().err
+    for content, message in (("{", "config.json is not JSON"), ("[]", "must hold an object")):
+        path.write_text(content)
+        assert run(tmp_path / "in" / "model.safetensors", tmp_path / "out") == 1
+        assert message in capsys.readouterr().err
 
 
 def test_output_directory(tmp_path, capsys):
@@ -157,16 +172,36 @@ def test_output_directory(tmp_path, capsys):
     assert "is not empty; use --overwrite" in capsys.readouterr().err
     (out / "notes.txt").write_text("mine")
     assert run(second, out, "--overwrite") == 1
-    assert "no conversion writes" in capsys.readouterr().err and (out / "notes.txt").exists()
+    assert "is not what a conversion left" in capsys.readouterr().err and (out / "notes.txt").exists()
     (out / "notes.txt").unlink()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == content
     assert run(second, out, "--overwrite") == 0
     assert (out / "model.safetensors").read_bytes() != content["model.safetensors"]
-    assert run(first, first) == 1 and "is not a directory" in capsys.readouterr().err
+    assert run(first, second) == 1 and "must be a new or an empty directory" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
 
 
-def test_interrupted_conversion_leaves_the_former_one(tmp_path, monkeypatch):
+def test_overwriting_deletes_conversions_only(tmp_path, capsys, monkeypatch):
+    source = save(official_weights(TINY["v2"]), tmp_path / "a.pth")
+    for name, content in (("README.md", "# My project"), ("config.json", "{}"), ("modeling_pvt.py", "mine")):
+        project = tmp_path / name.replace(".", "_")
+        project.mkdir()
+        (project / name).write_text(content)
+        assert run(source, project, "--overwrite") == 1
+        assert "--overwrite would delete it" in capsys.readouterr().err and (project / name).read_text() == content
+
+    assert run(source, tmp_path / "out", "--with-code") == 0
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    assert run(tmp_path / "out" / "model.safetensors", tmp_path / "link", "--overwrite") == 1
+    assert "holds the checkpoint itself" in capsys.readouterr().err
+    assert run(source, tmp_path / "link", "--overwrite") == 0
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "out" / "modeling_pvt.py").exists()
+    monkeypatch.chdir(tmp_path / "out")
+    assert run(source, ".", "--overwrite") == 1 and "a name of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("occasion", ["while it is verified", "while it takes its place"])
+def test_interrupted_conversion_leaves_the_former_one(occasion, tmp_path, monkeypatch):
     path, out = save(official_weights(TINY["v2"]), tmp_path / "a.pth"), tmp_path / "out"
     assert run(path, out) == 0
     content = {file.name: file.read_bytes() for file in out.iterdir()}
@@ -174,7 +209,11 @@ def test_interrupted_conversion_leaves_the_former_one(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "render", interrupt)
+    if occasion == "while it is verified":
+        monkeypatch.setattr(convert, "render", interrupt)
+    else:
+        move = Path.rename
+        monkeypatch.setattr(Path, "rename", lambda old, new: interrupt() if old.name == "new" else move(old, new))
     with pytest.raises(KeyboardInterrupt):
         run(path, out, "--overwrite")
     assert {file.name: file.read_bytes() for file in out.iterdir()} == content
@@ -182,7 +221,7 @@ def test_interrupted_conversion_leaves_the_former_one(tmp_path, monkeypatch):
 
 
 def test_back_to_official(tmp_path, capsys):
-    assert run("--to", "official", tmp_path, tmp_path / "x.pth") == 1
+    assert run("--to", "official", tmp_path / "none", tmp_path / "x.pth") == 1
     assert "has no ['config.json', 'model.safetensors']" in capsys.readouterr().err
     source = official_weights(TINY["v1"])
     assert run(save(source, tmp_path / "a.pth"), tmp_path / "out") == 0
@@ -192,7 +231,12 @@ def test_back_to_official(tmp_path, capsys):
     assert equal(safetensors.torch.load_file(tmp_path / "new" / "x.safetensors"), source)
     assert run("--to", "official", tmp_path / "out", tmp_path / "new" / "x.safetensors") == 1
     assert "exists; use --overwrite" in capsys.readouterr().err
+    assert run("--to", "official", tmp_path / "out", tmp_path / "out" / "model.safetensors", "--overwrite") == 1
+    assert "would lie in `SAVED_DIR`" in capsys.readouterr().err
     weights = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    save(without(weights, "classifier.bias"), tmp_path / "out" / "model.safetensors")
+    assert run("--to", "official", tmp_path / "out", tmp_path / "y.pth") == 1
+    assert "lacks 1: 'classifier.bias'" in capsys.readouterr().err and not (tmp_path / "y.pth").exists()
     lost = next(key for key in weights if key.endswith("value.bias"))
     save(without(weights, lost), tmp_path / "out" / "model.safetensors")
     assert run("--to", "official", tmp_path / "out", tmp_path / "y.pth") == 1
