@@ -123,7 +123,7 @@ def convert(
 
 
 def build_model(official: StateDict, config: PreTrainedConfig, is_backbone: bool) -> PreTrainedModel:
-    """The model with copies of these tensors, in the widest of their dtypes.
+    """The model with these tensors, in the widest of their dtypes.
 
     Raises:
         ConversionError: Unless each tensor has its place and each place its tensor.
@@ -138,9 +138,16 @@ def build_model(official: StateDict, config: PreTrainedConfig, is_backbone: bool
     if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise ConversionError(f"These tensors are no floating-point numbers: {rename.quote(whole)}.")
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
-    # Copies, because `save_pretrained` refuses tensors that share memory, as the two halves of a fused tensor do.
-    own = {key: torch.empty(tensor.shape, dtype=dtype).copy_(tensor) for key, tensor in tensors.items()}
-    model.load_state_dict(own, assign=True)
+    storages = set()
+    for key, tensor in tensors.items():
+        tensor = tensor.to(dtype)
+        storage = tensor.untyped_storage()
+        # `save_pretrained` refuses tensors that share memory, as the two halves of a fused one do.
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        storages.add(tensor.untyped_storage().data_ptr())
+        tensors[key] = tensor
+    model.load_state_dict(tensors, assign=True)
     model.config.dtype = dtype
     return model
 
