@@ -12,9 +12,7 @@ from pathlib import Path
 
 import datasets
 import matplotlib
-import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -25,17 +23,10 @@ from transformers import (
 )
 
 import pvt_hf
+from pvt_hf.data import digits
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
-
-
-def digits() -> datasets.Dataset:
-    """1797 grey images of 8 x 8 pixels, 10 classes."""
-    images, labels = load_digits(return_X_y=True)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
-    pixels = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return datasets.Dataset.from_dict({"image": list(pixels), "label": labels.tolist()}, features=features)
 
 
 def load_splits(data_dir: str | None) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -13,6 +13,8 @@ SIBLINGS = {
     "__init__": {"variants"},
     "configuration_pvt_v2": {"configuration_pvt"},
     "pretrained": {"layers"},
+    "recipes": {"variants"},
+    "training": {"data", "metrics", "recipes"},
     "modeling_pvt": {"configuration_pvt", "layers", "pretrained"},
     "modeling_pvt_v2": {"configuration_pvt_v2", "layers", "pretrained"},
 }

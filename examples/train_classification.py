@@ -1,0 +1,158 @@
+"""Trains PVT with the papers' ImageNet recipe, on one process or many. Every argument of TrainingArguments works too.
+
+    accelerate launch examples/train_classification.py --variant pvt_small --dataset_name imagenet-1k   # a table row
+    python examples/train_classification.py --smoke --output_dir runs/smoke        # all of it in a minute, offline
+    python examples/train_classification.py --dataset_name my_images --model_name_or_path converted/pvt_v2_b2 \\
+        --num_train_epochs 30 --learning_rate 1e-4 --layer_decay 0.8 --freeze_stages 1
+    accelerate launch examples/train_classification.py --variant pvt_v2_b2 --streaming --dataset_name 'shards/*.tar'
+    python examples/train_classification.py --output_dir runs/x --resume_from_checkpoint true ...      # goes on exactly
+
+`--dataset_name` is a data set of the Hub, a folder of images per class, or parquet files or WebDataset shards.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+
+import pvt_hf
+from pvt_hf.data import (
+    EvaluationImages,
+    StreamedImages,
+    TrainingImages,
+    epoch_length,
+    label_names,
+    load_images,
+    training_transform,
+)
+from pvt_hf.recipes import freeze_stages, imagenet_recipe
+from pvt_hf.training import ImageClassificationTrainer, last_complete_checkpoint, plot_curves
+
+SMOKE = {"image_size": 32, "num_train_epochs": 2, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
+SMOKE |= {"warmup_epochs": 0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0, "fp16": False}
+
+
+def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
+    parser = HfArgumentParser(TrainingArguments, description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--variant", choices=list(pvt_hf.VARIANTS), default="pvt_v2_b0")
+    parser.add_argument("--model_name_or_path", help="a checkpoint to fine-tune, instead of random weights")
+    parser.add_argument("--dataset_name", help="see above; scikit-learn's digits if missing")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--train_split", default="train")
+    parser.add_argument("--eval_split", default="validation")
+    parser.add_argument("--label_column", help="found if there is only one of class labels")
+    parser.add_argument("--num_labels", type=int, help="for streamed labels without names")
+    parser.add_argument("--streaming", action="store_true", help="read images when they are needed")
+    parser.add_argument("--samples_per_epoch", type=int, help="for a stream that does not know its length")
+    parser.add_argument("--shuffle_buffer", type=int, default=10_000, help="images of a stream shuffled at a time")
+    parser.add_argument("--skip_damaged", action="store_true", help="leave damaged images out and count them")
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--smoke", action="store_true", help="everything on embedded data in under a minute")
+    parser.add_argument("--ema_decay", type=float, help="average the weights, for example 0.9999; officially not")
+    parser.add_argument("--layer_decay", type=float, default=1.0, help="of the learning rate per block, in fine-tuning")
+    parser.add_argument("--freeze_stages", type=int, default=0)
+    parser.add_argument("--lora_rank", type=int, help="train LoRA adapters of query, key and value instead (peft)")
+    parser.add_argument("--channels_last", action="store_true")
+    for name, kind in (("warmup_epochs", int), ("repeats", int), ("mixup", float), ("cutmix", float)):
+        parser.add_argument(f"--{name}", type=kind, help="official if missing")
+    parser.add_argument("--drop_path_rate", type=float, help="official if missing")
+    parser.set_defaults(
+        output_dir="runs/classification", num_train_epochs=300, per_device_train_batch_size=128, learning_rate=None,
+        weight_decay=None, max_grad_norm=None, lr_scheduler_type=None, seed=0, dataloader_num_workers=10,
+        fp16=torch.cuda.is_available(), eval_strategy="epoch", save_strategy="epoch", save_total_limit=2,
+        logging_steps=50, per_device_eval_batch_size=192,
+    )  # fmt: skip
+    if parser.parse_known_args()[0].smoke:
+        parser.set_defaults(**SMOKE, dataloader_num_workers=0, logging_steps=5)
+    options = parser.parse_args()
+    recipe = imagenet_recipe(options.variant)
+    given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(recipe)}
+    given = {name: value for name, value in given.items() if value is not None and name != "learning_rate"}
+    options.recipe = recipe = dataclasses.replace(recipe, **given)
+    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    chosen = {key: value for key, value in vars(options).items() if key in fields and value is not None}
+    args = TrainingArguments(**{"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm} | chosen)
+    if options.learning_rate is None:
+        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        args.learning_rate = recipe.learning_rate * batch / recipe.reference_batch_size
+    return options, args
+
+
+def load_model(options: argparse.Namespace, names: list[str]):
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    labels["drop_path_rate"] = options.recipe.drop_path_rate
+    if options.model_name_or_path:
+        model = AutoModelForImageClassification.from_pretrained(
+            options.model_name_or_path, ignore_mismatched_sizes=True, **labels
+        )
+    else:
+        config = pvt_hf.build_config(options.variant, image_size=options.image_size, **labels)
+        model = AutoModelForImageClassification.from_config(config)
+    freeze_stages(model, options.freeze_stages)
+    if options.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        targets = {"target_modules": ["query", "key", "value"], "modules_to_save": ["classifier"]}
+        model = get_peft_model(model, LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, **targets))
+    return model
+
+
+def main() -> None:
+    options, args = parse_arguments()
+    if not args.resume_from_checkpoint and last_complete_checkpoint(args.output_dir):
+        raise SystemExit(f"{args.output_dir} has checkpoints: --resume_from_checkpoint true goes on from them")
+    set_seed(args.seed)
+    train, held_out = (
+        load_images(options.dataset_name, split, options.dataset_config_name, streaming)
+        for split, streaming in ((options.train_split, options.streaming), (options.eval_split, False))
+    )
+    if options.num_labels:
+        column, names = options.label_column or "label", [str(label) for label in range(options.num_labels)]
+    else:
+        column, names = label_names(train, options.label_column)
+    model = load_model(options, names)
+    common = (column, training_transform(options.recipe, options.image_size))
+    if options.streaming:
+        length = options.samples_per_epoch or epoch_length(train, options.train_split)
+        if length is None:
+            raise SystemExit("The stream does not say how many images it has: pass --samples_per_epoch")
+        share = {"seed": args.seed, "rank": args.process_index, "world_size": args.world_size}
+        share |= {"buffer_size": options.shuffle_buffer, "skip_damaged": options.skip_damaged}
+        data = StreamedImages(train, *common, samples_per_epoch=length, **share)
+    else:
+        data = TrainingImages(train, *common, skip_damaged=options.skip_damaged)
+    image_processor = pvt_hf.PvtImageProcessorPil(crop_size=options.image_size)
+    trainer = ImageClassificationTrainer(
+        model=model,
+        args=args,
+        recipe=options.recipe,
+        official_schedule=options.lr_scheduler_type is None,
+        layer_decay=options.layer_decay,
+        ema_decay=options.ema_decay,
+        channels_last=options.channels_last,
+        train_dataset=data,
+        eval_dataset=EvaluationImages(held_out, column, image_processor),
+        processing_class=image_processor,
+    )
+    trainer.train(args.resume_from_checkpoint in ("true", "True", "1") or args.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        plot_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png")
+    trainer.create_model_card(dataset=options.dataset_name or "scikit-learn digits", tasks="image-classification")
+    top1, top5 = metrics["eval_accuracy"], metrics["eval_top5_accuracy"]
+    print(f"top-1 {top1:.4f}, top-5 {top5:.4f} on {metrics['eval_images']} images; everything is in {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""Images for training: where they come from, how they are augmented, in an order that a resumed run repeats."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+
+if TYPE_CHECKING:
+    import datasets
+
+    from .recipes import ImageNetRecipe
+
+
+class ImageError(RuntimeError):
+    """An image, or a file of images, that cannot be read. The message names it."""
+
+
+def digits() -> datasets.Dataset:
+    """scikit-learn's 1797 handwritten digits, 8 x 8 pixels in grey, as columns `image` and `label` of 10 classes."""
+    import datasets
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    pixels = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return datasets.Dataset.from_dict({"image": list(pixels), "label": labels.tolist()}, features=features)
+
+
+def load_images(
+    source: str | None, split: str, config_name: str | None = None, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Loads images from wherever they are.
+
+    Args:
+        source: A data set of the Hub; a folder with one of images per class, or of such folders per split; or a pattern
+            of parquet files or WebDataset shards (`data/train-*.parquet`, `shards/{0000..0146}.tar`, as `datasets`
+            expands it). `None` is scikit-learn's digits, four fifths in `train` and the others in every other split.
+        split: For example `train` or `validation`.
+        config_name: Of a data set of the Hub.
+        streaming: Whether images are read when they are needed instead of being prepared first.
+
+    Returns:
+        The split, with images that are not decoded yet: see [`TrainingImages`].
+
+    Raises:
+        ImageError: If there is no such data, with what `datasets` says about it.
+    """
+    import datasets
+
+    try:
+        if source is None:
+            halves = digits().train_test_split(0.2, stratify_by_column="label", seed=0)
+            data = halves["train" if split == "train" else "test"]
+        elif Path(source).is_dir():
+            data = datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
+        elif source.endswith((".parquet", ".tar")):
+            kind = "parquet" if source.endswith(".parquet") else "webdataset"
+            # The files are the split, whatever they are called.
+            data = datasets.load_dataset(kind, data_files={split: source}, split=split, streaming=streaming)
+        else:
+            data = datasets.load_dataset(source, config_name, split=split, streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ImageError(f"Split {split!r} of {source!r} cannot be loaded: {error}") from error
+    if data.features is None:
+        data = data._resolve_features()
+    image_columns = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
+    if len(image_columns) != 1:
+        raise ImageError(f"{source!r} must have one column of images, got {image_columns} of {list(data.features)}.")
+    if streaming and isinstance(data, datasets.Dataset):
+        data = data.to_iterable_dataset(num_shards=min(8, len(data)))
+    if image_columns != ["image"]:
+        data = data.rename_column(image_columns[0], "image")
+    return data.cast_column("image", datasets.Image(decode=False))
+
+
+def label_names(data: datasets.Dataset | datasets.IterableDataset, column: str | None = None) -> tuple[str, list[str]]:
+    """The column of labels, and the names of the classes.
+
+    Args:
+        data: From [`load_images`].
+        column: Its name; without it, the only column of class labels, or of integers.
+
+    Raises:
+        ValueError: If there is no such column, or more than one.
+    """
+    import datasets
+
+    classes = [name for name, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
+    integers = [name for name, feature in data.features.items() if "int" in str(getattr(feature, "dtype", ""))]
+    found = [column] if column else classes or integers
+    if len(found) != 1 or found[0] not in data.features:
+        raise ValueError(
+            f"`label_column` must be one of the columns {list(data.features)}, got {column}. Found: {found}."
+        )
+    feature = data.features[found[0]]
+    if isinstance(feature, datasets.ClassLabel):
+        return found[0], feature.names
+    if isinstance(data, datasets.IterableDataset):
+        raise ValueError(f"The labels in {found[0]!r} have no names: give their number with `num_labels`.")
+    return found[0], [str(label) for label in range(max(data[found[0]]) + 1)]
+
+
+def training_transform(recipe: ImageNetRecipe, size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """The recipe's augmentation by timm, from a PIL image in RGB to `(3, size, size)`, normalised with ImageNet's
+    mean and standard deviation."""
+    from timm.data import create_transform
+
+    return create_transform(
+        input_size=size,
+        is_training=True,
+        color_jitter=recipe.color_jitter,
+        auto_augment=recipe.auto_augment,
+        interpolation="bicubic",
+        re_prob=recipe.random_erasing,
+        re_mode="pixel",
+        re_count=1,
+    )
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """The random generators of Python, NumPy and PyTorch (on the CPU) start from these numbers, and go on afterwards.
+
+    What is drawn inside is the same in every process, worker and resumed run that comes here with the same numbers.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def decode(image: dict[str, Any], name: str) -> Image.Image:
+    """An RGB image from `{"bytes": ..., "path": ...}`. Raises an `ImageError` that names it if it is damaged."""
+    try:
+        with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]) as opened:
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{name} cannot be read: {error}") from error
+
+
+class _Prepared:
+    """What both kinds of training data share: a row becomes `pixel_values`, `labels` and `names`, or is skipped."""
+
+    def prepare(self, row: dict[str, Any], seed: tuple[int, ...], position: int) -> dict[str, Any] | None:
+        name = row["image"].get("path") or row.get("__key__") or f"image {position}"
+        try:
+            image = decode(row["image"], name)
+        except ImageError:
+            if self.skip_damaged:
+                return None
+            raise
+        with seeded(*seed):
+            return {"pixel_values": self.transform(image), "labels": row[self.label_column], "names": name}
+
+
+class TrainingImages(_Prepared, Dataset):
+    """Augmented images of a data set that is on the disk.
+
+    Args:
+        data: From [`load_images`].
+        label_column: From [`label_names`].
+        transform: From a PIL image to a tensor.
+        skip_damaged: Whether a damaged image is left out of its batch (and counted) instead of being an error.
+
+    Items are asked for with `(index, *seed)`, as [`EpochSampler`] gives them. The augmentation depends on nothing else.
+    """
+
+    def __init__(self, data, label_column: str, transform: Callable, skip_damaged: bool = False):
+        self.data, self.label_column, self.transform, self.skip_damaged = data, label_column, transform, skip_damaged
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any] | None:
+        index, *seed = key
+        return self.prepare(self.data[index], seed, index)
+
+
+class EpochSampler(Sampler):
+    """One process's share of an epoch, each image with the seed of its augmentation: `(index, seed, epoch, position)`.
+
+    Together, the processes' n-th batches are the n-th batch of a single process with a larger one, augmentations
+    included: the position is that among all processes. With repeated augmentation the order is timm's
+    `RepeatAugSampler` (official: each image comes thrice in a row, for different processes, in an epoch of a third of
+    the images).
+
+    Args:
+        length: Number of images.
+        seed, rank, world_size: Of the run and of the process.
+        repeats: How often an image is drawn in a row. 1 for a plain shuffle, in which every image comes once.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int = 0, world_size: int = 1, repeats: int = 1):
+        self.length, self.seed, self.rank, self.world_size, self.repeats = length, seed, rank, world_size, repeats
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._repeated()) if self.repeats > 1 else self.length // self.world_size
+
+    def _repeated(self):
+        from timm.data.distributed_sampler import RepeatAugSampler
+
+        return RepeatAugSampler(range(self.length), self.world_size, self.rank, num_repeats=self.repeats)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        if self.repeats > 1:
+            sampler = self._repeated()
+            sampler.set_epoch(self.seed + self.epoch)
+            indices = iter(sampler)
+        else:
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+            usable = self.length // self.world_size * self.world_size
+            indices = iter(order[self.rank : usable : self.world_size].tolist())
+        for count, index in enumerate(indices):
+            yield index, self.seed, self.epoch, count * self.world_size + self.rank
+
+
+class StreamedImages(_Prepared, IterableDataset):
+    """Augmented images of a stream, split by process and worker, shuffled in a buffer, in epochs of a fixed length.
+
+    A part of the stream that is shorter than its share of an epoch begins again; a longer one is cut. Both, and the
+    shuffling, depend on seed, epoch, process and worker only, so that a resumed run sees the same images.
+
+    Args:
+        data: A streamed data set from [`load_images`].
+        label_column, transform, skip_damaged: As in [`TrainingImages`].
+        samples_per_epoch: Images of an epoch, over all processes.
+        seed, rank, world_size: Of the run and of the process.
+        buffer_size: How many images are shuffled at a time.
+
+    Raises:
+        ImageError: While iterating, if a shard cannot be read, or a worker gets no shard.
+    """
+
+    def __init__(
+        self,
+        data,
+        label_column: str,
+        transform: Callable,
+        samples_per_epoch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        buffer_size: int = 10_000,
+        skip_damaged: bool = False,
+    ):
+        from datasets.distributed import split_dataset_by_node
+
+        # Newer `datasets` mix shards in threads, which hold a worker back for five seconds at the end of each epoch.
+        one_shard = {"max_buffer_input_shards": 1}
+        options = one_shard if one_shard.keys() <= inspect.signature(data.shuffle).parameters.keys() else {}
+        self.data = split_dataset_by_node(data.shuffle(seed, buffer_size=buffer_size, **options), rank, world_size)
+        self.label_column, self.transform, self.skip_damaged = label_column, transform, skip_damaged
+        self.samples, self.seed, self.rank, self.epoch = samples_per_epoch // world_size, seed, rank, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        worker = get_worker_info()
+        index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # Closed at once: a reader of parquet that is left open holds its worker back for seconds at the end.
+        with closing(self._rows()) as rows:
+            for position in range(index, self.samples, workers):
+                yield self.prepare(next(rows), (self.seed, self.epoch, self.rank, position), position)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for lap in range(2**31):
+            self.data.set_epoch(self.epoch + 100_003 * lap)
+            row = None
+            try:
+                for row in self.data:
+                    yield row
+            except GeneratorExit:
+                raise
+            except Exception as error:  # from the libraries that read parquet, tar, HTTP
+                raise ImageError(f"A shard of the stream cannot be read: {type(error).__name__}: {error}") from error
+            if row is None:
+                raise ImageError(
+                    "A worker has no shard to read. Use at most as many workers and processes as there are shards "
+                    f"({self.data.num_shards} for this process)."
+                )
+
+
+def collate(rows: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
+    """A batch: `pixel_values` `(batch, 3, height, width)` and `labels` `(batch,)` int64; of images for training also
+    `names`, and `skipped`, the number of damaged ones that it lacks.
+
+    Raises:
+        ImageError: If all of them are damaged.
+    """
+    rows = list(rows)
+    whole = [row for row in rows if row is not None]
+    if not whole:
+        raise ImageError(f"All {len(rows)} images of a batch are damaged.")
+    batch = {
+        "pixel_values": torch.stack([row["pixel_values"] for row in whole]),
+        "labels": torch.tensor([row["labels"] for row in whole]),
+    }
+    if "names" in whole[0]:
+        batch |= {"names": [row["names"] for row in whole], "skipped": len(rows) - len(whole)}
+    return batch
+
+
+class EvaluationImages(Dataset):
+    """Images as an image processor prepares them, in their order; a damaged one is an error."""
+
+    def __init__(self, data, label_column: str, image_processor: Callable):
+        self.data, self.label_column, self.image_processor = data, label_column, image_processor
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.data[index]
+        image = decode(row["image"], row["image"].get("path") or f"image {index}")
+        pixel_values = self.image_processor(image, return_tensors="pt").pixel_values[0]
+        return {"pixel_values": pixel_values, "labels": row[self.label_column]}
+
+
+def epoch_length(data: datasets.IterableDataset, split: str) -> int | None:
+    """The number of images of a stream, where its data set says so."""
+    splits = getattr(data.info, "splits", None) or {}
+    count = splits[split].num_examples if split in splits else None
+    return count if count and math.isfinite(count) and count > 0 else None

@@ -1,0 +1,143 @@
+"""Training recipes: the papers' hyper-parameters, learning-rate schedule, parameter groups and frozen stages."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .variants import get_variant
+
+
+@dataclass(frozen=True)
+class ImageNetRecipe:
+    """The official training of a variant on ImageNet-1k (v1 section 5.1, v2 section 4.1; `classification/main.py`).
+
+    Attributes:
+        epochs, warmup_epochs: Length of the run and of its linear warm-up.
+        learning_rate: Peak learning rate for `reference_batch_size` images per step; it grows with the batch.
+        warmup_learning_rate, min_learning_rate: Where the warm-up starts and the cosine ends, whatever the batch.
+        weight_decay: Of AdamW, for tensors of two and more dimensions without the CLS token.
+        max_grad_norm: Gradients are clipped to it; 0 for no clipping.
+        drop_path_rate: Stochastic depth of the last block.
+        label_smoothing, mixup, cutmix, mixup_switch_prob: Of timm's `Mixup`.
+        auto_augment, color_jitter, random_erasing: Of timm's `create_transform`; bicubic, erased by noise per pixel.
+        repeats: How often an image is drawn, with different augmentations, in an epoch that sees a third of the images.
+    """
+
+    epochs: int = 300
+    warmup_epochs: int = 5
+    learning_rate: float = 5e-4
+    reference_batch_size: int = 512
+    warmup_learning_rate: float = 1e-6
+    min_learning_rate: float = 1e-5
+    weight_decay: float = 0.05
+    max_grad_norm: float = 0.0
+    drop_path_rate: float = 0.1
+    label_smoothing: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mixup_switch_prob: float = 0.5
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.4
+    random_erasing: float = 0.25
+    repeats: int = 3
+
+
+def imagenet_recipe(variant: str) -> ImageNetRecipe:
+    """The recipe of a variant. The deep ones (M, L, B3, B4, B5) have more stochastic depth, and clipped gradients."""
+    rate = get_variant(variant).drop_path_rate
+    return ImageNetRecipe(drop_path_rate=rate, max_grad_norm=1.0 if rate > 0.1 else 0.0)
+
+
+def scheduled_learning_rate(
+    epoch: int, epochs: int, warmup_epochs: int, peak: float, warmup_start: float, minimum: float
+) -> float:
+    """The official learning rate during an epoch, counted from 0: linear warm-up, then a cosine.
+
+    The official loop calls `scheduler.step(epoch)` *after* the epoch, so that epochs 0 and 1 both have the first value
+    of timm's `CosineLRScheduler`, and the last value is never used.
+    """
+    position = max(epoch - 1, 0)
+    if position < warmup_epochs:
+        return warmup_start + position * (peak - warmup_start) / warmup_epochs
+    return minimum + (peak - minimum) * (1 + math.cos(math.pi * position / epochs)) / 2
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether the official code decays a parameter: v1's position embeddings yes; biases, norms and CLS token no."""
+    return parameter.ndim > 1 and not name.endswith("cls_token")
+
+
+def block_index(name: str, depths: Iterable[int]) -> int:
+    """The depth at which a parameter works, for layer-wise rates: 0 for the first patch embedding, the number of the
+    block (from 1, through all stages) for a block, and for the rest of a stage the block that it stands beside.
+
+    Args:
+        name: A parameter of any model with a PVT inside, for example `pvt.encoder.block.2.0.mlp.dense1.weight`.
+        depths: `config.depths`.
+    """
+    depths = list(depths)
+    before = [sum(depths[:stage]) for stage in range(len(depths))]
+    if match := re.search(r"encoder\.(?:block|layers)\.(\d+)\.(?:blocks\.)?(\d+)\.", name):
+        return before[int(match[1])] + int(match[2]) + 1
+    if match := re.search(r"encoder\.(?:patch_embeddings|layers)\.(\d+)\.(\w+)", name):
+        # A patch embedding stands before the blocks of its stage, v2's norm behind them.
+        stage = int(match[1])
+        return before[stage] + (depths[stage] if match[2] == "layer_norm" and "layers" in name else 0)
+    return sum(depths) + 1
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser: decayed or not, and with layer-wise learning rates one pair per depth.
+
+    Args:
+        model: Any model with a PVT inside; frozen parameters are left out.
+        learning_rate: Of the head, and of everything if `layer_decay` is 1.
+        weight_decay: Of the parameters that the official code decays.
+        layer_decay: Factor of the learning rate from each block to the one before it (0.65 to 0.9 in fine-tuning).
+
+    Returns:
+        Dictionaries with `params`, their `names`, `lr` and `weight_decay`.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"`layer_decay` must be above 0 and at most 1, got {layer_decay}.")
+    config = getattr(model.config, "backbone_config", None) or model.config
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = sum(config.depths) + 1 - block_index(name, config.depths) if layer_decay < 1 else 0
+        decay = weight_decay if is_decayed(name, parameter) else 0.0
+        group = groups.setdefault(
+            (depth, decay > 0),
+            {"params": [], "names": [], "lr": learning_rate * layer_decay**depth, "weight_decay": decay},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def freeze_stages(model: nn.Module, stages: int) -> list[str]:
+    """Stops the training of the first `stages` stages: patch embedding, blocks and norm, as detectors do.
+
+    Returns:
+        The names of the frozen parameters.
+
+    Raises:
+        ValueError: If the model does not have that many stages.
+    """
+    config = getattr(model.config, "backbone_config", None) or model.config
+    if not 0 <= stages <= len(config.depths):
+        raise ValueError(f"`stages` must be between 0 and {len(config.depths)}, got {stages}.")
+    frozen = []
+    for name, parameter in model.named_parameters():
+        match = re.search(r"encoder\.(?:block|layers|patch_embeddings)\.(\d+)\.", name)
+        if match and int(match[1]) < stages:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen

@@ -1,0 +1,82 @@
+"""A small run of the trainer on digits, in this process or in others: `python training_run.py DIR SETTINGS`."""
+
+import json
+import os
+import sys
+import time
+
+import torch
+from models import small_config
+from transformers import AutoModelForImageClassification, TrainingArguments, set_seed
+
+from pvt_hf.data import EvaluationImages, TrainingImages, load_images, training_transform
+from pvt_hf.recipes import ImageNetRecipe
+from pvt_hf.training import ImageClassificationTrainer
+
+PLAIN = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1, "warmup_epochs": 0, "random_erasing": 0.0, "auto_augment": None}
+
+
+def square(image):
+    """For evaluation: digits fill their images."""
+    image = image.resize((32, 32))
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 32, 32, 3).permute(0, 3, 1, 2)
+    return pixels / 255
+
+
+class Processor:
+    def __call__(self, image, return_tensors):
+        return type("Features", (), {"pixel_values": square(image)})
+
+
+def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, recipe=None, trainer=None, **arguments):
+    """The trainer of a run with 8 batches of 8 images in an epoch."""
+    set_seed(0)
+    options = {"drop_path_rate": 0.0, "num_labels": 10} | (model or {})
+    network = AutoModelForImageClassification.from_config(small_config(version, **options))
+    recipe = ImageNetRecipe(**(PLAIN | (recipe or {})))
+    train, held_out = (load_images(None, split) for split in ("train", "validation"))
+    arguments = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 0,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    } | arguments
+    return ImageClassificationTrainer(
+        model=network,
+        args=TrainingArguments(output_dir=str(output_dir), **arguments),
+        recipe=recipe,
+        train_dataset=TrainingImages(train.select(range(images)), "label", training_transform(recipe, 32)),
+        eval_dataset=EvaluationImages(held_out.select(range(evaluation)), "label", Processor()),
+        **(trainer or {}),
+    )
+
+
+def main() -> None:
+    output_dir, settings = sys.argv[1], json.loads(sys.argv[2])
+    resume, slow = settings.pop("resume", None), settings.pop("slow", 0)
+    torch.set_num_threads(1)
+    trainer = build(output_dir, **settings)
+    step = trainer.training_step
+    if slow:  # so that there is time to be killed
+        trainer.training_step = lambda *args: (time.sleep(slow), step(*args))[1]
+    trainer.train(resume)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        with open(os.path.join(output_dir, "result.json"), "w") as file:
+            json.dump({"losses": losses, "metrics": metrics}, file)
+        if trainer.ema is not None:
+            torch.save(trainer.ema.module.state_dict(), os.path.join(output_dir, "ema.pt"))
+
+
+if __name__ == "__main__":
+    main()
