@@ -1,6 +1,8 @@
 """Speed and peak memory of pvt_hf beside its peers, all in this process, interleaved, so that the ratios are fair.
 
     python examples/benchmark.py --peers transformers timm
+    python examples/benchmark.py --peers bf16 compile checkpointing channels_last --modes training   # our own settings
+    python examples/benchmark.py --input_pipeline          # how many workers it takes to feed the model
 
 A ratio above 1 in "speed" means that pvt_hf is faster; below 1 in "memory" that it needs less, over what the process
 holds before the step (on Linux the resident set, on a GPU the allocated memory). Training is forward, backward and
@@ -10,27 +12,34 @@ gradients.
 import argparse
 import ctypes
 import gc
+import io
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoBackbone, AutoModelForImageClassification
 
 import pvt_hf
+from pvt_hf.data import EpochSampler, TrainingImages, collate, training_transform
+from pvt_hf.recipes import imagenet_recipe
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 WORKLOADS = {"classification": (8, 224, 224), "backbone": (1, 800, 1216)}  # batch, height, width
+SETTINGS = ("bf16", "fp16", "compile", "checkpointing", "channels_last")
 
 
 def build(library: str, task: str, name: str) -> Callable | None:
     """The model of one library, or None where it has none."""
     config = pvt_hf.build_config(name, out_features=STAGES)
-    if library == "pvt_hf":
-        return (AutoBackbone if task == "backbone" else AutoModelForImageClassification).from_config(config)
+    if library in ("pvt_hf", *SETTINGS):
+        model = (AutoBackbone if task == "backbone" else AutoModelForImageClassification).from_config(config)
+        return apply_setting(model, library)
     if library == "transformers":
         prefix = "PvtV2" if config.model_type == "pvt_v2" else "Pvt"
         suffix = "Backbone" if task == "backbone" else "ForImageClassification"
@@ -41,6 +50,26 @@ def build(library: str, task: str, name: str) -> Callable | None:
     if name not in timm.list_models("pvt_v2_*"):
         return None
     return timm.create_model(name, features_only=True) if task == "backbone" else timm.create_model(name)
+
+
+def apply_setting(model: torch.nn.Module, setting: str) -> torch.nn.Module:
+    """The model as `Trainer`'s flag of that name would run it."""
+    if setting in ("bf16", "fp16"):
+        dtype, forward = {"bf16": torch.bfloat16, "fp16": torch.float16}[setting], model.forward
+
+        def autocast_forward(pixels: torch.Tensor):
+            with torch.autocast(pixels.device.type, dtype):
+                return forward(pixels)
+
+        model.forward = autocast_forward
+    elif setting == "compile":
+        model.compile()
+    elif setting == "checkpointing":
+        model.gradient_checkpointing_enable()
+    elif setting == "channels_last":
+        model.to(memory_format=torch.channels_last)
+        model.register_forward_pre_hook(lambda _, args: args[0].contiguous(memory_format=torch.channels_last))
+    return model
 
 
 def outputs(result) -> list[torch.Tensor]:
@@ -108,16 +137,48 @@ def compare(task: str, name: str, training: bool, args: argparse.Namespace) -> l
     ]
 
 
+def input_pipeline(name: str, args: argparse.Namespace) -> str:
+    """Images per second of one worker of the recipe's input pipeline, beside those of the model's training step."""
+    y, x = np.mgrid[:375, :500]  # the mean size of ImageNet's files, which take about 110 kB
+    texture = np.random.default_rng(0).normal(0, 12, (375, 500, 3))
+    pixels = np.stack((x / 2, y / 2, (x + y) / 4), axis=-1) + 60 * np.sin(x / 9)[..., None] + texture
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
+    row = {"image": {"bytes": buffer.getvalue(), "path": "synthetic.jpg"}, "label": 0}
+    count, batch = 96, args.batch_size or 8
+    data = TrainingImages([row] * count, "label", training_transform(imagenet_recipe(name), 224))
+    model = build("pvt_hf", "classification", name).to(args.device).train()
+    images = torch.randn(batch, 3, 224, 224, device=args.device)
+    step(model, images, True)
+    loading, training = [], []
+    for epoch in range(args.repeats):
+        sampler = EpochSampler(count, seed=epoch)
+        start = time.perf_counter()
+        collate(data[key] for key in sampler)
+        loading.append(count / (time.perf_counter() - start))
+        training.append(batch / seconds(model, images, True))
+    fed, eaten = statistics.median(loading), statistics.median(training)
+    return f"| {name} | {len(buffer.getvalue()) / 1000:.0f} kB | {fed:.0f} | {eaten:.1f} | {eaten / fed:.2f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="+", default=["transformers", "timm"], choices=["transformers", "timm"])
+    parser.add_argument(
+        "--peers", nargs="+", default=["transformers", "timm"], choices=["transformers", "timm", *SETTINGS]
+    )
     parser.add_argument("--variants", nargs="+", default=["pvt_v2_b2"], choices=list(pvt_hf.VARIANTS))
     parser.add_argument("--tasks", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument("--batch_size", type=int, help="instead of 8 for classification and 1 for the backbone")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--input_pipeline", action="store_true", help="measure the loading of images instead")
     args = parser.parse_args()
+    if args.input_pipeline:
+        print("| variant | JPEG | images/s of one worker | images/s of training | workers needed |\n|--|--|--|--|--|")
+        for name in args.variants:
+            print(input_pipeline(name, args))
+        return
 
     cases = [(task, name, mode) for name in args.variants for task in args.tasks for mode in args.modes]
     print(f"{args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")

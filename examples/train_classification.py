@@ -12,7 +12,6 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -33,7 +32,7 @@ from pvt_hf.data import (
     training_transform,
 )
 from pvt_hf.recipes import freeze_stages, imagenet_recipe
-from pvt_hf.training import ImageClassificationTrainer, last_complete_checkpoint, plot_curves
+from pvt_hf.training import ImageClassificationTrainer, last_complete_checkpoint
 
 SMOKE = {"image_size": 32, "num_train_epochs": 2, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
 SMOKE |= {"warmup_epochs": 0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0, "fp16": False}
@@ -68,7 +67,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
         output_dir="runs/classification", num_train_epochs=300, per_device_train_batch_size=128, learning_rate=None,
         weight_decay=None, max_grad_norm=None, lr_scheduler_type=None, seed=0, dataloader_num_workers=10,
         fp16=torch.cuda.is_available(), eval_strategy="epoch", save_strategy="epoch", save_total_limit=2,
-        logging_steps=50, per_device_eval_batch_size=192,
+        logging_steps=50, dataloader_pin_memory=torch.cuda.is_available(), per_device_eval_batch_size=192,
     )  # fmt: skip
     if parser.parse_known_args()[0].smoke:
         parser.set_defaults(**SMOKE, dataloader_num_workers=0, logging_steps=5)
@@ -141,15 +140,19 @@ def main() -> None:
         train_dataset=data,
         eval_dataset=EvaluationImages(held_out, column, image_processor),
         processing_class=image_processor,
+        dataset_name=options.dataset_name,
+        initial_weights=options.model_name_or_path,
     )
     trainer.train(args.resume_from_checkpoint in ("true", "True", "1") or args.resume_from_checkpoint)
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate() | (trainer.evaluate_average() if trainer.ema else {})
     trainer.save_model()
+    trainer.create_model_card()
+    skipped = trainer.skipped_images()
     if trainer.is_world_process_zero():
-        plot_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png")
-    trainer.create_model_card(dataset=options.dataset_name or "scikit-learn digits", tasks="image-classification")
-    top1, top5 = metrics["eval_accuracy"], metrics["eval_top5_accuracy"]
-    print(f"top-1 {top1:.4f}, top-5 {top5:.4f} on {metrics['eval_images']} images; everything is in {args.output_dir}")
+        for prefix in ("eval", "ema") if trainer.ema else ("eval",):
+            top1, top5, images = (metrics[f"{prefix}_{key}"] for key in ("accuracy", "top5_accuracy", "images"))
+            print(f"{prefix}: top-1 {top1:.4f}, top-5 {top5:.4f} on {images} images")
+        print(f"{skipped} damaged images were left out; everything is in {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
 

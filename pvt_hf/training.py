@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .data import EpochSampler, collate
 from .metrics import classification_metrics, classification_statistics
 from .recipes import ImageNetRecipe, parameter_groups, scheduled_learning_rate
+from .reports import plot_curves, run_settings, training_card
 
 logger = logging.get_logger(__name__)
 
@@ -83,6 +84,7 @@ class ImageClassificationTrainer(Trainer):
         layer_decay: Factor of the learning rate from a block to the one before it.
         ema_decay: If given, an average of the weights is kept (timm's `ModelEmaV3`), saved with every checkpoint.
         channels_last: Whether model and images have that memory format.
+        dataset_name, initial_weights: For the model card: where images and weights came from.
         train_dataset: [`~pvt_hf.data.TrainingImages`] or [`~pvt_hf.data.StreamedImages`].
         *args, **kwargs: As of [`~transformers.Trainer`].
 
@@ -102,6 +104,8 @@ class ImageClassificationTrainer(Trainer):
         layer_decay: float = 1.0,
         ema_decay: float | None = None,
         channels_last: bool = False,
+        dataset_name: str | None = None,
+        initial_weights: str | None = None,
         **kwargs,
     ):
         super().__init__(
@@ -126,6 +130,7 @@ class ImageClassificationTrainer(Trainer):
             )
         self.args.remove_unused_columns = False
         self.official_schedule = official_schedule
+        self.dataset_name, self.initial_weights = dataset_name, initial_weights
         self.recipe, self.layer_decay, self.ema_decay = recipe, layer_decay, ema_decay
         self.channels_last, self.ema, self.skipped = channels_last, None, 0
         if channels_last:
@@ -267,6 +272,39 @@ class ImageClassificationTrainer(Trainer):
             raise CheckpointError(f"{resume_from_checkpoint} is not a whole checkpoint: {reason}.")
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
+    def skipped_images(self) -> int:
+        """How many damaged images this run left out, over all processes."""
+        count = torch.tensor(self.skipped, device=self.args.device)
+        return int(self.accelerator.reduce(count).item())
+
+    def evaluate_average(self) -> dict[str, float]:
+        """As `evaluate`, of the averaged weights (`ema_accuracy` ...), which it also saves, to `output_dir/ema`."""
+        if self.ema is None:
+            raise ValueError("There are no averaged weights: `ema_decay` was not set.")
+        trained = {key: value.clone() for key, value in self.model.state_dict().items()}
+        try:
+            self.model.load_state_dict(self.ema.module.state_dict())
+            metrics = self.evaluate(metric_key_prefix="ema")
+            self.save_model(os.path.join(self.args.output_dir, "ema"))
+        finally:
+            self.model.load_state_dict(trained)
+        return metrics
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Curves and a card with the numbers of the run, in place of `Trainer`'s with its gaps to fill in."""
+        if not self.is_world_process_zero():
+            return
+        output, log = Path(self.args.output_dir), self.state.log_history
+        plot_curves(log, output / "curves.png")
+        training_card(
+            output.name,
+            self.accelerator.unwrap_model(self.model).config,
+            [entry for entry in log if "eval_accuracy" in entry],
+            run_settings(self.recipe, self.args, self.official_schedule),
+            self.dataset_name,
+            self.initial_weights,
+        ).save(output / "README.md")
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.ema is not None:
@@ -283,25 +321,3 @@ def _mark_complete(folder: Path) -> None:
     partial = folder / f"{_COMPLETE}.partial"
     partial.write_text(json.dumps(sizes, indent=1))
     partial.replace(folder / _COMPLETE)
-
-
-def plot_curves(log_history: list[dict[str, float]], file: str | Path) -> None:
-    """Draws the training loss, the learning rate and every held-out accuracy of `trainer.state.log_history`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    for axis, keys in ((top, ("loss", "eval_loss")), (bottom, ("eval_accuracy", "eval_top5_accuracy"))):
-        for key in keys:
-            points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 50 else None)
-        axis.legend()
-        axis.grid(alpha=0.3)
-    rates = [(entry["epoch"], entry["learning_rate"]) for entry in log_history if "learning_rate" in entry]
-    if rates:
-        axis = top.twinx()
-        axis.plot(*zip(*rates, strict=True), color="grey", linewidth=0.8)
-        axis.set_ylabel("learning rate", color="grey")
-    bottom.set_xlabel("epoch")
-    figure.savefig(file, dpi=100)

@@ -2,8 +2,13 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network, and one that tries shall fail
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from hub import TOKEN, LocalHub
+from models import ROOT
 
 # The workers of pytest-xdist share the cores.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
@@ -12,3 +17,29 @@ torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub():
+    with LocalHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def python(hub, tmp_path):
+    """Runs Python in a process of its own, for which the local Hub is the Hub."""
+
+    def run(*arguments, **variables) -> subprocess.CompletedProcess:
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": TOKEN,
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment | variables, cwd=tmp_path)
+
+    return run

@@ -2,47 +2,18 @@
 
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 
 import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
 from checkpoints import TINY, equal, official_weights, run, save
-from hub import TOKEN, LocalHub
+from hub import TOKEN
 from models import ROOT, STAGES, randomize, small_config
 
 import pvt_hf
 from conversion import rename
-
-
-@pytest.fixture
-def hub():
-    with LocalHub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def python(hub, tmp_path):
-    """Runs Python in a process of its own, for which the local Hub is the Hub."""
-
-    def run(*arguments, **variables) -> subprocess.CompletedProcess:
-        environment = os.environ | {
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_TOKEN": TOKEN,
-            "PYTHONPATH": str(ROOT),
-        }
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment | variables, cwd=tmp_path)
-
-    return run
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from training_run import build
 from transformers import AutoModelForImageClassification
 
 from pvt_hf.recipes import freeze_stages, imagenet_recipe, scheduled_learning_rate
-from pvt_hf.training import CheckpointError, incompleteness, last_complete_checkpoint, plot_curves
+from pvt_hf.training import CheckpointError, incompleteness, last_complete_checkpoint
 
 RICH = {"mixup": 0.8, "cutmix": 1.0, "repeats": 3, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
 
@@ -290,13 +290,6 @@ def test_lora(tmp_path):
     torch.testing.assert_close(merged(pixels).logits, expected, rtol=1e-4, atol=1e-5)
     assert merged.state_dict().keys() == base.keys()
     assert not torch.equal(merged.state_dict()["classifier.weight"], base["classifier.weight"])
-
-
-def test_curves(tmp_path):
-    trainer = build(tmp_path, eval_strategy="epoch")
-    trainer.train()
-    plot_curves(trainer.state.log_history, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_defaults_of_the_recipe_reach_the_program():

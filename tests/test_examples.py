@@ -1,0 +1,54 @@
+"""The programs in `examples/`, as a user starts them. (The quickstart is in `test_readme.py`.)"""
+
+import io
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from models import ROOT
+from PIL import Image
+
+TRAIN, EVALUATE = (str(ROOT / "examples" / name) for name in ("train_classification.py", "evaluate.py"))
+SMOKE = ["--smoke", "--disable_tqdm", "true", "--num_train_epochs", "1"]
+
+
+def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
+    """Training on embedded data, pushed to a Hub; the evaluation of that repository gives the number of its card."""
+    arguments = ["--output_dir", "run", "--ema_decay", "0.9", "--push_to_hub", "true", "--hub_model_id", "me/digits"]
+    result = python(TRAIN, *SMOKE, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(r"eval: top-1 0\.\d+, top-5 0\.\d+ on 360 images\nema: top-1", result.stdout)
+    files = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "curves.png"}
+    assert files <= hub.repos["me/digits"].keys() and (tmp_path / "run" / "ema" / "model.safetensors").exists()
+    card = ModelCard(hub.repos["me/digits"]["README.md"].decode())
+    accuracy = next(result.metric_value for result in card.data.eval_results if result.metric_type == "accuracy")
+    assert "trained by pvt_hf on `scikit-learn digits`" in card.content and "official, by epochs" in card.content
+    assert f"**{100 * accuracy:.2f} %** top-1" in card.content and "More information" not in card.content
+    with Image.open(io.BytesIO(hub.repos["me/digits"]["curves.png"])) as picture:
+        assert picture.size == (1000, 700) and len(picture.convert("RGB").getcolors(10**6)) > 100
+
+    result = python(EVALUATE, "--model_name_or_path", "me/digits", "--output_dir", "measured", "--num_workers", "0")
+    assert result.returncode == 0, result.stderr[-3000:]
+    measured = json.loads((tmp_path / "measured" / "results.json").read_text())["me/digits"]
+    assert measured["top1"] == pytest.approx(100 * accuracy) and measured["images"] == 360
+    assert re.search(rf"\| me/digits \| +\| {100 * accuracy:.2f} \|", result.stdout)
+
+    again = python(TRAIN, *SMOKE, "--output_dir", "run")
+    assert again.returncode == 1 and "--resume_from_checkpoint true goes on from them" in again.stderr
+
+
+@pytest.mark.slow
+def test_three_epochs_in_two_processes(python, tmp_path):
+    """The whole recipe on digits, launched by accelerate: it learns, resumes, and counts every held-out image once."""
+    arguments = ["--variant", "pvt_v2_b0", "--image_size", "32", "--num_train_epochs", "3", "--learning_rate", "1e-3"]
+    arguments += ["--per_device_train_batch_size", "16", "--warmup_epochs", "0", "--output_dir", "run"]
+    arguments += ["--dataloader_num_workers", "0", "--seed", "1", "--use_cpu", "true", "--disable_tqdm", "true"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", TRAIN]
+    result = python(*launch, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first = re.search(r"top-1 ([\d.]+), top-5 ([\d.]+) on 360 images", result.stdout)
+    print(first[0])
+    assert float(first[1]) > 0.3
+    again = python(*launch, *arguments, "--resume_from_checkpoint", "true")
+    assert again.returncode == 0 and first[0] in again.stdout
