@@ -34,7 +34,7 @@ from pvt_hf.data import (
 from pvt_hf.recipes import freeze_stages, imagenet_recipe
 from pvt_hf.training import ImageClassificationTrainer, last_complete_checkpoint
 
-SMOKE = {"image_size": 32, "num_train_epochs": 2, "per_device_train_batch_size": 32, "learning_rate": 1e-3}
+SMOKE = {"image_size": 32, "num_train_epochs": 2, "per_device_train_batch_size": 32, "learning_rate": 2e-4}
 SMOKE |= {"warmup_epochs": 0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0, "fp16": False}
 
 

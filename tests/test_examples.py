@@ -40,15 +40,16 @@ def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
 
 @pytest.mark.slow
 def test_three_epochs_in_two_processes(python, tmp_path):
-    """The whole recipe on digits, launched by accelerate: it learns, resumes, and counts every held-out image once."""
-    arguments = ["--variant", "pvt_v2_b0", "--image_size", "32", "--num_train_epochs", "3", "--learning_rate", "1e-3"]
+    """Digits, launched by accelerate: it learns, goes on where it ended, and counts every held-out image once."""
+    arguments = ["--variant", "pvt_v2_b0", "--image_size", "32", "--num_train_epochs", "3", "--learning_rate", "2e-4"]
     arguments += ["--per_device_train_batch_size", "16", "--warmup_epochs", "0", "--output_dir", "run"]
+    arguments += ["--repeats", "1", "--mixup", "0", "--cutmix", "0", "--drop_path_rate", "0"]
     arguments += ["--dataloader_num_workers", "0", "--seed", "1", "--use_cpu", "true", "--disable_tqdm", "true"]
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", TRAIN]
     result = python(*launch, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
     first = re.search(r"top-1 ([\d.]+), top-5 ([\d.]+) on 360 images", result.stdout)
     print(first[0])
-    assert float(first[1]) > 0.3
+    assert float(first[1]) > 0.5
     again = python(*launch, *arguments, "--resume_from_checkpoint", "true")
     assert again.returncode == 0 and first[0] in again.stdout
