@@ -4,7 +4,8 @@
     python examples/train_classification.py --smoke --output_dir runs/smoke        # all of it in a minute, offline
     python examples/train_classification.py --dataset_name my_images --model_name_or_path converted/pvt_v2_b2 \\
         --num_train_epochs 30 --learning_rate 1e-4 --layer_decay 0.8 --freeze_stages 1
-    accelerate launch examples/train_classification.py --variant pvt_v2_b2 --streaming --dataset_name 'shards/*.tar'
+    accelerate launch examples/train_classification.py --variant pvt_v2_b2 --streaming --dataset_name 'train/*.tar' \\
+        --eval_dataset_name 'val/*.tar' --samples_per_epoch 1281167 --num_labels 1000
     python examples/train_classification.py --output_dir runs/x --resume_from_checkpoint true ...      # goes on exactly
 
 `--dataset_name` is a data set of the Hub, a folder of images per class, or parquet files or WebDataset shards.
@@ -12,6 +13,7 @@
 
 import argparse
 import dataclasses
+import os
 
 import torch
 from transformers import (
@@ -39,12 +41,13 @@ SMOKE |= {"warmup_epochs": 0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "drop_p
 
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
-    parser = HfArgumentParser(TrainingArguments, description=__doc__)
+    parser = HfArgumentParser(TrainingArguments, description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--variant", choices=list(pvt_hf.VARIANTS), default="pvt_v2_b0")
     parser.add_argument("--model_name_or_path", help="a checkpoint to fine-tune, instead of random weights")
     parser.add_argument("--dataset_name", help="see above; scikit-learn's digits if missing")
     parser.add_argument("--dataset_config_name")
+    parser.add_argument("--eval_dataset_name", help="where --dataset_name is a pattern of files: those for evaluation")
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--eval_split", default="validation")
     parser.add_argument("--label_column", help="found if there is only one of class labels")
@@ -66,7 +69,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     parser.set_defaults(
         output_dir="runs/classification", num_train_epochs=300, per_device_train_batch_size=128, learning_rate=None,
         weight_decay=None, max_grad_norm=None, lr_scheduler_type=None, seed=0, dataloader_num_workers=10,
-        fp16=torch.cuda.is_available(), eval_strategy="epoch", save_strategy="epoch", save_total_limit=2,
+        fp16=None, eval_strategy="epoch", save_strategy="epoch", save_total_limit=2,
         logging_steps=50, dataloader_pin_memory=torch.cuda.is_available(), per_device_eval_batch_size=192,
     )  # fmt: skip
     if parser.parse_known_args()[0].smoke:
@@ -76,6 +79,9 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(recipe)}
     given = {name: value for name, value in given.items() if value is not None and name != "learning_rate"}
     options.recipe = recipe = dataclasses.replace(recipe, **given)
+    if options.fp16 is None:  # official, where there is a GPU and nothing else is chosen
+        chosen_elsewhere = options.bf16 or options.use_cpu or "ACCELERATE_MIXED_PRECISION" in os.environ
+        options.fp16 = torch.cuda.is_available() and not chosen_elsewhere
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     chosen = {key: value for key, value in vars(options).items() if key in fields and value is not None}
     args = TrainingArguments(**{"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm} | chosen)
@@ -108,10 +114,15 @@ def main() -> None:
     options, args = parse_arguments()
     if not args.resume_from_checkpoint and last_complete_checkpoint(args.output_dir):
         raise SystemExit(f"{args.output_dir} has checkpoints: --resume_from_checkpoint true goes on from them")
+    if (options.dataset_name or "").endswith((".parquet", ".tar")) and not options.eval_dataset_name:
+        raise SystemExit("--dataset_name is a pattern of files: pass --eval_dataset_name with those for evaluation")
     set_seed(args.seed)
     train, held_out = (
-        load_images(options.dataset_name, split, options.dataset_config_name, streaming)
-        for split, streaming in ((options.train_split, options.streaming), (options.eval_split, False))
+        load_images(name, split, options.dataset_config_name, streaming)
+        for name, split, streaming in (
+            (options.dataset_name, options.train_split, options.streaming),
+            (options.eval_dataset_name or options.dataset_name, options.eval_split, False),
+        )
     )
     if options.num_labels:
         column, names = options.label_column or "label", [str(label) for label in range(options.num_labels)]

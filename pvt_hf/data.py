@@ -273,6 +273,7 @@ class StreamedImages(_Prepared, IterableDataset):
         self.data = split_dataset_by_node(data.shuffle(seed, buffer_size=buffer_size, **options), rank, world_size)
         self.label_column, self.transform, self.skip_damaged = label_column, transform, skip_damaged
         self.samples, self.seed, self.rank, self.epoch = samples_per_epoch // world_size, seed, rank, 0
+        self.batch_size = 1  # of the loader, which the trainer sets: an epoch has whole batches only
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -285,8 +286,10 @@ class StreamedImages(_Prepared, IterableDataset):
         index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         # Closed at once: a reader of parquet that is left open holds its worker back for seconds at the end.
         with closing(self._rows()) as rows:
-            for position in range(index, self.samples, workers):
-                yield self.prepare(next(rows), (self.seed, self.epoch, self.rank, position), position)
+            # Whole batches are dealt to the workers: each drops its own incomplete last one.
+            for batch in range(index, self.samples // self.batch_size, workers):
+                for position in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                    yield self.prepare(next(rows), (self.seed, self.epoch, self.rank, position), position)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         for lap in range(2**31):

@@ -60,7 +60,7 @@ def scheduled_learning_rate(
     The official loop calls `scheduler.step(epoch)` *after* the epoch, so that epochs 0 and 1 both have the first value
     of timm's `CosineLRScheduler`, and the last value is never used.
     """
-    position = max(epoch - 1, 0)
+    position = min(max(epoch - 1, 0), epochs)
     if position < warmup_epochs:
         return warmup_start + position * (peak - warmup_start) / warmup_epochs
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * position / epochs)) / 2

@@ -4,15 +4,17 @@ there, averaged weights, and an end with a reason when the loss is not a number.
 import json
 import math
 import os
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
@@ -23,7 +25,8 @@ from .reports import plot_curves, run_settings, training_card
 
 logger = logging.get_logger(__name__)
 
-_COMPLETE = "complete.json"
+_COMPLETE, _PARTIAL = "complete.json", "complete.json.partial"
+_LAYOUT = "layout.json"
 _EMA_WEIGHTS = "ema.safetensors"
 
 
@@ -66,6 +69,9 @@ class _Epochs(TrainerCallback):
 
     def __init__(self, trainer: "ImageClassificationTrainer"):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        set_seed(args.seed + args.process_index)  # official; a resumed run then restores each process's own state
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.epochs.set_epoch(state.global_step // self.trainer.steps_per_epoch)
@@ -116,8 +122,13 @@ class ImageClassificationTrainer(Trainer):
             compute_metrics=classification_metrics,
             **kwargs,
         )
-        if ema_decay is not None and self.is_fsdp_enabled:
+        if ema_decay is not None and self.args.fsdp:
             raise ValueError("`ema_decay` needs whole weights in every process, which FSDP does not have.")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process would train on {self.args.n_gpu} GPUs (`DataParallel`): start one process per GPU with "
+                "`accelerate launch`, or choose a GPU with CUDA_VISIBLE_DEVICES."
+            )
         if self.args.per_device_train_batch_size % 2 and (recipe.mixup or recipe.cutmix):
             raise ValueError(
                 "`per_device_train_batch_size` must be even for mixup, which mixes an image with its opposite in the "
@@ -154,6 +165,7 @@ class ImageClassificationTrainer(Trainer):
         dataset, args, options = self.train_dataset, self.args, {}
         if isinstance(dataset, torch.utils.data.IterableDataset):
             self.epochs = dataset
+            dataset.batch_size = self._train_batch_size
         else:
             self.epochs = options["sampler"] = EpochSampler(
                 len(dataset), args.seed, args.process_index, args.world_size, self.recipe.repeats
@@ -194,7 +206,11 @@ class ImageClassificationTrainer(Trainer):
         if not self.official_schedule:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            recipe, peak, epochs = self.recipe, self.args.learning_rate, math.ceil(self.args.num_train_epochs)
+            recipe, peak, epochs = (
+                self.recipe,
+                self.args.learning_rate,
+                math.ceil(num_training_steps / self.steps_per_epoch),
+            )
 
             def factor(step: int) -> float:
                 epoch = step // self.steps_per_epoch
@@ -247,6 +263,7 @@ class ImageClassificationTrainer(Trainer):
                 save_file(weights, folder / _EMA_WEIGHTS)
             self.accelerator.wait_for_everyone()
             if args.should_save:
+                (folder / _LAYOUT).write_text(json.dumps(self._layout()))
                 _mark_complete(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             last = last_complete_checkpoint(run_dir)
@@ -270,7 +287,33 @@ class ImageClassificationTrainer(Trainer):
             )
         elif resume_from_checkpoint and (reason := incompleteness(resume_from_checkpoint)):
             raise CheckpointError(f"{resume_from_checkpoint} is not a whole checkpoint: {reason}.")
+        if resume_from_checkpoint:
+            saved = json.loads((Path(resume_from_checkpoint) / _LAYOUT).read_text())
+            if changed := [
+                f"{key} is {now}, not {saved[key]}" for key, now in self._layout().items() if saved[key] != now
+            ]:
+                raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _layout(self) -> dict[str, int]:
+        """What an exact resume needs to be as it was."""
+        args = self.args
+        return {
+            "images per step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "processes": args.world_size,
+            "images of an epoch": len(self.train_dataset),
+            "seed": args.seed,
+        }
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As in `Trainer`; the random generators of training are not touched."""
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
     def skipped_images(self) -> int:
         """How many damaged images this run left out, over all processes."""
@@ -317,7 +360,7 @@ def _mark_complete(folder: Path) -> None:
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    partial = folder / f"{_COMPLETE}.partial"
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files if path.name != _PARTIAL}
+    partial = folder / _PARTIAL
     partial.write_text(json.dumps(sizes, indent=1))
     partial.replace(folder / _COMPLETE)

@@ -213,6 +213,16 @@ def test_stream_is_split_by_process_and_worker(shards, kind):
     assert sorted(sum(epoch(0, 0, 1), [])) == list(range(16))
 
 
+def test_stream_has_as_many_batches_as_it_says(shards):
+    """Also where neither workers nor batches divide it."""
+    data = load_images(f"{shards}/*.parquet", "train", streaming=True)
+    for workers in (0, 2, 3):
+        dataset = StreamedImages(data, "kind", value_of, 31, seed=0, buffer_size=4)
+        dataset.batch_size = 4
+        loader = DataLoader(dataset, 4, collate_fn=list, num_workers=workers, drop_last=True)
+        assert [len(batch) for batch in loader] == [4] * len(loader) == [4] * 7
+
+
 def test_stream_that_is_too_short_or_too_thin(shards):
     data = load_images(f"{shards}/*.parquet", "train", streaming=True)
     longer = StreamedImages(data, "kind", value_of, 40, seed=0, buffer_size=4)

@@ -105,14 +105,22 @@ def test_two_processes_are_one(tmp_path):
     assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], rel=1e-4)
 
 
-def test_fsdp2_is_ddp(tmp_path):
-    """Fully sharded over two processes of a CPU, the weights are those of one process."""
-    settings = {"optim": "sgd", "learning_rate": 0.1}
-    one = run(tmp_path / "one", per_device_train_batch_size=8, **settings)
-    sharding = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, "reshard_after_forward": True}}
-    two = run(tmp_path / "two", processes=2, per_device_train_batch_size=4, **settings, **sharding)
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"))
+def test_resuming_another_run(tmp_path):
+    """Another batch size would skip images, or end at once."""
+    build(tmp_path, save_strategy="steps", save_steps=4, max_steps=4).train()
+    with pytest.raises(CheckpointError, match="images per step is 16, not 8"):
+        build(tmp_path, per_device_train_batch_size=16).train(True)
+
+
+def test_resumed_at_the_end_of_an_epoch(tmp_path):
+    """Evaluation, which lies between that checkpoint and the next epoch, draws no random numbers of training."""
+    settings = {"model": {"drop_path_rate": 0.3}, "save_strategy": "steps", "save_steps": 8, "eval_strategy": "epoch"}
+    whole = build(tmp_path, **settings)
+    whole.train()
+    expected = {key: value.clone() for key, value in whole.model.state_dict().items()}
+    resumed = build(tmp_path, **settings)
+    resumed.train(str(tmp_path / "checkpoint-8"))
+    assert all(torch.equal(resumed.model.state_dict()[key], value) for key, value in expected.items())
 
 
 def test_killed_and_resumed(tmp_path):
