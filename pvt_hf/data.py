@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     import datasets
 
     from .recipes import ImageNetRecipe
+
+
+logger = logging.get_logger(__name__)
 
 
 class ImageError(RuntimeError):
@@ -114,9 +118,10 @@ def label_names(data: datasets.Dataset | datasets.IterableDataset, column: str |
 def training_transform(recipe: ImageNetRecipe, size: int) -> Callable[[Image.Image], torch.Tensor]:
     """The recipe's augmentation by timm, from a PIL image in RGB to `(3, size, size)`, normalised with ImageNet's
     mean and standard deviation."""
+    import timm.data.auto_augment
     from timm.data import create_transform
 
-    return create_transform(
+    transform = create_transform(
         input_size=size,
         is_training=True,
         color_jitter=recipe.color_jitter,
@@ -126,6 +131,15 @@ def training_transform(recipe: ImageNetRecipe, size: int) -> Callable[[Image.Ima
         re_mode="pixel",
         re_count=1,
     )
+    for operation in (operation for part in transform.transforms for operation in getattr(part, "ops", ())):
+        if operation.aug_fn is timm.data.auto_augment.posterize:
+            operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """As timm's with older versions of Pillow: no bits leave a black image, where newer ones raise."""
+    return image if bits >= 8 else ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda _: 0)
 
 
 @contextmanager
@@ -152,21 +166,23 @@ def decode(image: dict[str, Any], name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]) as opened:
             return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name} cannot be read: {error}") from error
+    except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to
+        raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
 
 
 class _Prepared:
     """What both kinds of training data share: a row becomes `pixel_values`, `labels` and `names`, or is skipped."""
 
     def prepare(self, row: dict[str, Any], seed: tuple[int, ...], position: int) -> dict[str, Any] | None:
-        name = row["image"].get("path") or row.get("__key__") or f"image {position}"
+        stored = row["image"] or {}
+        name = stored.get("path") or row.get("__key__") or f"image {position}"
         try:
-            image = decode(row["image"], name)
-        except ImageError:
-            if self.skip_damaged:
-                return None
-            raise
+            image = decode(stored, name)
+        except ImageError as error:
+            if not self.skip_damaged:
+                raise
+            logger.warning(f"{error} It is left out.")
+            return None
         with seeded(*seed):
             return {"pixel_values": self.transform(image), "labels": row[self.label_column], "names": name}
 

@@ -328,7 +328,8 @@ class ImageClassificationTrainer(Trainer):
         try:
             self.model.load_state_dict(self.ema.module.state_dict())
             metrics = self.evaluate(metric_key_prefix="ema")
-            self.save_model(os.path.join(self.args.output_dir, "ema"))
+            # An internal call, because others are pushed to the Hub as the model of the run.
+            self.save_model(os.path.join(self.args.output_dir, "ema"), _internal_call=True)
         finally:
             self.model.load_state_dict(trained)
         return metrics

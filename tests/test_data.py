@@ -251,5 +251,9 @@ def test_training_transform_is_timms_with_the_official_settings():
         "mstd=0.5",
     ):
         assert part in text, part
+    operations = next(part.ops for part in training_transform(ImageNetRecipe(), 224).transforms if hasattr(part, "ops"))
+    posterize = next(operation.aug_fn for operation in operations if operation.name == "PosterizeIncreasing")
+    image = Image.new("RGB", (2, 2), (200, 100, 7))
+    assert [posterize(image, bits).getpixel((0, 0))[0] for bits in (0, 1, 2, 8)] == [0, 128, 192, 200]
     assert "RandomErasing(p=0.25, mode=pixel, count=(1, 1))" in text
     assert json.dumps("ColorJitter") not in text  # timm leaves it to RandAugment

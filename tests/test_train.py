@@ -257,14 +257,18 @@ def test_wrong_arguments(settings, message, tmp_path):
         build(tmp_path, **settings).train()
 
 
-def test_damaged_images_are_counted(tmp_path):
+def test_damaged_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
     trainer = build(tmp_path, num_train_epochs=1)
     data = trainer.train_dataset
     data.skip_damaged, rows = True, list(data.data)
-    rows[5] = rows[5] | {"image": {"bytes": b"no image", "path": None}}
+    rows[5] = rows[5] | {"image": {"bytes": b"no image", "path": "broken.png"}}
+    rows[9] = rows[9] | {"image": None}
     data.data = rows
+    monkeypatch.setattr(transformers.utils.logging._get_library_root_logger(), "propagate", True)
+    monkeypatch.setattr(transformers.utils.logging.get_logger("pvt_hf.data"), "propagate", True)
     trainer.train()
-    assert trainer.skipped == 1
+    assert trainer.skipped == trainer.skipped_images() == 2
+    assert "broken.png cannot be read" in caplog.text and "image 9 cannot be read" in caplog.text
 
 
 def test_fine_tuning_at_another_resolution_with_frozen_stages(tmp_path):
