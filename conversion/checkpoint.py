@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 
-from conversion.rename import ConversionError, StateDict, quote
+from conversion.rename import ConversionError, StateDict, quote, with_base_prefix
 from pvt_hf import VARIANTS
 
 _FILE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -49,7 +49,8 @@ class Checkpoint:
     Attributes:
         source: Where it came from, as a model card says it.
         path: The file.
-        weights: Its tensors, by the names that they have in the file, without wrappers and common prefixes.
+        weights: Its tensors, by the names that they have in the file, without wrappers and common prefixes; those of a
+            bare model or backbone of transformers by the names that a classifier gives them.
         config, preprocessor: `config.json` and `preprocessor_config.json` beside the weights, empty if there are none.
         set_aside: What else the file holds: optimiser, epoch, averaged weights.
     """
@@ -161,7 +162,7 @@ def _read(source: str, path: Path, config: dict[str, Any], preprocessor: dict[st
         )
     while loaded and (prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in loaded)), None)):
         loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
-    return Checkpoint(source, path, loaded, config, preprocessor, tuple(set_aside))
+    return Checkpoint(source, path, with_base_prefix(loaded), config, preprocessor, tuple(set_aside))
 
 
 def _is_plain(value: Any) -> bool:

@@ -73,7 +73,7 @@ def convert(
     checkpoint = read_checkpoint(name)
     if checkpoint.path.resolve().is_relative_to(output_dir.resolve()):
         raise ConversionError(f"`OUTPUT_DIR` {output_dir} holds the checkpoint itself; choose another.")
-    source_format = rename.detect_format(rename.with_base_prefix(checkpoint.weights))
+    source_format = rename.detect_format(checkpoint.weights)
     official = _official_weights(checkpoint.weights, source_format, backbone_only)
     config = read_config(official, checkpoint.config)
     if backbone_only:
@@ -198,7 +198,7 @@ def _official_weights(weights: StateDict, source_format: str, backbone_only: boo
             )
         weights = {key.removeprefix("backbone."): weights[key] for key in weights if key.startswith("backbone.")}
     convert_names = {"timm": rename.timm_to_official, "transformers": rename.to_official}
-    official = convert_names.get(source_format, dict)(rename.with_base_prefix(weights))
+    official = convert_names.get(source_format, dict)(weights)
     if backbone_only:  # what the official backbones for dense prediction do not have
         official = {key: official[key] for key in official if not key.startswith(("head.", "norm.", "cls_token"))}
     return official

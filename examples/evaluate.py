@@ -73,10 +73,8 @@ def main() -> None:
                 f"Not there: {', '.join(missing)}. `python conversion/convert.py --all converted` makes them."
             )
     data = load_images(options.dataset_name, options.split, options.dataset_config_name)
-    lines, results = (
-        ["| checkpoint | paper top-1 | measured top-1 | difference | top-5 | images |", "|--|--|--|--|--|--|"],
-        {},
-    )
+    lines = ["| checkpoint | paper top-1 | measured top-1 | difference | top-5 | images |", "|--|--|--|--|--|--|"]
+    results = {}
     for path, paper in checkpoints.items():
         measured = results[path] = evaluate(path, data, options)
         difference = (

@@ -33,7 +33,7 @@ from pvt_hf.data import (
     load_images,
     training_transform,
 )
-from pvt_hf.recipes import freeze_stages, imagenet_recipe
+from pvt_hf.recipes import freeze_stages, imagenet_recipe, images_per_step
 from pvt_hf.training import ImageClassificationTrainer, last_complete_checkpoint
 
 SMOKE = {"image_size": 32, "num_train_epochs": 2, "per_device_train_batch_size": 32, "learning_rate": 2e-4}
@@ -86,8 +86,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     chosen = {key: value for key, value in vars(options).items() if key in fields and value is not None}
     args = TrainingArguments(**{"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm} | chosen)
     if options.learning_rate is None:
-        batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        args.learning_rate = recipe.learning_rate * batch / recipe.reference_batch_size
+        args.learning_rate = recipe.learning_rate * images_per_step(args) / recipe.reference_batch_size
     return options, args
 
 

@@ -143,22 +143,29 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 @contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """The random generators of Python, NumPy and PyTorch (on the CPU) start from these numbers, and go on afterwards.
-
-    What is drawn inside is the same in every process, worker and resumed run that comes here with the same numbers.
-    """
+def random_state_kept() -> Iterator[None]:
+    """The random generators of Python, NumPy and PyTorch (on the CPU) go on afterwards as if nothing had been drawn."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """The same random generators start from these numbers, and go on afterwards as if nothing had been drawn.
+
+    What is drawn inside is the same in every process, worker and resumed run that comes here with the same numbers.
+    """
+    with random_state_kept():
+        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        yield
 
 
 def decode(image: dict[str, Any], name: str) -> Image.Image:
@@ -314,8 +321,6 @@ class StreamedImages(_Prepared, IterableDataset):
             try:
                 for row in self.data:
                     yield row
-            except GeneratorExit:
-                raise
             except Exception as error:  # from the libraries that read parquet, tar, HTTP
                 raise ImageError(f"A shard of the stream cannot be read: {type(error).__name__}: {error}") from error
             if row is None:

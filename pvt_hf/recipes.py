@@ -1,14 +1,19 @@
 """Training recipes: the papers' hyper-parameters, learning-rate schedule, parameter groups and frozen stages."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .variants import get_variant
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ def imagenet_recipe(variant: str) -> ImageNetRecipe:
     """The recipe of a variant. The deep ones (M, L, B3, B4, B5) have more stochastic depth, and clipped gradients."""
     rate = get_variant(variant).drop_path_rate
     return ImageNetRecipe(drop_path_rate=rate, max_grad_norm=1.0 if rate > 0.1 else 0.0)
+
+
+def images_per_step(arguments: TrainingArguments) -> int:
+    """How many images all the processes together take for one step of the optimiser."""
+    return arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
 
 
 def scheduled_learning_rate(

@@ -7,6 +7,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from .recipes import images_per_step
+
 LogHistory = list[dict[str, float]]
 
 
@@ -110,7 +112,6 @@ whoever publishes it should say here.
 
 def run_settings(recipe: Any, arguments: Any, official_schedule: bool) -> dict[str, Any]:
     """What a reader needs to repeat a run: the recipe with what `TrainingArguments` overrode."""
-    batch = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     overrides = {
         "epochs": arguments.num_train_epochs,
         "learning_rate": arguments.learning_rate,
@@ -120,7 +121,7 @@ def run_settings(recipe: Any, arguments: Any, official_schedule: bool) -> dict[s
     settings = dataclasses.asdict(recipe) | overrides
     del settings["reference_batch_size"]
     return settings | {
-        "images per step": batch,
+        "images per step": images_per_step(arguments),
         "processes": arguments.world_size,
         "learning-rate schedule": "official, by epochs"
         if official_schedule

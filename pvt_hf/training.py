@@ -4,11 +4,9 @@ there, averaged weights, and an end with a reason when the loss is not a number.
 import json
 import math
 import os
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -18,9 +16,9 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from .data import EpochSampler, collate
+from .data import EpochSampler, collate, random_state_kept
 from .metrics import classification_metrics, classification_statistics
-from .recipes import ImageNetRecipe, parameter_groups, scheduled_learning_rate
+from .recipes import ImageNetRecipe, images_per_step, parameter_groups, scheduled_learning_rate
 from .reports import plot_curves, run_settings, training_card
 
 logger = logging.get_logger(__name__)
@@ -206,11 +204,8 @@ class ImageClassificationTrainer(Trainer):
         if not self.official_schedule:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            recipe, peak, epochs = (
-                self.recipe,
-                self.args.learning_rate,
-                math.ceil(num_training_steps / self.steps_per_epoch),
-            )
+            recipe, peak = self.recipe, self.args.learning_rate
+            epochs = math.ceil(num_training_steps / self.steps_per_epoch)
 
             def factor(step: int) -> float:
                 epoch = step // self.steps_per_epoch
@@ -289,31 +284,24 @@ class ImageClassificationTrainer(Trainer):
             raise CheckpointError(f"{resume_from_checkpoint} is not a whole checkpoint: {reason}.")
         if resume_from_checkpoint:
             saved = json.loads((Path(resume_from_checkpoint) / _LAYOUT).read_text())
-            if changed := [
-                f"{key} is {now}, not {saved[key]}" for key, now in self._layout().items() if saved[key] != now
-            ]:
+            now = self._layout()
+            if changed := [f"{key} is {now[key]}, not {saved[key]}" for key in now if saved[key] != now[key]]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _layout(self) -> dict[str, int]:
         """What an exact resume needs to be as it was."""
-        args = self.args
         return {
-            "images per step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            "processes": args.world_size,
+            "images per step": images_per_step(self.args),
+            "processes": self.args.world_size,
             "images of an epoch": len(self.train_dataset),
-            "seed": args.seed,
+            "seed": self.args.seed,
         }
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As in `Trainer`; the random generators of training are not touched."""
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
+        with random_state_kept():
             return super().evaluate(*args, **kwargs)
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
 
     def skipped_images(self) -> int:
         """How many damaged images this run left out, over all processes."""

@@ -14,6 +14,7 @@ SIBLINGS = {
     "configuration_pvt_v2": {"configuration_pvt"},
     "pretrained": {"layers"},
     "recipes": {"variants"},
+    "reports": {"recipes"},
     "training": {"data", "metrics", "recipes", "reports"},
     "modeling_pvt": {"configuration_pvt", "layers", "pretrained"},
     "modeling_pvt_v2": {"configuration_pvt_v2", "layers", "pretrained"},
