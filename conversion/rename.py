@@ -125,7 +125,7 @@ def system_name(keys: Iterable[str]) -> str:
     return f"a system with {quote({key.split('.')[0] for key in keys if not key.startswith('backbone.')})}"
 
 
-def _rename(keys: Iterable[str], rules: Iterable[tuple[str, str]], stage_offset: int) -> dict[str, str]:
+def rename_keys(keys: Iterable[str], rules: Iterable[tuple[str, str]], stage_offset: int) -> dict[str, str]:
     """The new name of every key. Raises a `ConversionError` for keys without a rule or with the same new name."""
     compiled = []
     for source, target in rules:
@@ -150,7 +150,7 @@ def _rename(keys: Iterable[str], rules: Iterable[tuple[str, str]], stage_offset:
     return renamed
 
 
-def _inverse(rules: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+def inverse(rules: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(other, official) for official, other in rules]
 
 
@@ -169,7 +169,7 @@ def from_official(state_dict: StateDict) -> StateDict:
             split |= {key.replace(".kv.", f".{part}."): half for part, half in zip("kv", tensor.chunk(2), strict=True)}
         else:
             split[key] = tensor
-    names = _rename(split, _V1_RULES if "pos_embed1" in state_dict else _V2_RULES, -1)
+    names = rename_keys(split, _V1_RULES if "pos_embed1" in state_dict else _V2_RULES, -1)
     return {names[key]: tensor for key, tensor in split.items()}
 
 
@@ -180,7 +180,7 @@ def to_official(state_dict: StateDict) -> StateDict:
         ConversionError: For tensors that no rule knows, and for a key without its value or the reverse.
     """
     is_v1 = any(key.startswith("pvt.") for key in state_dict)
-    names = _rename(state_dict, _inverse(_V1_RULES if is_v1 else _V2_RULES), 1)
+    names = rename_keys(state_dict, inverse(_V1_RULES if is_v1 else _V2_RULES), 1)
     renamed = {names[key]: tensor for key, tensor in state_dict.items()}
     official = {}
     for key, tensor in renamed.items():
@@ -197,7 +197,7 @@ def to_official(state_dict: StateDict) -> StateDict:
 
 def timm_to_official(state_dict: StateDict) -> StateDict:
     """timm's `pvt_v2_*` with the official names. (timm has no v1.)"""
-    names = _rename(state_dict, _inverse(_TIMM_RULES), 1)
+    names = rename_keys(state_dict, inverse(_TIMM_RULES), 1)
     return {names[key]: tensor for key, tensor in state_dict.items()}
 
 
@@ -205,7 +205,7 @@ def official_to_timm(state_dict: StateDict) -> StateDict:
     """The inverse of [`timm_to_official`]."""
     if "pos_embed1" in state_dict:
         raise ConversionError("timm has no PVT v1.")
-    names = _rename(state_dict, _TIMM_RULES, -1)
+    names = rename_keys(state_dict, _TIMM_RULES, -1)
     return {names[key]: tensor for key, tensor in state_dict.items()}
 
 

@@ -53,8 +53,9 @@ def test_programs_do_not_import_each_other(path):
     assert not packages & forbidden
 
 
-def test_reference_is_independent():
-    assert imports(ROOT / "conversion" / "reference.py") == (set(), {"collections", "torch"})
+@pytest.mark.parametrize("name", ["reference", "reference_systems"])
+def test_reference_is_independent(name):
+    assert imports(ROOT / "conversion" / f"{name}.py") == (set(), {"collections", "torch"})
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)

@@ -1,0 +1,59 @@
+"""Feature pyramid network (arXiv 1612.03144), as the official detectors and the segmenter build it."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+
+class FeaturePyramid(nn.Module):
+    """Feature maps of a backbone in, as many or more maps of `out_channels` out, finest first.
+
+    Convolutions have a bias, no norm and no activation; the top-down path is nearest-neighbour upsampling.
+
+    Args:
+        in_channels: Channels of the backbone's maps, finest first.
+        out_channels: Channels of every map of the pyramid.
+        num_extra_convs: Coarser levels that 3 x 3 convolutions of stride 2 make, the first of them from the backbone's
+            last map itself (`on_input`), without an activation between them: P6 and P7 of RetinaNet.
+        extra_pooled_level: One coarser level that takes every second position of the last one: P6 of Mask R-CNN.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        num_extra_convs: int = 0,
+        extra_pooled_level: bool = False,
+    ):
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
+        self.output_convs = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+        self.extra_convs = nn.ModuleList(
+            nn.Conv2d(out_channels if index else in_channels[-1], out_channels, 3, stride=2, padding=1)
+            for index in range(num_extra_convs)
+        )
+        self.extra_pooled_level = extra_pooled_level
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases; loaded tensors are left as they are."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                init.xavier_uniform_(module.weight)
+                init.zeros_(module.bias)
+
+    def forward(self, feature_maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """One `(batch, in_channels[i], height_i, width_i)` per level in, `(batch, out_channels, height_i, width_i)` out,
+        and of an extra level half the size of the level before, rounded up."""
+        laterals = [conv(map_) for conv, map_ in zip(self.lateral_convs, feature_maps, strict=True)]
+        for level in range(len(laterals) - 1, 0, -1):
+            finer = laterals[level - 1]
+            laterals[level - 1] = finer + F.interpolate(laterals[level], size=finer.shape[2:], mode="nearest")
+        levels = [conv(lateral) for conv, lateral in zip(self.output_convs, laterals, strict=True)]
+        for index, conv in enumerate(self.extra_convs):
+            levels.append(conv(levels[-1] if index else feature_maps[-1]))
+        if self.extra_pooled_level:
+            levels.append(levels[-1][:, :, ::2, ::2])
+        return levels
