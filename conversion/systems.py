@@ -1,4 +1,4 @@
-"""The official detectors and the segmenter: their tensors' names in mmdetection 2.13 and mmsegmentation 0.13, and here."""
+"""Renames the tensors of the official detectors and segmenter, as mmdetection 2.13 and mmsegmentation 0.13 have them."""
 
 from conversion import rename
 from conversion.rename import StateDict

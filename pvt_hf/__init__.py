@@ -50,11 +50,26 @@ _MODULES = {
     "PvtImageProcessor": "image_processing_pvt",
     "PvtImageProcessorPil": "image_processing_pvt",
 }
-_CONFIGS = {"pvt": "PvtConfig", "pvt_v2": "PvtV2Config"}
-_MODELS = {
-    "AutoModel": ("PvtModel", "PvtV2Model"),
-    "AutoModelForImageClassification": ("PvtForImageClassification", "PvtV2ForImageClassification"),
-    "AutoBackbone": ("PvtBackbone", "PvtV2Backbone"),
+# By model type: the configuration, the image processor (its PIL twin has the ending Pil), the class of each Auto class.
+_AUTO_CLASSES = {
+    "pvt": (
+        "PvtConfig",
+        "PvtImageProcessor",
+        {
+            "AutoModel": "PvtModel",
+            "AutoModelForImageClassification": "PvtForImageClassification",
+            "AutoBackbone": "PvtBackbone",
+        },
+    ),
+    "pvt_v2": (
+        "PvtV2Config",
+        "PvtImageProcessor",
+        {
+            "AutoModel": "PvtV2Model",
+            "AutoModelForImageClassification": "PvtV2ForImageClassification",
+            "AutoBackbone": "PvtV2Backbone",
+        },
+    ),
 }
 
 
@@ -73,23 +88,27 @@ def _register() -> None:
     from transformers.models.auto import configuration_auto, image_processing_auto, modeling_auto
 
     package = sys.modules[__name__]
-    image_processors = {"torchvision": package.PvtImageProcessor, "pil": package.PvtImageProcessorPil}
-    for position, (model_type, config_name) in enumerate(_CONFIGS.items()):
+    for model_type, (config_name, processor_name, models) in _AUTO_CLASSES.items():
         config_class = getattr(package, config_name)
         configuration_auto.AutoConfig.register(model_type, config_class, exist_ok=True)
-        for auto_class, names in _MODELS.items():
-            model_class = getattr(package, names[position])
+        for auto_class, model_name in models.items():
+            model_class = getattr(package, model_name)
             getattr(modeling_auto, auto_class).register(config_class, model_class, exist_ok=True)
+        image_processors = {
+            "torchvision": getattr(package, processor_name),
+            "pil": getattr(package, f"{processor_name}Pil"),
+        }
         image_processing_auto.AutoImageProcessor.register(
-            config_class, image_processor_classes=dict(image_processors), exist_ok=True
+            config_class, image_processor_classes=image_processors, exist_ok=True
         )
 
 
 def _defer_registration() -> None:
     """Has `AutoConfig` find the configurations in this package, where the first look at one of them registers all."""
     mapping = sys.modules["transformers.models.auto.configuration_auto"].CONFIG_MAPPING
-    if hasattr(mapping, "_modules"):
-        mapping._modules.update(dict.fromkeys(_CONFIGS, sys.modules[__name__]))
+    if hasattr(mapping, "_modules") and hasattr(mapping, "_mapping"):
+        mapping._modules.update(dict.fromkeys(_AUTO_CLASSES, sys.modules[__name__]))
+        mapping._mapping.update({model_type: names[0] for model_type, names in _AUTO_CLASSES.items()})
     else:
         _register()
 
