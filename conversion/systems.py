@@ -1,4 +1,4 @@
-"""Renames the tensors of the official detectors and segmenter, as mmdetection 2.13 and mmsegmentation 0.13 have them."""
+"""Names of the official detectors and segmenter, in mmdetection 2.13 and mmsegmentation 0.13, to ours and back."""
 
 from conversion import rename
 from conversion.rename import StateDict

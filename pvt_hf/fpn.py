@@ -45,7 +45,7 @@ class FeaturePyramid(nn.Module):
                 init.zeros_(module.bias)
 
     def forward(self, feature_maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """One `(batch, in_channels[i], height_i, width_i)` per level in, `(batch, out_channels, height_i, width_i)` out.
+        """Maps `(batch, in_channels[i], height_i, width_i)` in, levels `(batch, out_channels, height_i, width_i)` out.
         An extra level has half the height and width of the level before, rounded up."""
         laterals = [conv(map_) for conv, map_ in zip(self.lateral_convs, feature_maps, strict=True)]
         for level in range(len(laterals) - 1, 0, -1):
