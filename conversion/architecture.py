@@ -9,15 +9,9 @@ from torchvision.models import ResNet50_Weights
 from transformers import PreTrainedConfig
 
 from conversion.rename import ConversionError, StateDict
-from pvt_hf import VARIANTS, PvtConfig, PvtV2Config, build_config
-from pvt_hf.variants import Variant
+from pvt_hf import PvtConfig, PvtV2Config
 
 _CONFIG_CLASSES = {"pvt": PvtConfig, "pvt_v2": PvtV2Config}
-# What makes a variant; the rest (labels, image size, dropout) is free.
-_VARIANT_FIELDS = {
-    "pvt": ("depths", "hidden_sizes", "mlp_ratios", "sequence_reduction_ratios", "num_attention_heads", "patch_sizes"),
-    "pvt_v2": ("depths", "hidden_sizes", "mlp_ratios", "sr_ratios", "num_attention_heads", "patch_sizes"),
-}
 
 
 def read_fields(weights: StateDict) -> dict[str, Any]:
@@ -141,29 +135,3 @@ def _label_names(num_labels: int, known: dict[str, Any]) -> list[str]:
     if names and names != placeholders:
         return names
     return imagenet_labels() if num_labels == 1000 else placeholders
-
-
-def differences(config: PreTrainedConfig, variant: Variant) -> list[str]:
-    """What distinguishes an architecture from a variant, in words. Labels, image size and rates do not count."""
-    wanted = build_config(variant.name)
-    if config.model_type != wanted.model_type:
-        return [f"model_type is {config.model_type}, not {wanted.model_type}"]
-    fields = _VARIANT_FIELDS[config.model_type]
-    if config.model_type == "pvt_v2":
-        fields = ("linear_attention", *fields)
-        if config.linear_attention and wanted.linear_attention:  # which does not use them
-            fields = tuple(field for field in fields if field != "sr_ratios")
-    return [
-        f"{field} is {got}, not {want}"
-        for field in fields
-        if (got := _plain(getattr(config, field))) != (want := _plain(getattr(wanted, field)))
-    ]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value
-
-
-def find_variant(config: PreTrainedConfig) -> Variant | None:
-    """The released variant that has this architecture."""
-    return next((variant for variant in VARIANTS.values() if not differences(config, variant)), None)

@@ -32,7 +32,7 @@ from transformers import AutoBackbone, AutoModelForImageClassification, PreTrain
 from transformers.utils import logging
 
 from conversion import rename
-from conversion.architecture import differences, find_variant, imagenet_labels, read_config
+from conversion.architecture import imagenet_labels, read_config
 from conversion.checkpoint import Checkpoint, load_file, read_checkpoint, read_json
 from conversion.model_card import Conversion, render
 from conversion.preprocessing import read_image_processor
@@ -40,6 +40,7 @@ from conversion.publish import CODE, publish, saved_with_code
 from conversion.rename import ConversionError, StateDict
 from conversion.verify import largest_difference, reference_outputs, timm_outputs
 from pvt_hf import VARIANTS, PvtImageProcessor
+from pvt_hf.variants import differences, find_variant
 
 # What a conversion writes, and therefore all that `--overwrite` deletes.
 _WRITTEN = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")

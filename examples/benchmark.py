@@ -146,7 +146,7 @@ def input_pipeline(name: str, args: argparse.Namespace) -> str:
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
     row = {"image": {"bytes": buffer.getvalue(), "path": "synthetic.jpg"}, "label": 0}
     count, batch = 96, args.batch_size or 8
-    data = TrainingImages([row] * count, "label", training_transform(imagenet_recipe(name), 224))
+    data = TrainingImages([row] * count, "label", 10, training_transform(imagenet_recipe(name), 224))
     model = build("pvt_hf", "classification", name).to(args.device).train()
     images = torch.randn(batch, 3, 224, 224, device=args.device)
     step(model, images, True)

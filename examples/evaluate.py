@@ -42,7 +42,7 @@ def evaluate(checkpoint: str, data, options: argparse.Namespace) -> dict[str, fl
         preprocess_logits_for_metrics=classification_statistics,
         compute_metrics=classification_metrics,
     )
-    metrics = trainer.evaluate(EvaluationImages(data, column, image_processor))
+    metrics = trainer.evaluate(EvaluationImages(data, column, len(names), image_processor))
     percent = {"top1": 100 * metrics["eval_accuracy"], "top5": 100 * metrics["eval_top5_accuracy"]}
     return percent | {"images": metrics["eval_images"], "is_main": trainer.is_world_process_zero()}
 
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=4)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--output_dir", default="runs/evaluation", type=Path)
+    parser.add_argument("--num_images", type=int, help="measure on the first ones only")
     options = parser.parse_args()
 
     if options.model_name_or_path:
@@ -73,6 +74,8 @@ def main() -> None:
                 f"Not there: {', '.join(missing)}. `python conversion/convert.py --all converted` makes them."
             )
     data = load_images(options.dataset_name, options.split, options.dataset_config_name)
+    if options.num_images:
+        data = data.select(range(min(options.num_images, len(data))))
     lines = ["| checkpoint | paper top-1 | measured top-1 | difference | top-5 | images |", "|--|--|--|--|--|--|"]
     results = {}
     for path, paper in checkpoints.items():
@@ -83,10 +86,13 @@ def main() -> None:
             else f"| {measured['top1']:.2f} |"
         )
         lines.append(f"| {path} | {difference} | {measured['top5']:.2f} | {measured['images']} |")
-    if all(result.pop("is_main") for result in results.values()):
+        if is_main := measured.pop("is_main"):  # after each checkpoint: all of them take hours
+            options.output_dir.mkdir(parents=True, exist_ok=True)
+            partial = options.output_dir / "results.json.partial"
+            partial.write_text(json.dumps(results, indent=2))
+            partial.replace(options.output_dir / "results.json")
+    if is_main:
         print("\n".join(lines))
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        (options.output_dir / "results.json").write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@
 import argparse
 import dataclasses
 import os
+from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     HfArgumentParser,
     TrainingArguments,
@@ -24,6 +26,7 @@ from transformers import (
 )
 
 import pvt_hf
+from pvt_hf.checkpointing import last_complete_checkpoint
 from pvt_hf.data import (
     EvaluationImages,
     StreamedImages,
@@ -31,10 +34,12 @@ from pvt_hf.data import (
     epoch_length,
     label_names,
     load_images,
+    stored,
     training_transform,
 )
 from pvt_hf.recipes import freeze_stages, imagenet_recipe, images_per_step
-from pvt_hf.training import ImageClassificationTrainer, last_complete_checkpoint
+from pvt_hf.training_classification import ImageClassificationTrainer
+from pvt_hf.variants import find_variant
 
 SMOKE = {"image_size": 32, "num_train_epochs": 2, "per_device_train_batch_size": 32, "learning_rate": 2e-4}
 SMOKE |= {"warmup_epochs": 0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0, "fp16": False}
@@ -43,18 +48,19 @@ SMOKE |= {"warmup_epochs": 0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "drop_p
 def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     parser = HfArgumentParser(TrainingArguments, description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--variant", choices=list(pvt_hf.VARIANTS), default="pvt_v2_b0")
+    parser.add_argument("--variant", choices=list(pvt_hf.VARIANTS), help="from random weights; pvt_v2_b0 if missing")
     parser.add_argument("--model_name_or_path", help="a checkpoint to fine-tune, instead of random weights")
     parser.add_argument("--dataset_name", help="see above; scikit-learn's digits if missing")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--eval_dataset_name", help="where --dataset_name is a pattern of files: those for evaluation")
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--eval_split", default="validation")
+    parser.add_argument("--train_val_split", type=float, help="hold this part of the training split out, as 0.15")
     parser.add_argument("--label_column", help="found if there is only one of class labels")
     parser.add_argument("--num_labels", type=int, help="for streamed labels without names")
     parser.add_argument("--streaming", action="store_true", help="read images when they are needed")
     parser.add_argument("--samples_per_epoch", type=int, help="for a stream that does not know its length")
-    parser.add_argument("--shuffle_buffer", type=int, default=10_000, help="images of a stream shuffled at a time")
+    parser.add_argument("--shuffle_buffer", type=int, default=10_000, help="images of a stream each process shuffles")
     parser.add_argument("--skip_damaged", action="store_true", help="leave damaged images out and count them")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--smoke", action="store_true", help="everything on embedded data in under a minute")
@@ -63,9 +69,10 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     parser.add_argument("--freeze_stages", type=int, default=0)
     parser.add_argument("--lora_rank", type=int, help="train LoRA adapters of query, key and value instead (peft)")
     parser.add_argument("--channels_last", action="store_true")
-    for name, kind in (("warmup_epochs", int), ("repeats", int), ("mixup", float), ("cutmix", float)):
-        parser.add_argument(f"--{name}", type=kind, help="official if missing")
-    parser.add_argument("--drop_path_rate", type=float, help="official if missing")
+    for name in ("warmup_epochs", "repeats"):
+        parser.add_argument(f"--{name}", type=int, help="official if missing")
+    for name in ("mixup", "cutmix", "label_smoothing", "random_erasing", "drop_path_rate"):
+        parser.add_argument(f"--{name}", type=float, help="official if missing")
     parser.set_defaults(
         output_dir="runs/classification", num_train_epochs=300, per_device_train_batch_size=128, learning_rate=None,
         weight_decay=None, max_grad_norm=None, lr_scheduler_type=None, seed=0, dataloader_num_workers=10,
@@ -75,7 +82,16 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     if parser.parse_known_args()[0].smoke:
         parser.set_defaults(**SMOKE, dataloader_num_workers=0, logging_steps=5)
     options = parser.parse_args()
-    recipe = imagenet_recipe(options.variant)
+    if options.model_name_or_path:
+        found = find_variant(AutoConfig.from_pretrained(options.model_name_or_path))
+        if options.variant and (found is None or found.name != options.variant):
+            raise SystemExit(f"--model_name_or_path {options.model_name_or_path} is not a {options.variant}")
+        options.variant = found.name if found else None
+    else:
+        options.variant = options.variant or "pvt_v2_b0"
+    if options.lora_rank and not options.model_name_or_path:
+        raise SystemExit("--lora_rank adapts a trained model: pass --model_name_or_path")
+    recipe = imagenet_recipe(options.variant or "pvt_v2_b0")
     given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(recipe)}
     given = {name: value for name, value in given.items() if value is not None and name != "learning_rate"}
     options.recipe = recipe = dataclasses.replace(recipe, **given)
@@ -85,6 +101,8 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     chosen = {key: value for key, value in vars(options).items() if key in fields and value is not None}
     args = TrainingArguments(**{"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm} | chosen)
+    if str(args.resume_from_checkpoint).lower() in ("true", "false"):
+        args.resume_from_checkpoint = args.resume_from_checkpoint.lower() == "true"
     if options.learning_rate is None:
         args.learning_rate = recipe.learning_rate * images_per_step(args) / recipe.reference_batch_size
     return options, args
@@ -100,13 +118,29 @@ def load_model(options: argparse.Namespace, names: list[str]):
     else:
         config = pvt_hf.build_config(options.variant, image_size=options.image_size, **labels)
         model = AutoModelForImageClassification.from_config(config)
-    freeze_stages(model, options.freeze_stages)
     if options.lora_rank:
         from peft import LoraConfig, get_peft_model
 
         targets = {"target_modules": ["query", "key", "value"], "modules_to_save": ["classifier"]}
         model = get_peft_model(model, LoraConfig(r=options.lora_rank, lora_alpha=2 * options.lora_rank, **targets))
+    freeze_stages(model, options.freeze_stages)
     return model
+
+
+def load_splits(options: argparse.Namespace, args: TrainingArguments):
+    """The images to train on, perhaps a stream, and those to evaluate on."""
+    config = options.dataset_config_name
+    train = load_images(options.dataset_name, options.train_split, config, options.streaming)
+    if options.train_val_split:
+        if options.streaming:
+            raise SystemExit("--train_val_split needs all the images: leave --streaming out")
+        halves = train.train_test_split(options.train_val_split, seed=args.seed)
+        return halves["train"], halves["test"]
+    source = options.eval_dataset_name or options.dataset_name
+    if not options.streaming:
+        return train, load_images(source, options.eval_split, config)
+    with args.main_process_first(desc="writing the images for evaluation to the cache"):
+        return train, stored(load_images(source, options.eval_split, config, streaming=True))
 
 
 def main() -> None:
@@ -116,25 +150,17 @@ def main() -> None:
     if (options.dataset_name or "").endswith((".parquet", ".tar")) and not options.eval_dataset_name:
         raise SystemExit("--dataset_name is a pattern of files: pass --eval_dataset_name with those for evaluation")
     set_seed(args.seed)
-    train, held_out = (
-        load_images(name, split, options.dataset_config_name, streaming)
-        for name, split, streaming in (
-            (options.dataset_name, options.train_split, options.streaming),
-            (options.eval_dataset_name or options.dataset_name, options.eval_split, False),
-        )
-    )
-    if options.num_labels:
-        column, names = options.label_column or "label", [str(label) for label in range(options.num_labels)]
-    else:
-        column, names = label_names(train, options.label_column)
+    train, held_out = load_splits(options, args)
+    column, names = label_names(train, options.label_column, options.num_labels)
     model = load_model(options, names)
-    common = (column, training_transform(options.recipe, options.image_size))
+    common = (column, len(names), training_transform(options.recipe, options.image_size))
     if options.streaming:
         length = options.samples_per_epoch or epoch_length(train, options.train_split)
         if length is None:
             raise SystemExit("The stream does not say how many images it has: pass --samples_per_epoch")
         share = {"seed": args.seed, "rank": args.process_index, "world_size": args.world_size}
-        share |= {"buffer_size": options.shuffle_buffer, "skip_damaged": options.skip_damaged}
+        share |= {"buffer_size": options.shuffle_buffer // max(1, args.dataloader_num_workers)}
+        share |= {"skip_damaged": options.skip_damaged}
         data = StreamedImages(train, *common, samples_per_epoch=length, **share)
     else:
         data = TrainingImages(train, *common, skip_damaged=options.skip_damaged)
@@ -148,12 +174,16 @@ def main() -> None:
         ema_decay=options.ema_decay,
         channels_last=options.channels_last,
         train_dataset=data,
-        eval_dataset=EvaluationImages(held_out, column, image_processor),
+        eval_dataset=EvaluationImages(held_out, column, len(names), image_processor),
         processing_class=image_processor,
         dataset_name=options.dataset_name,
         initial_weights=options.model_name_or_path,
+        settings={key: getattr(options, key) for key in ("variant", "image_size", "freeze_stages", "lora_rank")},
     )
-    trainer.train(args.resume_from_checkpoint in ("true", "True", "1") or args.resume_from_checkpoint)
+    trainer.train(args.resume_from_checkpoint)
+    if options.lora_rank:  # the adapter for itself, and the whole model with it for everybody
+        trainer.save_model(Path(args.output_dir) / "adapter")
+        trainer.model = trainer.model_wrapped = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     metrics = trainer.evaluate() | (trainer.evaluate_average() if trainer.ema else {})
     trainer.save_model()
     trainer.create_model_card()

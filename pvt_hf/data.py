@@ -66,7 +66,7 @@ def load_images(
         if source is None:
             halves = digits().train_test_split(0.2, stratify_by_column="label", seed=0)
             data = halves["train" if split == "train" else "test"]
-        elif Path(source).is_dir():
+        elif Path(source).is_dir() and not any(Path(source).rglob("*.parquet")):
             data = datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
         elif source.endswith((".parquet", ".tar")):
             kind = "parquet" if source.endswith(".parquet") else "webdataset"
@@ -82,18 +82,34 @@ def load_images(
     if len(image_columns) != 1:
         raise ImageError(f"{source!r} must have one column of images, got {image_columns} of {list(data.features)}.")
     if streaming and isinstance(data, datasets.Dataset):
+        length = datasets.SplitInfo(split, num_examples=len(data))
         data = data.to_iterable_dataset(num_shards=min(8, len(data)))
+        data.info.splits = datasets.SplitDict({split: length})
     if image_columns != ["image"]:
         data = data.rename_column(image_columns[0], "image")
     return data.cast_column("image", datasets.Image(decode=False))
 
 
-def label_names(data: datasets.Dataset | datasets.IterableDataset, column: str | None = None) -> tuple[str, list[str]]:
+def stored(stream: datasets.IterableDataset) -> datasets.Dataset:
+    """A stream written to the cache of `datasets`, as a data set with a length: for evaluation, where loading a split
+    without streaming would prepare all the others too."""
+    import datasets
+
+    def rows(stream):
+        yield from stream
+
+    return datasets.Dataset.from_generator(rows, features=stream.features, gen_kwargs={"stream": stream})
+
+
+def label_names(
+    data: datasets.Dataset | datasets.IterableDataset, column: str | None = None, num_labels: int | None = None
+) -> tuple[str, list[str]]:
     """The column of labels, and the names of the classes.
 
     Args:
         data: From [`load_images`].
         column: Its name; without it, the only column of class labels, or of integers.
+        num_labels: The number of classes, for labels without names that are not all at hand (streams).
 
     Raises:
         ValueError: If there is no such column, or more than one.
@@ -109,10 +125,17 @@ def label_names(data: datasets.Dataset | datasets.IterableDataset, column: str |
         )
     feature = data.features[found[0]]
     if isinstance(feature, datasets.ClassLabel):
+        if num_labels not in (None, len(feature.names)):
+            raise ValueError(f"`num_labels` is {num_labels}, but {found[0]!r} names {len(feature.names)} classes.")
         return found[0], feature.names
-    if isinstance(data, datasets.IterableDataset):
+    if "int" not in str(getattr(feature, "dtype", "")):
+        raise ValueError(
+            f"`label_column` must hold class indices, but {found[0]!r} holds {feature}. "
+            "`datasets.Dataset.class_encode_column` turns names into them."
+        )
+    if num_labels is None and isinstance(data, datasets.IterableDataset):
         raise ValueError(f"The labels in {found[0]!r} have no names: give their number with `num_labels`.")
-    return found[0], [str(label) for label in range(max(data[found[0]]) + 1)]
+    return found[0], [str(label) for label in range(num_labels or max(data.unique(found[0])) + 1)]
 
 
 def training_transform(recipe: ImageNetRecipe, size: int) -> Callable[[Image.Image], torch.Tensor]:
@@ -177,6 +200,13 @@ def decode(image: dict[str, Any], name: str) -> Image.Image:
         raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
 
 
+def check_label(label: Any, num_labels: int, name: str) -> int:
+    """Raises an `ImageError` that names the image unless its label is a class."""
+    if not isinstance(label, int) or not 0 <= label < num_labels:
+        raise ImageError(f"The label of {name} must be a class in [0, {num_labels}), got {label!r}.")
+    return label
+
+
 class _Prepared:
     """What both kinds of training data share: a row becomes `pixel_values`, `labels` and `names`, or is skipped."""
 
@@ -190,8 +220,9 @@ class _Prepared:
                 raise
             logger.warning(f"{error} It is left out.")
             return None
+        label = check_label(row[self.label_column], self.num_labels, name)
         with seeded(*seed):
-            return {"pixel_values": self.transform(image), "labels": row[self.label_column], "names": name}
+            return {"pixel_values": self.transform(image), "labels": label, "names": name}
 
 
 class TrainingImages(_Prepared, Dataset):
@@ -199,15 +230,16 @@ class TrainingImages(_Prepared, Dataset):
 
     Args:
         data: From [`load_images`].
-        label_column: From [`label_names`].
+        label_column, num_labels: From [`label_names`].
         transform: From a PIL image to a tensor.
         skip_damaged: Whether a damaged image is left out of its batch (and counted) instead of being an error.
 
     Items are asked for with `(index, *seed)`, as [`EpochSampler`] gives them. The augmentation depends on nothing else.
     """
 
-    def __init__(self, data, label_column: str, transform: Callable, skip_damaged: bool = False):
-        self.data, self.label_column, self.transform, self.skip_damaged = data, label_column, transform, skip_damaged
+    def __init__(self, data, label_column: str, num_labels: int, transform: Callable, skip_damaged: bool = False):
+        self.data, self.label_column, self.num_labels = data, label_column, num_labels
+        self.transform, self.skip_damaged = transform, skip_damaged
 
     def __len__(self) -> int:
         return len(self.data)
@@ -267,10 +299,10 @@ class StreamedImages(_Prepared, IterableDataset):
 
     Args:
         data: A streamed data set from [`load_images`].
-        label_column, transform, skip_damaged: As in [`TrainingImages`].
+        label_column, num_labels, transform, skip_damaged: As in [`TrainingImages`].
         samples_per_epoch: Images of an epoch, over all processes.
         seed, rank, world_size: Of the run and of the process.
-        buffer_size: How many images are shuffled at a time.
+        buffer_size: How many images each worker shuffles at a time, encoded as they are stored.
 
     Raises:
         ImageError: While iterating, if a shard cannot be read, or a worker gets no shard.
@@ -280,6 +312,7 @@ class StreamedImages(_Prepared, IterableDataset):
         self,
         data,
         label_column: str,
+        num_labels: int,
         transform: Callable,
         samples_per_epoch: int,
         seed: int,
@@ -294,7 +327,13 @@ class StreamedImages(_Prepared, IterableDataset):
         one_shard = {"max_buffer_input_shards": 1}
         options = one_shard if one_shard.keys() <= inspect.signature(data.shuffle).parameters.keys() else {}
         self.data = split_dataset_by_node(data.shuffle(seed, buffer_size=buffer_size, **options), rank, world_size)
-        self.label_column, self.transform, self.skip_damaged = label_column, transform, skip_damaged
+        if data.num_shards % world_size:
+            logger.warning(
+                f"{data.num_shards} shards cannot be dealt to {world_size} processes: each of them reads all of the "
+                "stream and keeps its share. A multiple of the processes would be faster."
+            )
+        self.label_column, self.num_labels = label_column, num_labels
+        self.transform, self.skip_damaged = transform, skip_damaged
         self.samples, self.seed, self.rank, self.epoch = samples_per_epoch // world_size, seed, rank, 0
         self.batch_size = 1  # of the loader, which the trainer sets: an epoch has whole batches only
 
@@ -353,17 +392,18 @@ def collate(rows: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
 class EvaluationImages(Dataset):
     """Images as an image processor prepares them, in their order; a damaged one is an error."""
 
-    def __init__(self, data, label_column: str, image_processor: Callable):
-        self.data, self.label_column, self.image_processor = data, label_column, image_processor
+    def __init__(self, data, label_column: str, num_labels: int, image_processor: Callable):
+        self.data, self.label_column, self.num_labels = data, label_column, num_labels
+        self.image_processor = image_processor
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.data[index]
-        image = decode(row["image"], row["image"].get("path") or f"image {index}")
-        pixel_values = self.image_processor(image, return_tensors="pt").pixel_values[0]
-        return {"pixel_values": pixel_values, "labels": row[self.label_column]}
+        name = row["image"].get("path") or f"image {index}"
+        pixel_values = self.image_processor(decode(row["image"], name), return_tensors="pt").pixel_values[0]
+        return {"pixel_values": pixel_values, "labels": check_label(row[self.label_column], self.num_labels, name)}
 
 
 def epoch_length(data: datasets.IterableDataset, split: str) -> int | None:

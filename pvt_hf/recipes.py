@@ -76,6 +76,22 @@ def scheduled_learning_rate(
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * position / epochs)) / 2
 
 
+def imagenet_factor(recipe: ImageNetRecipe, peak: float, step: int, steps_per_epoch: int, steps: int) -> float:
+    """The factor of every learning rate at a step of a run: the official rate during its epoch, divided by `peak`.
+
+    Raises:
+        ValueError: If the run is not longer than the warm-up.
+    """
+    epochs = math.ceil(steps / steps_per_epoch)
+    if recipe.warmup_epochs >= epochs:
+        raise ValueError(
+            f"`warmup_epochs` must be less than the {epochs} epochs of the run (`num_train_epochs`, `max_steps`), got "
+            f"{recipe.warmup_epochs}."
+        )
+    lowest = recipe.warmup_learning_rate, recipe.min_learning_rate
+    return scheduled_learning_rate(step // steps_per_epoch, epochs, recipe.warmup_epochs, peak, *lowest) / peak
+
+
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Whether the official code decays a parameter: v1's position embeddings yes; biases, norms and CLS token no."""
     return parameter.ndim > 1 and not name.endswith("cls_token")

@@ -38,7 +38,7 @@ def plot_curves(log_history: LogHistory, file: str | Path) -> None:
 def training_card(
     name: str,
     config: PreTrainedConfig,
-    evaluations: LogHistory,
+    log_history: LogHistory,
     settings: dict[str, Any],
     dataset: str | None,
     initial_weights: str | None,
@@ -48,12 +48,15 @@ def training_card(
     Args:
         name: Of the run.
         config: Of the model.
-        evaluations: The entries of `trainer.state.log_history` with the held-out metrics of
-            [`~pvt_hf.metrics.classification_metrics`] (`eval_accuracy` ...), the last of which counts.
+        log_history: `trainer.state.log_history`, with held-out metrics of
+            [`~pvt_hf.metrics.classification_metrics`] (`eval_accuracy` ...), the last of which are those of the model,
+            and perhaps those of averaged weights (`ema_accuracy` ...).
         settings: Recipe and arguments of the run.
         dataset: Where the images are from, as the command named it; `None` for scikit-learn's digits.
         initial_weights: The checkpoint that was fine-tuned, or `None` for random weights.
     """
+    evaluations = [entry for entry in log_history if "eval_accuracy" in entry]
+    averages = [entry for entry in log_history if "ema_accuracy" in entry]
     metrics = evaluations[-1]
     accuracy = {key: metrics[f"eval_{key}"] for key in ("accuracy", "top5_accuracy")}
     origin = dataset or "scikit-learn digits"
@@ -75,11 +78,16 @@ def training_card(
         tags=["vision", config.model_type],
         base_model=initial_weights if initial_weights and not Path(initial_weights).exists() else None,
     )
-    by_epoch = {row["epoch"]: row for row in evaluations}  # the last epoch is evaluated once more in the end
+    # The model in the end, which may be that of an earlier epoch, is evaluated once more.
+    by_epoch = {row["epoch"]: row for row in reversed(evaluations[:-1] or evaluations)}
     history = "\n".join(
         f"| {row['epoch']:g} | {row['eval_loss']:.4f} | {row['eval_accuracy']:.4f} | {row['eval_top5_accuracy']:.4f} |"
-        for row in by_epoch.values()
+        for row in reversed(by_epoch.values())
     )
+    average = ""
+    if averages:
+        top1, top5 = (100 * averages[-1][f"ema_{key}"] for key in ("accuracy", "top5_accuracy"))
+        average = f"\nThe averaged weights (in `ema`) reach {top1:.2f} % top-1 and {top5:.2f} % top-5.\n"
     table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
     return ModelCard(
         f"""---
@@ -91,7 +99,7 @@ def training_card(
 A `{config.model_type}` with {config.num_labels} classes, trained by pvt_hf on `{origin}` from
 {f"`{initial_weights}`" if initial_weights else "random weights"}. On the {metrics["eval_images"]} held-out images it
 reaches **{100 * accuracy["accuracy"]:.2f} %** top-1 and **{100 * accuracy["top5_accuracy"]:.2f} %** top-5.
-
+{average}
 Use it with `import pvt_hf` and `AutoModelForImageClassification.from_pretrained`. What it is for and where it fails,
 whoever publishes it should say here.
 
@@ -110,10 +118,10 @@ whoever publishes it should say here.
     )
 
 
-def run_settings(recipe: Any, arguments: Any, official_schedule: bool) -> dict[str, Any]:
-    """What a reader needs to repeat a run: the recipe with what `TrainingArguments` overrode."""
+def run_settings(recipe: Any, arguments: Any, epochs: float, official_schedule: bool) -> dict[str, Any]:
+    """What a reader needs to repeat a run: the recipe with what `TrainingArguments` overrode, and its real length."""
     overrides = {
-        "epochs": arguments.num_train_epochs,
+        "epochs": round(epochs, 2),
         "learning_rate": arguments.learning_rate,
         "weight_decay": arguments.weight_decay,
         "max_grad_norm": arguments.max_grad_norm,
@@ -123,6 +131,7 @@ def run_settings(recipe: Any, arguments: Any, official_schedule: bool) -> dict[s
     return settings | {
         "images per step": images_per_step(arguments),
         "processes": arguments.world_size,
+        "accumulated batches": arguments.gradient_accumulation_steps,
         "learning-rate schedule": "official, by epochs"
         if official_schedule
         else str(arguments.lr_scheduler_type.value),

@@ -15,7 +15,8 @@ SIBLINGS = {
     "pretrained": {"layers"},
     "recipes": {"variants"},
     "reports": {"recipes"},
-    "training": {"data", "metrics", "recipes", "reports"},
+    "training": {"checkpointing", "data"},
+    "training_classification": {"data", "metrics", "recipes", "reports", "training"},
     "modeling_pvt": {"configuration_pvt", "layers", "pretrained"},
     "modeling_pvt_v2": {"configuration_pvt_v2", "layers", "pretrained"},
 }

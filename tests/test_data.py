@@ -122,10 +122,10 @@ def test_damaged_image(folder, content):
     path.write_bytes(content)
     data = load_images(str(folder), "train")
     sampler = EpochSampler(12, seed=0)
-    loader = DataLoader(TrainingImages(data, "label", value_of), 4, sampler=sampler, collate_fn=collate)
+    loader = DataLoader(TrainingImages(data, "label", 16, value_of), 4, sampler=sampler, collate_fn=collate)
     with pytest.raises(ImageError, match=r"dog/03\.png cannot be read"):
         list(loader)
-    skipping = TrainingImages(data, "label", value_of, skip_damaged=True)
+    skipping = TrainingImages(data, "label", 16, value_of, skip_damaged=True)
     batches = list(DataLoader(skipping, 4, sampler=sampler, collate_fn=collate))
     assert sum(batch["skipped"] for batch in batches) == 1 and sum(len(batch["labels"]) for batch in batches) == 11
     assert not any(name.endswith("03.png") for batch in batches for name in batch["names"])
@@ -133,7 +133,7 @@ def test_damaged_image(folder, content):
         collate([None, None])
     processor = pvt_hf.PvtImageProcessorPil(crop_size=32)
     with pytest.raises(ImageError, match=r"dog/03\.png cannot be read"):
-        collate(map(EvaluationImages(data, "label", processor).__getitem__, range(12)))
+        collate(map(EvaluationImages(data, "label", 16, processor).__getitem__, range(12)))
 
 
 def test_seeded_leaves_no_trace():
@@ -182,9 +182,9 @@ def test_augmentation_does_not_depend_on_workers(folder, streaming):
     for workers in (1, 1) if streaming else (0, 2):
         if streaming:
             data = load_images(str(folder), "train", streaming=True)
-            dataset, options = StreamedImages(data, "label", transform, 12, seed=0, buffer_size=4), {}
+            dataset, options = StreamedImages(data, "label", 16, transform, 12, seed=0, buffer_size=4), {}
         else:
-            dataset = TrainingImages(load_images(str(folder), "train"), "label", transform)
+            dataset = TrainingImages(load_images(str(folder), "train"), "label", 16, transform)
             options = {"sampler": EpochSampler(12, seed=0)}
         torch.manual_seed(len(runs))
         loader = DataLoader(dataset, 4, collate_fn=collate, num_workers=workers, **options)
@@ -199,7 +199,7 @@ def test_stream_is_split_by_process_and_worker(shards, kind):
         for rank in range(world_size):
             data = load_images(f"{shards}/*.{kind}", "train", streaming=True)
             share = {"rank": rank, "world_size": world_size, "buffer_size": 8}
-            dataset = StreamedImages(data, {"parquet": "kind", "tar": "cls"}[kind], value_of, 16, seed=3, **share)
+            dataset = StreamedImages(data, {"parquet": "kind", "tar": "cls"}[kind], 16, value_of, 16, seed=3, **share)
             dataset.set_epoch(number)
             assert len(dataset) == 16 // world_size
             loader = DataLoader(dataset, 2, collate_fn=lambda rows: rows, num_workers=workers)
@@ -217,7 +217,7 @@ def test_stream_has_as_many_batches_as_it_says(shards):
     """Also where neither workers nor batches divide it."""
     data = load_images(f"{shards}/*.parquet", "train", streaming=True)
     for workers in (0, 2, 3):
-        dataset = StreamedImages(data, "kind", value_of, 31, seed=0, buffer_size=4)
+        dataset = StreamedImages(data, "kind", 16, value_of, 31, seed=0, buffer_size=4)
         dataset.batch_size = 4
         loader = DataLoader(dataset, 4, collate_fn=list, num_workers=workers, drop_last=True)
         assert [len(batch) for batch in loader] == [4] * len(loader) == [4] * 7
@@ -225,7 +225,7 @@ def test_stream_has_as_many_batches_as_it_says(shards):
 
 def test_stream_that_is_too_short_or_too_thin(shards):
     data = load_images(f"{shards}/*.parquet", "train", streaming=True)
-    longer = StreamedImages(data, "kind", value_of, 40, seed=0, buffer_size=4)
+    longer = StreamedImages(data, "kind", 16, value_of, 40, seed=0, buffer_size=4)
     counts = np.bincount([row["labels"] for row in longer])
     assert len(longer) == counts.sum() == 40 and counts.min() >= 2 and counts.max() <= 3
     with pytest.raises(ImageError, match="no shard to read"):
@@ -237,7 +237,7 @@ def test_unreadable_shard(shards):
     data = load_images(f"{shards}/*.parquet", "train", streaming=True)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ImageError, match="A shard of the stream cannot be read"):
-        list(StreamedImages(data, "kind", value_of, 16, seed=0, buffer_size=1))
+        list(StreamedImages(data, "kind", 16, value_of, 16, seed=0, buffer_size=1))
 
 
 def test_training_transform_is_timms_with_the_official_settings():

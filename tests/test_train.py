@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from training_run import build
 from transformers import AutoModelForImageClassification
 
+from pvt_hf.checkpointing import CheckpointError, incompleteness, last_complete_checkpoint
 from pvt_hf.recipes import freeze_stages, imagenet_recipe, scheduled_learning_rate
-from pvt_hf.training import CheckpointError, incompleteness, last_complete_checkpoint
 
 RICH = {"mixup": 0.8, "cutmix": 1.0, "repeats": 3, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
 
@@ -162,7 +162,7 @@ def test_checkpoint_that_was_interrupted(tmp_path, caplog, monkeypatch):
     trainer.train()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
     (tmp_path / "checkpoint-8" / "complete.json").unlink()
-    monkeypatch.setattr(transformers.utils.logging.get_logger("pvt_hf.training"), "propagate", True)
+    monkeypatch.setattr(transformers.utils.logging.get_logger("pvt_hf.checkpointing"), "propagate", True)
     monkeypatch.setattr(transformers.utils.logging._get_library_root_logger(), "propagate", True)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert "checkpoint-8 is not used: it was interrupted while it was written" in caplog.text

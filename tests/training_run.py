@@ -11,7 +11,7 @@ from transformers import AutoModelForImageClassification, TrainingArguments, set
 
 from pvt_hf.data import EvaluationImages, TrainingImages, load_images, training_transform
 from pvt_hf.recipes import ImageNetRecipe
-from pvt_hf.training import ImageClassificationTrainer
+from pvt_hf.training_classification import ImageClassificationTrainer
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1, "warmup_epochs": 0, "random_erasing": 0.0, "auto_augment": None}
 
@@ -53,8 +53,8 @@ def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, rec
         model=network,
         args=TrainingArguments(output_dir=str(output_dir), **arguments),
         recipe=recipe,
-        train_dataset=TrainingImages(train.select(range(images)), "label", training_transform(recipe, 32)),
-        eval_dataset=EvaluationImages(held_out.select(range(evaluation)), "label", Processor()),
+        train_dataset=TrainingImages(train.select(range(images)), "label", 10, training_transform(recipe, 32)),
+        eval_dataset=EvaluationImages(held_out.select(range(evaluation)), "label", 10, Processor()),
         **(trainer or {}),
     )
 
