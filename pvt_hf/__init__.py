@@ -17,9 +17,13 @@ from .variants import VARIANTS, build_config
 if TYPE_CHECKING:
     from .configuration_pvt import PvtConfig
     from .configuration_pvt_v2 import PvtV2Config
+    from .configuration_semantic_fpn import SemanticFPNConfig
+    from .dense_prediction import load_pretrained_backbone
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
     from .modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
     from .modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
+    from .modeling_semantic_fpn import SemanticFPNForSemanticSegmentation
+    from .sliding_window import sliding_window_logits
 
 __version__ = "0.1.0"
 
@@ -35,7 +39,11 @@ __all__ = [
     "PvtV2Config",
     "PvtV2ForImageClassification",
     "PvtV2Model",
+    "SemanticFPNConfig",
+    "SemanticFPNForSemanticSegmentation",
     "build_config",
+    "load_pretrained_backbone",
+    "sliding_window_logits",
 ]
 
 _MODULES = {
@@ -49,6 +57,10 @@ _MODULES = {
     "PvtV2Backbone": "modeling_pvt_v2",
     "PvtImageProcessor": "image_processing_pvt",
     "PvtImageProcessorPil": "image_processing_pvt",
+    "SemanticFPNConfig": "configuration_semantic_fpn",
+    "SemanticFPNForSemanticSegmentation": "modeling_semantic_fpn",
+    "load_pretrained_backbone": "dense_prediction",
+    "sliding_window_logits": "sliding_window",
 }
 # By model type: the configuration, the image processor (its PIL twin has the ending Pil), the class of each Auto class.
 _AUTO_CLASSES = {
@@ -69,6 +81,11 @@ _AUTO_CLASSES = {
             "AutoModelForImageClassification": "PvtV2ForImageClassification",
             "AutoBackbone": "PvtV2Backbone",
         },
+    ),
+    "pvt_hf_semantic_fpn": (
+        "SemanticFPNConfig",
+        "PvtImageProcessor",
+        {"AutoModelForSemanticSegmentation": "SemanticFPNForSemanticSegmentation"},
     ),
 }
 

@@ -18,6 +18,7 @@ SIBLINGS = {
     "training": {"data", "metrics", "recipes", "reports"},
     "modeling_pvt": {"configuration_pvt", "layers", "pretrained"},
     "modeling_pvt_v2": {"configuration_pvt_v2", "layers", "pretrained"},
+    "modeling_semantic_fpn": {"configuration_semantic_fpn", "dense_prediction", "fpn", "layers"},
 }
 
 
