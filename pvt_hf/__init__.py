@@ -17,6 +17,7 @@ from .variants import VARIANTS, build_config
 if TYPE_CHECKING:
     from .configuration_pvt import PvtConfig
     from .configuration_pvt_v2 import PvtV2Config
+    from .image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
     from .modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
     from .modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
@@ -27,6 +28,8 @@ __all__ = [
     "VARIANTS",
     "PvtBackbone",
     "PvtConfig",
+    "PvtDetectionImageProcessor",
+    "PvtDetectionImageProcessorPil",
     "PvtForImageClassification",
     "PvtImageProcessor",
     "PvtImageProcessorPil",
@@ -49,6 +52,8 @@ _MODULES = {
     "PvtV2Backbone": "modeling_pvt_v2",
     "PvtImageProcessor": "image_processing_pvt",
     "PvtImageProcessorPil": "image_processing_pvt",
+    "PvtDetectionImageProcessor": "image_processing_detection",
+    "PvtDetectionImageProcessorPil": "image_processing_detection",
 }
 # By model type: the configuration, the image processor (its PIL twin has the ending Pil), the class of each Auto class.
 _AUTO_CLASSES = {
