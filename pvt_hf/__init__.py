@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .configuration_pvt_v2 import PvtV2Config
     from .image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
+    from .image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
     from .modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
     from .modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
 
@@ -34,6 +35,8 @@ __all__ = [
     "PvtImageProcessor",
     "PvtImageProcessorPil",
     "PvtModel",
+    "PvtSegmentationImageProcessor",
+    "PvtSegmentationImageProcessorPil",
     "PvtV2Backbone",
     "PvtV2Config",
     "PvtV2ForImageClassification",
@@ -54,6 +57,8 @@ _MODULES = {
     "PvtImageProcessorPil": "image_processing_pvt",
     "PvtDetectionImageProcessor": "image_processing_detection",
     "PvtDetectionImageProcessorPil": "image_processing_detection",
+    "PvtSegmentationImageProcessor": "image_processing_segmentation",
+    "PvtSegmentationImageProcessorPil": "image_processing_segmentation",
 }
 # By model type: the configuration, the image processor (its PIL twin has the ending Pil), the class of each Auto class.
 _AUTO_CLASSES = {

@@ -14,6 +14,7 @@ SIBLINGS = {
     "configuration_pvt_v2": {"configuration_pvt"},
     "image_processing_dense": {"resize"},
     "image_processing_detection": {"image_processing_dense", "objects", "resize"},
+    "image_processing_segmentation": {"image_processing_dense", "resize"},
     "objects": {"resize"},
     "pretrained": {"layers"},
     "recipes": {"variants"},
