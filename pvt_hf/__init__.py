@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from .configuration_pvt_v2 import PvtV2Config
     from .configuration_semantic_fpn import SemanticFPNConfig
     from .dense_prediction import load_pretrained_backbone
+    from .image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
+    from .image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
     from .modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
     from .modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
     from .modeling_semantic_fpn import SemanticFPNForSemanticSegmentation
@@ -31,10 +33,14 @@ __all__ = [
     "VARIANTS",
     "PvtBackbone",
     "PvtConfig",
+    "PvtDetectionImageProcessor",
+    "PvtDetectionImageProcessorPil",
     "PvtForImageClassification",
     "PvtImageProcessor",
     "PvtImageProcessorPil",
     "PvtModel",
+    "PvtSegmentationImageProcessor",
+    "PvtSegmentationImageProcessorPil",
     "PvtV2Backbone",
     "PvtV2Config",
     "PvtV2ForImageClassification",
@@ -61,6 +67,10 @@ _MODULES = {
     "SemanticFPNForSemanticSegmentation": "modeling_semantic_fpn",
     "load_pretrained_backbone": "dense_prediction",
     "sliding_window_logits": "sliding_window",
+    "PvtDetectionImageProcessor": "image_processing_detection",
+    "PvtDetectionImageProcessorPil": "image_processing_detection",
+    "PvtSegmentationImageProcessor": "image_processing_segmentation",
+    "PvtSegmentationImageProcessorPil": "image_processing_segmentation",
 }
 # By model type: the configuration, the image processor (its PIL twin has the ending Pil), the class of each Auto class.
 _AUTO_CLASSES = {
@@ -84,7 +94,7 @@ _AUTO_CLASSES = {
     ),
     "pvt_hf_semantic_fpn": (
         "SemanticFPNConfig",
-        "PvtImageProcessor",
+        "PvtSegmentationImageProcessor",
         {"AutoModelForSemanticSegmentation": "SemanticFPNForSemanticSegmentation"},
     ),
 }
