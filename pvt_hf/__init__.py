@@ -17,9 +17,11 @@ from .variants import VARIANTS, build_config
 if TYPE_CHECKING:
     from .configuration_pvt import PvtConfig
     from .configuration_pvt_v2 import PvtV2Config
+    from .configuration_retinanet import RetinaNetConfig
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
     from .modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
     from .modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
+    from .modeling_retinanet import RetinaNetForObjectDetection
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,8 @@ __all__ = [
     "PvtV2Config",
     "PvtV2ForImageClassification",
     "PvtV2Model",
+    "RetinaNetConfig",
+    "RetinaNetForObjectDetection",
     "build_config",
 ]
 
@@ -47,6 +51,8 @@ _MODULES = {
     "PvtV2Model": "modeling_pvt_v2",
     "PvtV2ForImageClassification": "modeling_pvt_v2",
     "PvtV2Backbone": "modeling_pvt_v2",
+    "RetinaNetConfig": "configuration_retinanet",
+    "RetinaNetForObjectDetection": "modeling_retinanet",
     "PvtImageProcessor": "image_processing_pvt",
     "PvtImageProcessorPil": "image_processing_pvt",
 }
@@ -69,6 +75,11 @@ _AUTO_CLASSES = {
             "AutoModelForImageClassification": "PvtV2ForImageClassification",
             "AutoBackbone": "PvtV2Backbone",
         },
+    ),
+    "pvt_hf_retinanet": (
+        "RetinaNetConfig",
+        "PvtImageProcessor",
+        {"AutoModelForObjectDetection": "RetinaNetForObjectDetection"},
     ),
 }
 
