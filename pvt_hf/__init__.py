@@ -17,6 +17,7 @@ from .variants import VARIANTS, build_config
 if TYPE_CHECKING:
     from .configuration_pvt import PvtConfig
     from .configuration_pvt_v2 import PvtV2Config
+    from .configuration_retinanet import RetinaNetConfig
     from .configuration_semantic_fpn import SemanticFPNConfig
     from .dense_prediction import load_pretrained_backbone
     from .image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
     from .modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
     from .modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
+    from .modeling_retinanet import RetinaNetForObjectDetection
     from .modeling_semantic_fpn import SemanticFPNForSemanticSegmentation
     from .sliding_window import sliding_window_logits
 
@@ -45,6 +47,8 @@ __all__ = [
     "PvtV2Config",
     "PvtV2ForImageClassification",
     "PvtV2Model",
+    "RetinaNetConfig",
+    "RetinaNetForObjectDetection",
     "SemanticFPNConfig",
     "SemanticFPNForSemanticSegmentation",
     "build_config",
@@ -61,6 +65,8 @@ _MODULES = {
     "PvtV2Model": "modeling_pvt_v2",
     "PvtV2ForImageClassification": "modeling_pvt_v2",
     "PvtV2Backbone": "modeling_pvt_v2",
+    "RetinaNetConfig": "configuration_retinanet",
+    "RetinaNetForObjectDetection": "modeling_retinanet",
     "PvtImageProcessor": "image_processing_pvt",
     "PvtImageProcessorPil": "image_processing_pvt",
     "SemanticFPNConfig": "configuration_semantic_fpn",
@@ -91,6 +97,11 @@ _AUTO_CLASSES = {
             "AutoModelForImageClassification": "PvtV2ForImageClassification",
             "AutoBackbone": "PvtV2Backbone",
         },
+    ),
+    "pvt_hf_retinanet": (
+        "RetinaNetConfig",
+        "PvtDetectionImageProcessor",
+        {"AutoModelForObjectDetection": "RetinaNetForObjectDetection"},
     ),
     "pvt_hf_semantic_fpn": (
         "SemanticFPNConfig",

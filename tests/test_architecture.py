@@ -20,6 +20,8 @@ SIBLINGS = {
     "recipes": {"variants"},
     "reports": {"recipes"},
     "training": {"data", "metrics", "recipes", "reports"},
+    "detection": {"boxes"},
+    "modeling_retinanet": {"boxes", "configuration_retinanet", "dense_prediction", "detection", "fpn"},
     "modeling_pvt": {"configuration_pvt", "layers", "pretrained"},
     "modeling_pvt_v2": {"configuration_pvt_v2", "layers", "pretrained"},
     "modeling_semantic_fpn": {"configuration_semantic_fpn", "dense_prediction", "fpn", "layers"},
