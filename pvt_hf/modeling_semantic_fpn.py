@@ -42,7 +42,7 @@ class SemanticFPNHead(nn.Module):
         channels = config.head_channels
         self.scale_heads = nn.ModuleList(
             nn.ModuleList(
-                SemanticFPNBlock(channels if index else config.pyramid_channels, channels)
+                SemanticFPNBlock(channels if index else config.neck_channels, channels)
                 for index in range(max(1, level))
             )
             for level in range(_NUM_LEVELS)
@@ -59,7 +59,7 @@ class SemanticFPNHead(nn.Module):
         init.zeros_(self.classifier.bias)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Levels (batch, pyramid_channels, height_i, width_i) -> (batch, num_labels, height_0, width_0)"""
+        """Levels (batch, neck_channels, height_i, width_i) -> (batch, num_labels, height_0, width_0)"""
         total = self.scale_heads[0][0](levels[0])
         for blocks, feature_map in zip(self.scale_heads[1:], levels[1:], strict=True):
             for block in blocks:
@@ -155,7 +155,7 @@ class SemanticFPNForSemanticSegmentation(SemanticFPNPreTrainedModel):
     def __init__(self, config: SemanticFPNConfig):
         super().__init__(config)
         self.backbone = build_backbone(config, num_levels=_NUM_LEVELS)
-        self.neck = FeaturePyramid(self.backbone.channels, config.pyramid_channels)
+        self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels)
         self.head = SemanticFPNHead(config)
         self.post_init()
 

@@ -26,7 +26,7 @@ def backbone_config(name: str, **overrides):
 
 def build(name: str = "v2", std: float = 0.05, **fields):
     """A segmenter of a few thousand parameters, all of them random."""
-    fields = {"num_labels": 5, "pyramid_channels": 16, "head_channels": 8} | fields
+    fields = {"num_labels": 5, "neck_channels": 16, "head_channels": 8} | fields
     config = pvt_hf.SemanticFPNConfig(**({"backbone_config": backbone_config(name)} | fields))
     model = randomize(AutoModelForSemanticSegmentation.from_config(config), std)
     assert type(model) is pvt_hf.SemanticFPNForSemanticSegmentation
@@ -40,7 +40,7 @@ def official_pair(version: str):
     encoder = {key.removeprefix("backbone."): official[key] for key in official if key.startswith("backbone.")}
     backbone = architecture.read_config(encoder)
     backbone.out_features = STAGES
-    config = pvt_hf.SemanticFPNConfig(backbone_config=backbone, num_labels=7, pyramid_channels=16, head_channels=8)
+    config = pvt_hf.SemanticFPNConfig(backbone_config=backbone, num_labels=7, neck_channels=16, head_channels=8)
     model = pvt_hf.SemanticFPNForSemanticSegmentation(config).double().eval()
     base_prefix = model.backbone.base_model_prefix
     model.load_state_dict(systems.from_official(official, "Semantic FPN", base_prefix))
@@ -241,7 +241,7 @@ def test_any_backbone(name, tmp_path):
 def test_default_configuration():
     """PVT-Tiny + Semantic FPN: 16.98 M parameters with ADE20K's classes."""
     with torch.device("meta"):
-        model = AutoModelForSemanticSegmentation.from_config(pvt_hf.SemanticFPNConfig(num_labels=150))
+        model = AutoModelForSemanticSegmentation.from_config(pvt_hf.SemanticFPNConfig())
     assert isinstance(model.backbone, pvt_hf.PvtBackbone) and model.num_parameters() == 16_981_398
     assert pvt_hf.SemanticFPNConfig(id2label={0: "cat", 1: "dog", 2: "owl"}).num_labels == 3
 
