@@ -17,6 +17,7 @@ from .variants import VARIANTS, build_config
 if TYPE_CHECKING:
     from .configuration_pvt import PvtConfig
     from .configuration_pvt_v2 import PvtV2Config
+    from .detr import build_detr, build_detr_config, detr_detections, detr_loss, prepare_detr_training
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
     from .modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
     from .modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
@@ -36,6 +37,11 @@ __all__ = [
     "PvtV2ForImageClassification",
     "PvtV2Model",
     "build_config",
+    "build_detr",
+    "build_detr_config",
+    "detr_detections",
+    "detr_loss",
+    "prepare_detr_training",
 ]
 
 _MODULES = {
@@ -49,6 +55,11 @@ _MODULES = {
     "PvtV2Backbone": "modeling_pvt_v2",
     "PvtImageProcessor": "image_processing_pvt",
     "PvtImageProcessorPil": "image_processing_pvt",
+    "build_detr": "detr",
+    "build_detr_config": "detr",
+    "detr_detections": "detr",
+    "detr_loss": "detr",
+    "prepare_detr_training": "detr",
 }
 # By model type: the configuration, the image processor (its PIL twin has the ending Pil), the class of each Auto class.
 _AUTO_CLASSES = {
