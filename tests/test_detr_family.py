@@ -8,6 +8,8 @@ from transformers import AutoModelForObjectDetection
 
 SIZES = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
 HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5}
+# Its group norms need 32 channels.
+DEFORMABLE = {**SIZES, **HEADS, "d_model": 32, "num_feature_levels": 3, "encoder_n_points": 2, "decoder_n_points": 2}
 # RT-DETR and its kin read three maps, whose channels they have to be told.
 HYBRID = {
     **SIZES,
@@ -27,7 +29,7 @@ LAST, LAST_THREE = ["stage4"], ["stage2", "stage3", "stage4"]
 FAMILY = [
     ("ConditionalDetr", {**SIZES, **HEADS}, LAST),
     ("DabDetr", {"hidden_size": 16, **{k: v for k, v in (SIZES | HEADS).items() if k != "d_model"}}, LAST),
-    ("DeformableDetr", {**SIZES, **HEADS, "encoder_n_points": 2, "decoder_n_points": 2}, LAST_THREE),
+    ("DeformableDetr", DEFORMABLE, LAST_THREE),
     ("RTDetr", HYBRID, LAST_THREE),
     ("RTDetrV2", HYBRID, LAST_THREE),
     ("DFine", D_FINE, LAST_THREE),
@@ -38,8 +40,6 @@ FAMILY = [
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_trains_and_reloads(name, fields, out_features, version, tmp_path):
     config_class = getattr(transformers, f"{name}Config")
-    if "num_feature_levels" in config_class.__dataclass_fields__ and name == "DeformableDetr":
-        fields = fields | {"num_feature_levels": 3}
     config = config_class(backbone_config=small_config(version, out_features=out_features), num_labels=3, **fields)
     model = randomize(getattr(transformers, f"{name}ForObjectDetection")(config)).train()
     labels = [
