@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .configuration_retinanet import RetinaNetConfig
     from .configuration_semantic_fpn import SemanticFPNConfig
     from .dense_prediction import load_pretrained_backbone
+    from .detr import build_detr, build_detr_config, detr_detections, detr_loss, prepare_detr_training
     from .image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
     from .image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
@@ -52,7 +53,12 @@ __all__ = [
     "SemanticFPNConfig",
     "SemanticFPNForSemanticSegmentation",
     "build_config",
+    "build_detr",
+    "build_detr_config",
+    "detr_detections",
+    "detr_loss",
     "load_pretrained_backbone",
+    "prepare_detr_training",
     "sliding_window_logits",
 ]
 
@@ -77,6 +83,11 @@ _MODULES = {
     "PvtDetectionImageProcessorPil": "image_processing_detection",
     "PvtSegmentationImageProcessor": "image_processing_segmentation",
     "PvtSegmentationImageProcessorPil": "image_processing_segmentation",
+    "build_detr": "detr",
+    "build_detr_config": "detr",
+    "detr_detections": "detr",
+    "detr_loss": "detr",
+    "prepare_detr_training": "detr",
 }
 # By model type: the configuration, the image processor (its PIL twin has the ending Pil), the class of each Auto class.
 _AUTO_CLASSES = {
