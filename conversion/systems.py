@@ -94,7 +94,8 @@ def from_official(state_dict: StateDict, system: str, base_prefix: str) -> State
     """The tensors of an official system with the names of pvt_hf's, or of transformers' where that has the system.
 
     Args:
-        state_dict: With the official names. DETR may have those of mmdetection before 2.13.
+        state_dict: With the official names. DETR may have those of mmdetection before 2.13 (see
+            [`with_current_names`]).
         system: As `rename.system_name` calls it.
         base_prefix: `base_model_prefix` of the backbone's class: `"pvt"` or `"pvt_v2"`.
 
@@ -127,12 +128,20 @@ def _parts(state_dict: StateDict, place: str) -> tuple[StateDict, StateDict]:
     return backbone, {key: tensor for key, tensor in state_dict.items() if not key.startswith(place)}
 
 
+def with_current_names(state_dict: StateDict) -> StateDict:
+    """DETR's tensors with the names of mmdetection 2.13 where they have those of the versions before it."""
+    renamed = {}
+    for key, tensor in state_dict.items():
+        for former, name in _FORMER_NAMES if key.startswith("bbox_head.transformer.") else ():
+            key = key.replace(former, name)
+        renamed[key] = tensor
+    return renamed
+
+
 def _split(heads: StateDict) -> StateDict:
     """DETR's official tensors with the names of mmdetection 2.13, and with query, key and value apart, as views."""
     split = {}
-    for key, tensor in heads.items():
-        for former, name in _FORMER_NAMES:
-            key = key.replace(former, name)
+    for key, tensor in with_current_names(heads).items():
         if not (match := _FUSED.fullmatch(key)):
             split[key] = tensor
             continue
