@@ -169,11 +169,7 @@ def rasterize(segmentation: Any, size: tuple[int, int], name: str = "A segmentat
     Raises:
         AnnotationError: If it is none of these, or RLE of another size.
     """
-    try:  # also keeps it from being asked of those who load the image processor's code from the Hub
-        from faster_coco_eval import mask as coco_mask
-    except ImportError as error:
-        raise ImportError("Masks need `pip install faster-coco-eval`.") from error
-
+    coco_mask = _coco_mask()
     height, width = size
     if isinstance(segmentation, dict):
         given = list(segmentation.get("size") or ())
@@ -192,3 +188,17 @@ def rasterize(segmentation: Any, size: tuple[int, int], name: str = "A segmentat
             f"{str(segmentation)[:80]}."
         )
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))).astype(bool)
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """A mask `(height, width)` as COCO's compressed RLE, with counts that json can hold."""
+    rle = _coco_mask().encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
+
+
+def _coco_mask():
+    try:  # also keeps it from being asked of those who load the image processor's code from the Hub
+        from faster_coco_eval import mask
+    except ImportError as error:
+        raise ImportError("Masks in COCO's format need `pip install faster-coco-eval`.") from error
+    return mask
