@@ -101,8 +101,9 @@ class _DetectionPreprocessing(DensePreprocessing):
                 and `orig_size`.
             **kwargs: Any of the processor's settings, for this call only.
         """
-        settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names} | kwargs
-        return self._batch(images, targets, **self._standardize_kwargs(**{"return_tensors": "pt"} | settings))
+        settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        settings |= {"return_tensors": "pt"} | kwargs
+        return self._batch(images, targets, **self._standardize_kwargs(**settings))
 
     def _batch(
         self,

@@ -12,7 +12,9 @@ ALL = LIBRARY + sorted((ROOT / "conversion").glob("*.py")) + sorted((ROOT / "exa
 SIBLINGS = {
     "__init__": {"variants"},
     "configuration_pvt_v2": {"configuration_pvt"},
+    "augmentation": {"objects", "resize"},
     "canvases": {"data", "objects"},
+    "coco": {"data", "objects"},
     "image_processing_dense": {"resize"},
     "image_processing_detection": {"image_processing_dense", "objects", "resize"},
     "image_processing_segmentation": {"image_processing_dense", "resize"},
