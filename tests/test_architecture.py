@@ -18,6 +18,7 @@ SIBLINGS = {
     "image_processing_dense": {"resize"},
     "image_processing_detection": {"image_processing_dense", "objects", "resize"},
     "image_processing_segmentation": {"image_processing_dense", "resize"},
+    "metrics": {"objects"},
     "objects": {"resize"},
     "pretrained": {"layers"},
     "recipes": {"variants"},
