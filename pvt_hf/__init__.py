@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 from .variants import VARIANTS, build_config
 
 if TYPE_CHECKING:
+    from .configuration_mask_rcnn import MaskRCNNConfig
     from .configuration_pvt import PvtConfig
     from .configuration_pvt_v2 import PvtV2Config
     from .configuration_retinanet import RetinaNetConfig
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
+    from .modeling_mask_rcnn import MaskRCNNForInstanceSegmentation
     from .modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
     from .modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
     from .modeling_retinanet import RetinaNetForObjectDetection
@@ -27,6 +29,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",
+    "MaskRCNNConfig",
+    "MaskRCNNForInstanceSegmentation",
     "PvtBackbone",
     "PvtConfig",
     "PvtForImageClassification",
@@ -53,6 +57,8 @@ _MODULES = {
     "PvtV2Backbone": "modeling_pvt_v2",
     "RetinaNetConfig": "configuration_retinanet",
     "RetinaNetForObjectDetection": "modeling_retinanet",
+    "MaskRCNNConfig": "configuration_mask_rcnn",
+    "MaskRCNNForInstanceSegmentation": "modeling_mask_rcnn",
     "PvtImageProcessor": "image_processing_pvt",
     "PvtImageProcessorPil": "image_processing_pvt",
 }
@@ -80,6 +86,14 @@ _AUTO_CLASSES = {
         "RetinaNetConfig",
         "PvtImageProcessor",
         {"AutoModelForObjectDetection": "RetinaNetForObjectDetection"},
+    ),
+    "pvt_hf_mask_rcnn": (
+        "MaskRCNNConfig",
+        "PvtImageProcessor",
+        dict.fromkeys(
+            ("AutoModelForInstanceSegmentation", "AutoModelForImageSegmentation", "AutoModelForObjectDetection"),
+            "MaskRCNNForInstanceSegmentation",
+        ),
     ),
 }
 

@@ -11,8 +11,6 @@ from .boxes import at_least_float32, batched_nms
 
 # Normalised coordinates may leave [0, 1] by this much: rounding in half precision, or by an annotator.
 _TOLERANCE = 1e-2
-# Values that `paste_masks` computes at once: 256 MiB of sampling grid in float32.
-_VALUES_AT_ONCE = 2**25
 
 
 def image_sizes_from_mask(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
