@@ -15,18 +15,24 @@ from typing import TYPE_CHECKING
 from .variants import VARIANTS, build_config
 
 if TYPE_CHECKING:
+    from .configuration_mask_rcnn import MaskRCNNConfig
     from .configuration_pvt import PvtConfig
     from .configuration_pvt_v2 import PvtV2Config
+    from .configuration_retinanet import RetinaNetConfig
     from .image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
     from .image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
+    from .modeling_mask_rcnn import MaskRCNNForInstanceSegmentation
     from .modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
     from .modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
+    from .modeling_retinanet import RetinaNetForObjectDetection
 
 __version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",
+    "MaskRCNNConfig",
+    "MaskRCNNForInstanceSegmentation",
     "PvtBackbone",
     "PvtConfig",
     "PvtDetectionImageProcessor",
@@ -41,6 +47,8 @@ __all__ = [
     "PvtV2Config",
     "PvtV2ForImageClassification",
     "PvtV2Model",
+    "RetinaNetConfig",
+    "RetinaNetForObjectDetection",
     "build_config",
 ]
 
@@ -53,6 +61,10 @@ _MODULES = {
     "PvtV2Model": "modeling_pvt_v2",
     "PvtV2ForImageClassification": "modeling_pvt_v2",
     "PvtV2Backbone": "modeling_pvt_v2",
+    "RetinaNetConfig": "configuration_retinanet",
+    "RetinaNetForObjectDetection": "modeling_retinanet",
+    "MaskRCNNConfig": "configuration_mask_rcnn",
+    "MaskRCNNForInstanceSegmentation": "modeling_mask_rcnn",
     "PvtImageProcessor": "image_processing_pvt",
     "PvtImageProcessorPil": "image_processing_pvt",
     "PvtDetectionImageProcessor": "image_processing_detection",
@@ -79,6 +91,19 @@ _AUTO_CLASSES = {
             "AutoModelForImageClassification": "PvtV2ForImageClassification",
             "AutoBackbone": "PvtV2Backbone",
         },
+    ),
+    "pvt_hf_retinanet": (
+        "RetinaNetConfig",
+        "PvtDetectionImageProcessor",
+        {"AutoModelForObjectDetection": "RetinaNetForObjectDetection"},
+    ),
+    "pvt_hf_mask_rcnn": (
+        "MaskRCNNConfig",
+        "PvtDetectionImageProcessor",
+        dict.fromkeys(
+            ("AutoModelForInstanceSegmentation", "AutoModelForImageSegmentation", "AutoModelForObjectDetection"),
+            "MaskRCNNForInstanceSegmentation",
+        ),
     ),
 }
 

@@ -29,6 +29,11 @@ class PretrainedDensePredictor:
     def _can_set_attn_implementation(cls) -> bool:
         return True
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes outside transformers it passes over modules all of whose own tensors are loaded, and so over those
+        # that have none, as heads. Here `_init_weights` leaves loaded tensors alone by itself.
+        super()._initialize_weights(module)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """

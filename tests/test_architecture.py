@@ -16,7 +16,9 @@ SIBLINGS = {
     "canvases": {"data", "objects"},
     "coco": {"data", "objects"},
     "image_processing_dense": {"resize"},
-    "image_processing_detection": {"image_processing_dense", "objects", "resize"},
+    "image_processing_detection": {
+        *("boxes", "detection", "image_processing_dense", "masks", "objects", "resize"),
+    },
     "image_processing_segmentation": {"image_processing_dense", "resize"},
     "metrics": {"objects"},
     "objects": {"resize"},
@@ -24,6 +26,11 @@ SIBLINGS = {
     "recipes": {"variants"},
     "reports": {"recipes"},
     "training": {"data", "metrics", "recipes", "reports"},
+    "detection": {"boxes"},
+    "masks": {"boxes", "detection"},
+    "rpn": {"boxes", "configuration_mask_rcnn", "detection"},
+    "modeling_mask_rcnn": {"boxes", "configuration_mask_rcnn", "dense_prediction", "detection", "fpn", "rpn"},
+    "modeling_retinanet": {"boxes", "configuration_retinanet", "dense_prediction", "detection", "fpn"},
     "modeling_pvt": {"configuration_pvt", "layers", "pretrained"},
     "modeling_pvt_v2": {"configuration_pvt_v2", "layers", "pretrained"},
 }
