@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .configuration_pvt import PvtConfig
     from .configuration_pvt_v2 import PvtV2Config
     from .configuration_retinanet import RetinaNetConfig
+    from .detr import build_detr, build_detr_config, detr_detections, detr_loss, prepare_detr_training
     from .image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
     from .image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
@@ -50,6 +51,11 @@ __all__ = [
     "RetinaNetConfig",
     "RetinaNetForObjectDetection",
     "build_config",
+    "build_detr",
+    "build_detr_config",
+    "detr_detections",
+    "detr_loss",
+    "prepare_detr_training",
 ]
 
 _MODULES = {
@@ -71,6 +77,11 @@ _MODULES = {
     "PvtDetectionImageProcessorPil": "image_processing_detection",
     "PvtSegmentationImageProcessor": "image_processing_segmentation",
     "PvtSegmentationImageProcessorPil": "image_processing_segmentation",
+    "build_detr": "detr",
+    "build_detr_config": "detr",
+    "detr_detections": "detr",
+    "detr_loss": "detr",
+    "prepare_detr_training": "detr",
 }
 # By model type: the configuration, the image processor (its PIL twin has the ending Pil), the class of each Auto class.
 _AUTO_CLASSES = {

@@ -6,12 +6,11 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_transforms import center_to_corners_format
 from transformers.image_utils import ImageInput, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from .boxes import at_least_float32, clip_boxes
-from .detection import check_target_sizes, detect_objects
+from .detection import detect_objects
+from .detr import detr_detections
 from .image_processing_dense import DensePreprocessing, check_finite, normalized, pad, padded_size, resized_size
 from .masks import segment_instances
 from .objects import Objects, read_objects
@@ -164,7 +163,7 @@ class _DetectionPreprocessing(DensePreprocessing):
         """
         if {"level_sizes", "scores"} & outputs.keys():
             return detect_objects(outputs, threshold, target_sizes)
-        return _detect_queries(outputs, threshold, target_sizes)
+        return detr_detections(outputs, threshold, target_sizes)
 
     def post_process_instance_segmentation(
         self,
@@ -190,21 +189,6 @@ class _DetectionPreprocessing(DensePreprocessing):
             For each image `segmentation` and `segments_info`.
         """
         return segment_instances(outputs, threshold, mask_threshold, target_sizes, return_binary_maps)
-
-
-def _detect_queries(outputs: Any, threshold: float, target_sizes: TargetSizes) -> list[dict[str, torch.Tensor]]:
-    """DETR's detections: every query is one of its best class, and the last logit is no object."""
-    scores, labels = at_least_float32(outputs["logits"]).softmax(dim=-1)[..., :-1].max(dim=-1)
-    sizes = torch.ones(len(scores), 2) if target_sizes is None else check_target_sizes(target_sizes, len(scores))
-    sizes = sizes.to(scores)
-    boxes = center_to_corners_format(at_least_float32(outputs["pred_boxes"])) * sizes[:, None, [1, 0, 1, 0]]
-    boxes = clip_boxes(boxes, sizes[:, None])
-    detections = []
-    for image_scores, image_labels, image_boxes in zip(scores, labels, boxes, strict=True):
-        order = image_scores.argsort(descending=True, stable=True)
-        order = order[image_scores[order] > threshold]
-        detections.append({"scores": image_scores[order], "labels": image_labels[order], "boxes": image_boxes[order]})
-    return detections
 
 
 def _labels(

@@ -17,7 +17,7 @@ SIBLINGS = {
     "coco": {"data", "objects"},
     "image_processing_dense": {"resize"},
     "image_processing_detection": {
-        *("boxes", "detection", "image_processing_dense", "masks", "objects", "resize"),
+        *("detection", "detr", "image_processing_dense", "masks", "objects", "resize"),
     },
     "image_processing_segmentation": {"image_processing_dense", "resize"},
     "metrics": {"objects"},
