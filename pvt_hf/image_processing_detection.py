@@ -10,7 +10,6 @@ from transformers.image_utils import ImageInput, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 from .detection import detect_objects
-from .detr import detr_detections
 from .image_processing_dense import DensePreprocessing, check_finite, normalized, pad, padded_size, resized_size
 from .masks import segment_instances
 from .objects import Objects, read_objects
@@ -163,6 +162,8 @@ class _DetectionPreprocessing(DensePreprocessing):
         """
         if {"level_sizes", "scores"} & outputs.keys():
             return detect_objects(outputs, threshold, target_sizes)
+        from .detr import detr_detections  # transformers' DETR may itself be what has this file imported
+
         return detr_detections(outputs, threshold, target_sizes)
 
     def post_process_instance_segmentation(
