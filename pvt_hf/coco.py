@@ -245,7 +245,7 @@ def _size(rows: datasets.Dataset, index: int) -> tuple[int, int]:
 
 
 class TrainingDetections(Dataset):
-    """Augmented images with their objects. Items are asked for with `(index, *seed)`, as [`OrientationBatchSampler`]
+    """Augmented images with their objects. Items are asked for with `(index, *seed)`, as [`OrientationSampler`]
     and [`~pvt_hf.data.EpochSampler`] give them, and depend on nothing else.
 
     Args:
@@ -320,10 +320,11 @@ class DetectionCollator:
         return dict(batch) | {"names": [row["names"] for row in whole], "skipped": len(rows) - len(whole)}
 
 
-class OrientationBatchSampler(Sampler):
-    """One process's batches of an epoch, each of images of one orientation (wider than high, or not), which wastes
-    less padding (mmdetection's `DistributedGroupSampler`). Each orientation's last batch is filled with images from the
-    beginning of its order. Yields lists of `(index, seed, epoch, position)`.
+class OrientationSampler(Sampler):
+    """One process's share of an epoch, `(index, seed, epoch, position)` as of [`~pvt_hf.data.EpochSampler`], in which
+    every `batch_size` in turn are images of one orientation (wider than high, or not). That wastes less padding
+    (mmdetection's `DistributedGroupSampler`). Each orientation's last batch is filled with images from the beginning of
+    its order.
 
     Args:
         sizes: (height, width) of each image.
@@ -342,9 +343,9 @@ class OrientationBatchSampler(Sampler):
 
     def __len__(self) -> int:
         batches = sum(-(-int(count) // self.batch_size) for count in (self.wide.sum(), (~self.wide).sum()))
-        return -(-batches // self.world_size)
+        return -(-batches // self.world_size) * self.batch_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int, int]]]:
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         batches = []
         for group in (self.wide.nonzero().flatten(), (~self.wide).nonzero().flatten()):
@@ -354,7 +355,7 @@ class OrientationBatchSampler(Sampler):
                 order = torch.cat([order, order.repeat(-(-missing // len(order)))[:missing]])
             batches += order.view(-1, self.batch_size).tolist()
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        shuffled = [shuffled[place % len(shuffled)] for place in range(len(self) * self.world_size)]
-        for count, batch in enumerate(shuffled[self.rank :: self.world_size]):
-            first = (count * self.world_size + self.rank) * self.batch_size
-            yield [(index, self.seed, self.epoch, first + place) for place, index in enumerate(batches[batch])]
+        for number in range(self.rank, len(self) // self.batch_size * self.world_size, self.world_size):
+            batch = batches[shuffled[number % len(shuffled)]]
+            for place, index in enumerate(batch):
+                yield index, self.seed, self.epoch, number * self.batch_size + place

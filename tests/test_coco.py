@@ -17,7 +17,7 @@ from pvt_hf.canvases import canvas_files
 from pvt_hf.coco import (
     DetectionCollator,
     EvaluationDetections,
-    OrientationBatchSampler,
+    OrientationSampler,
     TrainingDetections,
     read_coco,
     read_hub,
@@ -338,11 +338,10 @@ def test_hub_without_names():
 def test_training_batches(canvases, workers):
     data = read_coco(canvases / "annotations.json", canvases / "images").for_training()
     training = TrainingDetections(data, DetectionAugmentation((64, 96), 128), masks=True)
-    sampler = OrientationBatchSampler([record.size for record in data.records], 4, seed=1)
+    sampler = OrientationSampler([record.size for record in data.records], 4, seed=1)
     collator = DetectionCollator(PROCESSOR)
     runs = [
-        list(DataLoader(training, batch_sampler=sampler, collate_fn=collator, num_workers=count))
-        for count in {0, workers}
+        list(DataLoader(training, 4, sampler=sampler, collate_fn=collator, num_workers=count)) for count in {0, workers}
     ]
     names = set()
     for batch in runs[0]:
@@ -380,24 +379,28 @@ def test_evaluation_batches(canvases):
 
 def test_orientation_batches():
     sizes = [(3, 4)] * 23 + [(4, 3)] * 9 + [(3, 3)] * 5
-    sampler = OrientationBatchSampler(sizes, 4, seed=2)
+
+    def batches_of(sampler: OrientationSampler) -> list[list[tuple]]:
+        keys = list(sampler)
+        assert len(keys) == len(sampler)
+        return [keys[first : first + 4] for first in range(0, len(keys), 4)]
+
+    sampler = OrientationSampler(sizes, 4, seed=2)
     epochs = []
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
-        batches = list(sampler)
-        assert len(batches) == len(sampler) == 6 + 4
+        batches = batches_of(sampler)
+        assert len(batches) == 6 + 4
         wide = [{sizes[index][1] > sizes[index][0] for index, *_ in batch} for batch in batches]
         assert all(len(kinds) == 1 for kinds in wide) and wide != sorted(wide, key=str)
         assert {index for batch in batches for index, *_ in batch} == set(range(37))
-        assert len({key[2:] for batch in batches for key in batch}) == 40  # each its own augmentation
+        assert [position for batch in batches for *_, position in batch] == list(range(40))
         epochs.append(batches)
     assert epochs[0] != epochs[1]
-    shares = [OrientationBatchSampler(sizes, 4, seed=2, rank=rank, world_size=3) for rank in range(3)]
-    assert [len(list(share)) for share in shares] == [len(share) for share in shares] == [4] * 3
-    indices = [[index for index, *_ in batch] for share in shares for batch in share]
-    whole = [[index for index, *_ in batch] for batch in epochs[0]]
-    assert sorted(indices)[0] in whole and {tuple(batch) for batch in indices} == {tuple(batch) for batch in whole}
-    assert len(list(OrientationBatchSampler([(1, 2)], 4, seed=0, rank=3, world_size=4))[0]) == 4
+    shares = [batches_of(OrientationSampler(sizes, 4, seed=2, rank=rank, world_size=3)) for rank in range(3)]
+    assert [len(share) for share in shares] == [4] * 3
+    assert [shares[number % 3][number // 3] for number in range(10)] == epochs[0]  # dealt in turn
+    assert len(batches_of(OrientationSampler([(1, 2)], 4, seed=0, rank=3, world_size=4))) == 1
 
 
 def test_masks_survive_encoding():
