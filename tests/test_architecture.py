@@ -12,7 +12,7 @@ ALL = LIBRARY + sorted((ROOT / "conversion").glob("*.py")) + sorted((ROOT / "exa
 SIBLINGS = {
     "__init__": {"variants"},
     "configuration_pvt_v2": {"configuration_pvt"},
-    "augmentation": {"objects", "resize"},
+    "augmentation": {"colors", "objects", "resize"},
     "canvases": {"data", "objects"},
     "coco": {"data", "objects"},
     "image_processing_dense": {"resize"},
@@ -20,6 +20,7 @@ SIBLINGS = {
         *("detection", "detr", "image_processing_dense", "masks", "objects", "resize"),
     },
     "image_processing_segmentation": {"image_processing_dense", "resize"},
+    "label_maps": {"data", "image_processing_segmentation"},
     "metrics": {"objects"},
     "objects": {"resize"},
     "pretrained": {"layers"},
