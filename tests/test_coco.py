@@ -358,6 +358,8 @@ def test_training_batches(canvases, workers):
     assert names == {record.name for record in data.records}
     for one, other in zip(runs[0], runs[-1], strict=True):
         assert torch.equal(one["pixel_values"], other["pixel_values"])
+    for keys in ([(0, 1, 0, place) for place in range(8)], [(0, 1, epoch, 0) for epoch in range(8)]):
+        assert len({training[key]["image"].shape for key in keys}) == 2  # each draws anew
     plain = DataLoader(training, 4, sampler=EpochSampler(len(training), seed=1), collate_fn=collator)
     assert len(next(iter(plain))["labels"]) == 4
 
