@@ -113,6 +113,9 @@ def test_low_quality_matches_overwrite_in_order():
     assert ours.match_boxes(iou, 0.5, 0.4, 0.0).tolist() == [2, 1, -1, -1]
     assert ours.match_boxes(iou, 0.5, 0.25, 0.6).tolist() == [2, -2, -2, -1]
     assert ours.match_boxes(iou, 0.5, 0.4, 0.95).tolist() == [0, -1, -1, -1]
+    # At the thresholds themselves.
+    assert ours.match_boxes(torch.tensor([[0.5, 0.4, 0.39]]), 0.5, 0.4, 2.0).tolist() == [0, -2, -1]
+    assert ours.match_boxes(torch.tensor([[0.25, 0.1]]), 0.75, 0.25, 0.25).tolist() == [0, -1]
     # The official quirk: an object that overlaps with nothing takes every box, but none that is not valid.
     nothing = torch.zeros(1, 3)
     assert ours.match_boxes(nothing, 0.5, 0.4, 0.0, torch.tensor([True, False, True])).tolist() == [0, -2, 0]
