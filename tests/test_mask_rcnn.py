@@ -278,6 +278,16 @@ def test_evaluation_draws_nothing():
     assert first != second
 
 
+def test_configuration(tmp_path):
+    config = pvt_hf.MaskRCNNConfig()
+    assert config.num_labels == 80 and config.backbone_config.out_features == STAGES and config.use_masks
+    config = pvt_hf.MaskRCNNConfig(id2label={0: "cat", 1: "dog"}, use_masks=False, max_detections=7)
+    config.save_pretrained(tmp_path)
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is pvt_hf.MaskRCNNConfig and type(loaded.backbone_config) is pvt_hf.PvtConfig
+    assert loaded.to_diff_dict() == config.to_diff_dict() and loaded.num_labels == 2
+
+
 @torch.no_grad()
 def test_initialisation():
     model = small_model("v2", neck_channels=64, box_head_size=256)

@@ -163,6 +163,17 @@ def test_training_step_save_and_load(backbone, tmp_path):
     assert first.pred_boxes.dtype == torch.float32
 
 
+def test_configuration(tmp_path):
+    config = pvt_hf.RetinaNetConfig()
+    assert config.num_labels == 80 and config.backbone_config.out_features == STAGES[1:]
+    backbone = {"model_type": "pvt_v2", "out_features": STAGES[1:], "depths": [1, 1, 1, 1]}
+    config = pvt_hf.RetinaNetConfig(backbone_config=backbone, id2label={0: "cat", 1: "dog"}, focal_gamma=1)
+    config.save_pretrained(tmp_path)
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is pvt_hf.RetinaNetConfig and type(loaded.backbone_config) is pvt_hf.PvtV2Config
+    assert loaded.to_diff_dict() == config.to_diff_dict() and loaded.num_labels == 2
+
+
 @torch.no_grad()
 def test_initialisation():
     model = small_model("v2", neck_channels=32)
