@@ -336,7 +336,8 @@ def mask_rcnn_losses(heads, levels, outputs, shapes, sizes, canvas, truths, mask
             labels.append(label)
             targets.append(encode(boxes[row], box, BOX_HEAD_STDS))
             mask = masks[index][assignment[row]][None].double()
-            mask_targets.append((roi_align(mask, boxes[row], 1, 28)[0] >= 0.5).double())
+            inside = [max(0.0, min(value, canvas[1 - axis % 2])) for axis, value in enumerate(boxes[row])]
+            mask_targets.append((roi_align(mask, inside, 1, 28)[0] >= 0.5).double())
         labels += ["background"] * len(negatives)
         targets += [None] * len(negatives)
     class_logits, class_deltas = heads[0](region_features(levels, regions, 7))

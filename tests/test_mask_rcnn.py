@@ -15,14 +15,14 @@ from torch.testing import assert_close
 import pvt_hf
 from conversion import reference_systems, systems
 from pvt_hf.dense_prediction import load_pretrained_backbone
-from pvt_hf.detection import detect_objects
+from pvt_hf.detection import GroundTruth, detect_objects
 from pvt_hf.masks import paste_masks, segment_instances
-from pvt_hf.modeling_mask_rcnn import pool_regions
+from pvt_hf.modeling_mask_rcnn import pool_regions, sample_regions
 
 BACKBONES = pytest.mark.parametrize("backbone", ["v1", "v2", "resnet"])
 SIZES, CANVAS, ORIGINAL = [(64, 96), (45, 60)], (64, 96), [(127, 193), (45, 61)]
 OBJECTS = [
-    [([10.0, 12.0, 60.0, 50.0], 1), ([50.0, 20.0, 70.0, 36.0], 4), ([12.0, 10.0, 64.0, 46.0], 0)],
+    [([10.0, 12.0, 60.0, 50.0], 1), ([70.0, 40.0, 104.0, 66.0], 4), ([12.0, 10.0, 64.0, 46.0], 0)],  # one reaches out
     [([3.0, 10.0, 48.0, 39.0], 2)],
 ]
 
@@ -160,6 +160,32 @@ def test_official_losses_and_gradients(objects, samples):
         assert_close(parameter.grad, gradients[name], rtol=1e-7, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_settings_of_the_proposals():
+    shapes = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
+    level_sizes = [height * width * 3 for height, width in shapes]
+    model = small_model(num_proposals=20, num_candidates=50, num_candidates_train=100).double()
+    objectness, deltas = torch.randn(2, sum(level_sizes)).double(), torch.randn(2, sum(level_sizes), 4).double() * 0.3
+    raw = list(zip(objectness[..., None].split(level_sizes, dim=1), deltas.split(level_sizes, dim=1), strict=True))
+    anchors = model.rpn.anchors.boxes(shapes, like=deltas)
+    for training, num_candidates, limit in ((False, 50, 20), (True, 100, 20), (True, 100, 1000)):
+        model.train(training).config.num_proposals = limit
+        expected = official.proposals(raw, shapes, SIZES, num_candidates, limit)
+        proposals = model.rpn.proposals(objectness, deltas, anchors, level_sizes, torch.tensor(SIZES))
+        for actual, wanted in zip(proposals, expected, strict=True):
+            assert_close(actual, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-9)
+            assert len(wanted) == 20 or limit == 1000
+
+
+def test_sampled_regions():
+    """The objects come first; the last object whose best proposal it is takes a proposal from a better one."""
+    truth = GroundTruth(torch.tensor([[0, 0, 10, 10], [0, 0, 10, 12.0]]), torch.tensor([3, 4]), None)
+    proposals = torch.tensor([[50, 50, 60, 60], [0, 0, 10, 10.5]])
+    regions = sample_regions(proposals, truth, pvt_hf.MaskRCNNConfig())
+    assert regions.objects.tolist() == [0, 1, 1]
+    assert torch.equal(regions.boxes, torch.cat((truth.boxes, proposals.flip(0))))
+    assert torch.equal(regions.positive_boxes, regions.boxes[:3])
+
+
 def test_regions_are_pooled_from_the_level_of_their_scale():
     levels = [torch.randn(2, 3, 512 // stride, 512 // stride).double() for stride in (4, 8, 16, 32)]
     sides = [(10, 20), (100, 110), (120, 115), (250, 300), (500, 450), (30, 400), (0, 5)]
@@ -178,16 +204,20 @@ def test_regions_are_pooled_from_the_level_of_their_scale():
 @pytest.mark.parametrize("threshold", [0.5, 0.2])
 def test_pasted_masks(threshold):
     boxes = torch.tensor(
-        [[5.3, 7.1, 30.2, 25.9], [-10.0, -5.0, 12.5, 60.0], [20.0, 10.0, 20.6, 10.4], [35, 20, 70, 55]]
+        [[5.3, 7.1, 30.2, 25.9], [-10.0, -5.0, 12.5, 60.0], [20.0, 10.0, 20.6, 10.4], [15, 13, 160, 112]]
     ).double()
-    logits = torch.randn(4, 28, 28).double() + 1
+    logits = torch.randn(4, 28, 28).double() + 2
     expected = [
-        official.paste(mask, box, (40, 50), threshold) for mask, box in zip(logits, boxes.tolist(), strict=True)
+        official.paste(mask, box, (130, 150), threshold) for mask, box in zip(logits, boxes.tolist(), strict=True)
     ]
-    pasted = paste_masks(logits, boxes, (40, 50), threshold)
+    pasted = paste_masks(logits, boxes, (130, 150), threshold)
     assert torch.equal(pasted, torch.stack(expected)) and pasted.flatten(1).any(dim=1).sum() >= 3
-    outside = torch.tensor([[60.0, 70, 80, 90], [-30, 0, -20, 10], [5, 5, 5, 5]]).double()
-    assert paste_masks(logits[:3], outside, (40, 50), threshold)[:2].sum() == 0
+    whole = torch.tensor([[0.0, 0, 32, 32]])
+    assert paste_masks(torch.zeros(1, 32, 32), whole, (32, 32)).all()  # a probability of 0.5 is enough
+    outside = torch.tensor([[160.0, 170, 180, 190], [-30, 0, -20, 10]]).double()
+    assert not paste_masks(logits[:2], outside, (130, 150), threshold).any()
+    nothing = torch.tensor([[5.0, 5, 5, 5]]).double()  # a few pixels at most, and no error
+    assert paste_masks(logits[:1], nothing, (130, 150), threshold).sum() <= 9
 
 
 def test_segmentation_maps():
