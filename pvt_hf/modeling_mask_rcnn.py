@@ -345,7 +345,11 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
     def detect(
         self, levels: Sequence[torch.Tensor], proposals: Sequence[torch.Tensor], image_sizes: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The fields of [`MaskRCNNInstanceSegmentationOutput`] that describe detections."""
+        """The fields of [`MaskRCNNInstanceSegmentationOutput`] that describe detections.
+
+        The official code suppresses boxes after it has scaled them to the original image; their overlaps are the same
+        but for rounding.
+        """
         config, strides = self.config, self.config.strides[: len(levels)]
         counts = [len(image_proposals) for image_proposals in proposals]
         logits, deltas = self.box_head(pool_regions(levels, proposals, strides, _BOX_SIZE))

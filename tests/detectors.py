@@ -1,6 +1,7 @@
 """Random official checkpoints of the detectors, small and whole, and the models they are converted to."""
 
 import checkpoints
+import official_detection as official
 import torch
 import transformers
 from models import ROOT, STAGES, small_config
@@ -60,7 +61,7 @@ def feature_maps(weights, pixels):
 
 
 def official_retinanet(variant):
-    """Logits around -2.5, so that many scores are above 0.05, and boxes in some distance from their anchors."""
+    """Logits around -3.5, so that many scores are above 0.05, and boxes in some distance from their anchors."""
     weights = official_backbone(variant) | neck(variant.hidden_sizes[1:], num_extra=2)
     for index in range(4):
         for tower in ("cls", "reg"):
@@ -70,8 +71,35 @@ def official_retinanet(variant):
     pixels = torch.randn(1, 3, 96, 96, dtype=torch.float64)
     levels = reference_systems.pyramid(weights, feature_maps(weights, pixels)[1:])
     logits, deltas = (torch.cat(x, dim=1) for x in zip(*reference_systems.retinanet(weights, levels), strict=True))
-    standardize(weights, "bbox_head.retina_cls", logits, mean=-2.5, std=1)
+    standardize(weights, "bbox_head.retina_cls", logits, mean=-3.5, std=1)
     standardize(weights, "bbox_head.retina_reg", deltas, mean=0, std=0.3)
+    return weights
+
+
+def official_mask_rcnn(variant):
+    """Objectness and class scores of all sizes, and boxes in some distance from their anchors and proposals."""
+    weights = official_backbone(variant) | neck(variant.hidden_sizes, num_extra=0)
+    weights |= layer("rpn_head.rpn_conv", CHANNELS, CHANNELS, 3, 3)
+    weights |= layer("rpn_head.rpn_cls", 3, CHANNELS, 1, 1) | layer("rpn_head.rpn_reg", 12, CHANNELS, 1, 1)
+    box_head, mask_head = "roi_head.bbox_head", "roi_head.mask_head"
+    weights |= layer(f"{box_head}.shared_fcs.0", 32, CHANNELS * 49) | layer(f"{box_head}.shared_fcs.1", 32, 32)
+    weights |= layer(f"{box_head}.fc_cls", CLASSES + 1, 32) | layer(f"{box_head}.fc_reg", CLASSES * 4, 32)
+    for index in range(4):
+        weights |= layer(f"{mask_head}.convs.{index}.conv", CHANNELS, CHANNELS, 3, 3)
+    weights |= layer(f"{mask_head}.upsample", CHANNELS, CHANNELS, 2, 2)
+    weights |= layer(f"{mask_head}.conv_logits", CLASSES, CHANNELS, 1, 1)
+    pixels = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    levels = reference_systems.pyramid(weights, feature_maps(weights, pixels))
+    raw = reference_systems.region_proposals(weights, levels)
+    logits, deltas = (torch.cat(x, dim=1) for x in zip(*raw, strict=True))
+    standardize(weights, "rpn_head.rpn_cls", logits, mean=0, std=2)
+    standardize(weights, "rpn_head.rpn_reg", deltas, mean=0, std=0.3)
+    boxes = (torch.rand(40, 2).double() * 50).repeat(1, 2) + torch.tensor([0, 0, 20, 25])
+    logits, deltas = reference_systems.box_head(weights, official.region_features(levels, [boxes.tolist()], 7))
+    standardize(weights, f"{box_head}.fc_cls", logits, mean=0, std=1)
+    standardize(weights, f"{box_head}.fc_reg", deltas, mean=0, std=1)
+    masks = reference_systems.mask_head(weights, official.region_features(levels, [boxes.tolist()], 14))
+    standardize(weights, f"{mask_head}.conv_logits", masks, mean=0, std=1)
     return weights
 
 

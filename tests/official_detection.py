@@ -69,20 +69,31 @@ def iou(a, b):
     return intersection / max(sum(areas) - intersection, 1e-6)
 
 
+def overlaps(boxes, others):
+    """`iou` of every pair: (boxes, others), float64."""
+    a, b = (torch.tensor(x, dtype=torch.float64).reshape(-1, 4) for x in (boxes, others))
+    width, height = (
+        (torch.minimum(a[:, None, i + 2], b[:, i + 2]) - torch.maximum(a[:, None, i], b[:, i])).clamp(min=0)
+        for i in (0, 1)
+    )
+    areas, other_areas = ((x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (a, b))
+    return width * height / (areas[:, None] + other_areas - width * height).clamp(min=1e-6)
+
+
 def assign(boxes, truths, positive, negative, low_quality, valid=None):
     valid = valid or [True] * len(boxes)
     if not truths:
         return ["background" if ok else "ignored" for ok in valid]
-    overlaps = [[iou(truth, box) for box in boxes] for truth in truths]
+    rows = overlaps(truths, boxes).tolist()
     result = []
     for index, ok in enumerate(valid):
-        column = [row[index] for row in overlaps]
+        column = [row[index] for row in rows]
         best = max(column)
         if ok and best >= positive:
             result.append(column.index(best))
         else:
             result.append("background" if ok and best < negative else "ignored")
-    for number, row in enumerate(overlaps):
+    for number, row in enumerate(rows):
         best = max(value for value, ok in zip(row, valid, strict=True) if ok)
         if best >= low_quality:
             for index, ok in enumerate(valid):
@@ -106,12 +117,13 @@ def sample(assignment, total, max_positives):
 
 def nms(boxes, scores, ids, threshold, limit=math.inf):
     """The indices of the first `limit` that are left, best first."""
-    kept = []
+    ids = torch.tensor(ids)
+    suppresses = (overlaps(boxes, boxes) > threshold) & (ids[:, None] == ids)
+    kept, suppressed = [], torch.zeros(len(boxes), dtype=torch.bool)
     for index in sorted(range(len(boxes)), key=lambda i: -scores[i]):
-        if all(ids[index] != ids[other] or iou(boxes[index], boxes[other]) <= threshold for other in kept):
+        if len(kept) < limit and not suppressed[index]:
             kept.append(index)
-        if len(kept) == limit:
-            break
+            suppressed |= suppresses[index]
     return kept
 
 
@@ -184,3 +196,160 @@ def retinanet_losses(outputs, shapes, sizes, canvas, truths):
             class_loss = class_loss + ((0.25 * target + 0.75 * (1 - target)) * pt**2 * entropy).sum()
         total += max(positives, 1)
     return class_loss / total, box_loss / total
+
+
+def proposals(outputs, shapes, sizes, num_candidates=1000, limit=1000):
+    """For each image the boxes of the region proposal network, best first.
+
+    `outputs` per level: objectness logits (batch, anchors, 1) and deltas (batch, anchors, 4).
+    """
+    levels = anchors(shapes, COCO_STRIDES["mask_rcnn"], (8,))
+    results = []
+    for index, size in enumerate(sizes):
+        boxes, scores, ids = [], [], []
+        for number, ((logits, deltas), level) in enumerate(zip(outputs, levels, strict=True)):
+            level_scores = [sigmoid(z) for z in logits[index, :, 0].tolist()]
+            for i in sorted(range(len(level)), key=lambda i: -level_scores[i])[:num_candidates]:
+                box = decode(level[i], deltas[index, i].tolist(), size)
+                if min(sides(box)) > 0:
+                    boxes.append(box)
+                    scores.append(level_scores[i])
+                    ids.append(number)
+        results.append([boxes[i] for i in nms(boxes, scores, ids, 0.7, limit)])
+    return results
+
+
+def interpolation(positions, length):
+    """The weights (positions, length) of linear interpolation, with 0 further than 1 outside of the samples."""
+    weights = torch.zeros(len(positions), length, dtype=torch.float64)
+    for row, position in enumerate(positions):
+        if -1 <= position <= length:
+            position = min(max(position, 0), length - 1)
+            low = min(int(position), length - 1)
+            weights[row, low] += 1 - (position - low)
+            if low + 1 < length:
+                weights[row, low + 1] += position - low
+    return weights
+
+
+def roi_align(feature_map, box, stride, size):
+    """(channels, height, width) to (channels, size, size): the mean of as many samples as a bin has cells."""
+    matrices, counts = [], []
+    for axis, length in ((1, feature_map.shape[1]), (0, feature_map.shape[2])):
+        start, end = box[axis] / stride - 0.5, box[axis + 2] / stride - 0.5
+        count = math.ceil((end - start) / size)
+        step = (end - start) / size
+        positions = [start + step * (cell + (i + 0.5) / count) for cell in range(size) for i in range(count)]
+        matrices.append(interpolation(positions, length))
+        counts.append(count)
+    if 0 in counts:
+        return feature_map.new_zeros(len(feature_map), size, size)
+    samples = torch.einsum("yh,chw,xw->cyx", matrices[0], feature_map, matrices[1])
+    return samples.reshape(-1, size, counts[0], size, counts[1]).mean(dim=(2, 4))
+
+
+def region_features(levels, boxes, size):
+    """Features (all boxes, channels, size, size) of the boxes of each image from P2 to P5."""
+    features = []
+    for index, image_boxes in enumerate(boxes):
+        for box in image_boxes:
+            width, height = sides(box)
+            level = min(max(math.floor(math.log2(math.sqrt(width * height) / 56 + 1e-6)), 0), 3)
+            features.append(roi_align(levels[level][index], box, 4 * 2**level, size))
+    return torch.stack(features) if features else levels[0].new_zeros(0, levels[0].shape[1], size, size)
+
+
+def mask_rcnn_detections(heads, levels, region_proposals, sizes, original_sizes):
+    """For each image (score, class, box in original pixels, row), and the mask logits of its class. `heads` are the box
+    head and the mask head, as functions of features."""
+    results = []
+    for index, (size, original) in enumerate(zip(sizes, original_sizes, strict=True)):
+        image_levels = [level[index : index + 1] for level in levels]
+        boxes = region_proposals[index]
+        logits, deltas = heads[0](region_features(image_levels, [boxes], 7))
+        scores = logits.softmax(dim=1)[:, :-1].tolist()
+        deltas = deltas.reshape(len(boxes), -1, 4).tolist()
+        decoded = [[decode(box, d, size, BOX_HEAD_STDS) for d in row] for box, row in zip(boxes, deltas, strict=True)]
+        factors = (size[1] / original[1], size[0] / original[0])
+        found = detections(decoded, scores, factors)
+        regions = [[value * factors[axis % 2] for axis, value in enumerate(box)] for _, _, box, _ in found]
+        masks = heads[1](region_features(image_levels, [regions], 14))
+        results.append((found, torch.stack([mask[d[1]] for mask, d in zip(masks, found, strict=True)])))
+    return results
+
+
+def paste(mask_logits, box, size, threshold=0.5):
+    """Bool (height, width): where the mask of the box, interpolated between its cells' centres, is at `threshold`."""
+
+    def weights(start, end, pixels, cells):
+        matrix = torch.zeros(pixels, cells, dtype=torch.float64)
+        for pixel in range(pixels):
+            position = (pixel + 0.5 - start) / (end - start) * cells - 0.5
+            for cell in (math.floor(position), math.floor(position) + 1):
+                if 0 <= cell < cells:
+                    matrix[pixel, cell] = 1 - abs(position - cell)
+        return matrix
+
+    rows = weights(box[1], box[3], size[0], mask_logits.shape[0])
+    columns = weights(box[0], box[2], size[1], mask_logits.shape[1])
+    return rows @ mask_logits.sigmoid() @ columns.T >= threshold
+
+
+def binary_cross_entropy(logits, targets):
+    p = 1 / (1 + torch.exp(-logits))
+    return -(targets * torch.log(p) + (1 - targets) * torch.log(1 - p))
+
+
+def mask_rcnn_losses(heads, levels, outputs, shapes, sizes, canvas, truths, masks, samples=(256, 128, 512, 128)):
+    """The five losses. Draws from torch's generator: first for all anchors, then for all regions.
+
+    `truths` per image: a list of (box, class); `masks` per image: bool (objects, *canvas); `samples`: anchors, positive
+    anchors, regions and positive regions.
+    """
+    strides = COCO_STRIDES["mask_rcnn"]
+    logits, deltas = (torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
+    all_anchors = [box for level in anchors(shapes, strides, (8,)) for box in level]
+    losses, total = dict.fromkeys(("objectness", "rpn_box", "class", "box", "mask"), torch.zeros(())), 0
+    for index, (size, objects) in enumerate(zip(sizes, truths, strict=True)):
+        valid = valid_flags(shapes, strides, 3, padded(size, canvas))
+        assignment = assign(all_anchors, [box for box, _ in objects], 0.7, 0.3, 0.3, valid)
+        positives, negatives = sample(assignment, *samples[:2])
+        for row in positives + negatives:
+            target = torch.tensor(float(row in positives))
+            losses["objectness"] = losses["objectness"] + binary_cross_entropy(logits[index, row, 0], target)
+        for row in positives:
+            wanted = logits.new_tensor(encode(all_anchors[row], objects[assignment[row]][0]))
+            losses["rpn_box"] = losses["rpn_box"] + (deltas[index, row] - wanted).abs().sum()
+        total += max(len(positives), 1) + max(len(negatives), 1)
+    losses["objectness"], losses["rpn_box"] = losses["objectness"] / total, losses["rpn_box"] / total
+
+    regions, positive_regions, labels, targets, mask_targets = [], [], [], [], []
+    for index, boxes in enumerate(proposals(outputs, shapes, sizes, num_candidates=2000)):
+        true_boxes = [box for box, _ in truths[index]]
+        assignment = list(range(len(true_boxes))) + assign(boxes, true_boxes, 0.5, 0.5, 0.5)
+        boxes = true_boxes + boxes
+        positives, negatives = sample(assignment, *samples[2:])
+        regions.append([boxes[row] for row in positives + negatives])
+        positive_regions.append([boxes[row] for row in positives])
+        for row in positives:
+            box, label = truths[index][assignment[row]]
+            labels.append(label)
+            targets.append(encode(boxes[row], box, BOX_HEAD_STDS))
+            mask = masks[index][assignment[row]][None].double()
+            inside = [max(0.0, min(value, canvas[1 - axis % 2])) for axis, value in enumerate(boxes[row])]
+            mask_targets.append((roi_align(mask, inside, 1, 28)[0] >= 0.5).double())
+        labels += ["background"] * len(negatives)
+        targets += [None] * len(negatives)
+    class_logits, class_deltas = heads[0](region_features(levels, regions, 7))
+    for row, (label, target) in enumerate(zip(labels, targets, strict=True)):
+        probabilities = class_logits[row].softmax(dim=0)
+        losses["class"] = losses["class"] - torch.log(probabilities[-1 if label == "background" else label])
+        if label != "background":
+            delta = class_deltas[row, 4 * label : 4 * label + 4]
+            losses["box"] = losses["box"] + (delta - delta.new_tensor(target)).abs().sum()
+    losses["class"], losses["box"] = losses["class"] / len(labels), losses["box"] / len(labels)
+    mask_logits = heads[1](region_features(levels, positive_regions, 14))
+    own_labels = [label for label in labels if label != "background"]
+    for mask, label, target in zip(mask_logits, own_labels, mask_targets, strict=True):
+        losses["mask"] = losses["mask"] + binary_cross_entropy(mask[label], target).mean() / len(own_labels)
+    return losses, (len(own_labels), len(labels))

@@ -3,6 +3,7 @@
 import official_detection as official
 import pytest
 import torch
+from torch.testing import assert_close
 from torchvision.models.detection import _utils as torchvision_detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -22,7 +23,7 @@ def random_boxes(count, size=100.0, dtype=torch.float64):
 def test_anchors():
     shapes = [(3, 5), (2, 3)]
     expected = sum(official.anchors(shapes, GRID.strides, SCALES), [])
-    torch.testing.assert_close(GRID.boxes(shapes, FLOAT64), torch.tensor(expected, dtype=torch.float64))
+    assert_close(GRID.boxes(shapes, FLOAT64), torch.tensor(expected, dtype=torch.float64))
     first = GRID.boxes(shapes, torch.zeros(0))[[0, 3, 8], 2:]
     assert torch.allclose(first, torch.tensor([[22.6274, 11.3137], [16, 16], [17.9594, 35.9188]]), atol=1e-4)
 
@@ -55,10 +56,10 @@ def test_coder(stds):
     anchors, boxes = random_boxes(50), random_boxes(50)
     deltas = ours.encode_boxes(anchors, boxes, stds)
     expected = [official.encode(a, b, stds) for a, b in zip(anchors.tolist(), boxes.tolist(), strict=True)]
-    torch.testing.assert_close(deltas, torch.tensor(expected, dtype=torch.float64))
-    torch.testing.assert_close(ours.decode_boxes(anchors, deltas, stds), boxes)
+    assert_close(deltas, torch.tensor(expected, dtype=torch.float64))
+    assert_close(ours.decode_boxes(anchors, deltas, stds), boxes)
     theirs = torchvision_detection.BoxCoder([1 / std for std in stds])
-    torch.testing.assert_close(theirs.encode_single(boxes, anchors), deltas)
+    assert_close(theirs.encode_single(boxes, anchors), deltas)
 
 
 def test_decoded_boxes_are_clamped_and_clipped():
@@ -67,7 +68,7 @@ def test_decoded_boxes_are_clamped_and_clipped():
     size = torch.tensor([60, 80])
     expected = [official.decode(a, d, (60, 80)) for a, d in zip(anchors.tolist(), deltas.tolist(), strict=True)]
     decoded = ours.decode_boxes(anchors, deltas)
-    torch.testing.assert_close(ours.clip_boxes(decoded, size), torch.tensor(expected, dtype=torch.float64))
+    assert_close(ours.clip_boxes(decoded, size), torch.tensor(expected, dtype=torch.float64))
     assert decoded.max() > 80 and decoded.min() < 0  # the test reaches every side
     per_class = ours.decode_boxes(anchors[:, None], deltas.reshape(200, 1, 4).expand(-1, 3, -1))
     assert torch.equal(per_class[:, 2], decoded)
@@ -79,8 +80,9 @@ def test_iou():
     others[0] = boxes[0]
     expected = [[official.iou(a, b) for b in others.tolist()] for a in boxes.tolist()]
     iou = ours.pairwise_iou(boxes, others)
-    torch.testing.assert_close(iou, torch.tensor(expected, dtype=torch.float64))
+    assert_close(iou, torch.tensor(expected, dtype=torch.float64))
     assert iou[0].eq(0).all() and iou.max() > 0.5
+    assert_close(official.overlaps(boxes.tolist(), others.tolist()), iou)  # the reference's own short cut
 
 
 def as_official(matches):
@@ -111,6 +113,9 @@ def test_low_quality_matches_overwrite_in_order():
     assert ours.match_boxes(iou, 0.5, 0.4, 0.0).tolist() == [2, 1, -1, -1]
     assert ours.match_boxes(iou, 0.5, 0.25, 0.6).tolist() == [2, -2, -2, -1]
     assert ours.match_boxes(iou, 0.5, 0.4, 0.95).tolist() == [0, -1, -1, -1]
+    # At the thresholds themselves.
+    assert ours.match_boxes(torch.tensor([[0.5, 0.4, 0.39]]), 0.5, 0.4, 2.0).tolist() == [0, -2, -1]
+    assert ours.match_boxes(torch.tensor([[0.25, 0.1]]), 0.75, 0.25, 0.25).tolist() == [0, -1]
     # The official quirk: an object that overlaps with nothing takes every box, but none that is not valid.
     nothing = torch.zeros(1, 3)
     assert ours.match_boxes(nothing, 0.5, 0.4, 0.0, torch.tensor([True, False, True])).tolist() == [0, -2, 0]

@@ -105,6 +105,9 @@ def test_target_sizes():
     for sizes in ([(64, 32), (1, 1)], torch.tensor([[64, 32], [1, 1]]), [torch.tensor([64, 32]), torch.tensor([1, 1])]):
         scaled = detect_objects(outputs, 0.05, sizes)[0]["boxes"]
         assert_close(scaled, relative_boxes * torch.tensor([32.0, 64, 32, 64]))
+    # transformers' pipeline puts its own field into the outputs and makes a plain `ModelOutput` of them.
+    plain = transformers.utils.ModelOutput(**type(outputs)({"target_size": torch.tensor([[64, 32]]), **outputs}))
+    assert_close(detect_objects(plain, 0.05)[0]["boxes"], relative_boxes)
     with pytest.raises(ValueError, match=r"`target_sizes` must be .* 2 images, got shape \(1, 2\)"):
         detect_objects(outputs, 0.05, [(100, 100)])
 
@@ -158,6 +161,17 @@ def test_training_step_save_and_load(backbone, tmp_path):
     assert torch.equal(first.logits, second.logits) and torch.equal(first.pred_boxes, second.pred_boxes)
     assert torch.equal(first.logits, again.logits) and first.loss is None
     assert first.pred_boxes.dtype == torch.float32
+
+
+def test_configuration(tmp_path):
+    config = pvt_hf.RetinaNetConfig()
+    assert config.num_labels == 80 and config.backbone_config.out_features == STAGES[1:]
+    backbone = {"model_type": "pvt_v2", "out_features": STAGES[1:], "depths": [1, 1, 1, 1]}
+    config = pvt_hf.RetinaNetConfig(backbone_config=backbone, id2label={0: "cat", 1: "dog"}, focal_gamma=1)
+    config.save_pretrained(tmp_path)
+    loaded = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is pvt_hf.RetinaNetConfig and type(loaded.backbone_config) is pvt_hf.PvtV2Config
+    assert loaded.to_diff_dict() == config.to_diff_dict() and loaded.num_labels == 2
 
 
 @torch.no_grad()
@@ -331,6 +345,8 @@ def test_bad_batches():
         mask[hole] = 0
         with pytest.raises(ValueError, match=r"`pixel_mask\[1\]` must be 1 in a rectangle"):
             model(pixels, mask)
+    with pytest.raises(ValueError, match=r"`pixel_values` must have shape \(batch, .* got \(3, 64, 64\)"):
+        model(pixels[0])
     with pytest.raises(ValueError, match="must name 3 `out_features`, got"):
         pvt_hf.RetinaNetForObjectDetection(pvt_hf.RetinaNetConfig(backbone_config=backbone_config("v1")))
     with pytest.raises(ValueError, match="`strides` must have one value for each of the 5 levels"):
