@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 import pvt_hf
 from pvt_hf.augmentation import DetectionAugmentation, flip, random_crop, resize_keep_ratio
@@ -23,6 +24,7 @@ from pvt_hf.coco import (
     read_hub,
 )
 from pvt_hf.data import EpochSampler, ImageError
+from pvt_hf.metrics import coco_metrics, coco_results
 from pvt_hf.objects import AnnotationError, Objects, encode_mask, rasterize
 
 PROCESSOR = pvt_hf.PvtDetectionImageProcessor(size={"shortest_edge": 96, "longest_edge": 160})
@@ -377,6 +379,26 @@ def test_evaluation_batches(canvases):
             assert all(torch.equal(label[name], wanted[name]) for name in wanted)
             ids.append(int(label["image_id"]))
     assert ids == [record.image_id for record in data.records]
+
+
+def test_labels_come_back_as_detections(canvases):
+    """Labels of the resized images, read as a detector's outputs, are the annotations of the original ones."""
+    data = read_coco(canvases / "annotations.json", canvases / "images")
+    results = {}
+    for batch in DataLoader(EvaluationDetections(data), 5, collate_fn=DetectionCollator(PROCESSOR)):
+        most = max(len(label["boxes"]) for label in batch["labels"])
+        logits, boxes = torch.zeros(len(batch["labels"]), most, 11), torch.full((len(batch["labels"]), most, 4), 0.5)
+        logits[..., 10] = 50
+        for index, label in enumerate(batch["labels"]):
+            count = len(label["boxes"])
+            boxes[index, :count] = label["boxes"]
+            logits[index, range(count), label["class_labels"]] = 100
+        outputs = DetrObjectDetectionOutput(logits=logits, pred_boxes=boxes)
+        sizes = [label["orig_size"].tolist() for label in batch["labels"]]
+        found = PROCESSOR.post_process_object_detection(outputs, 0.5, sizes)
+        results |= coco_results(found, [int(label["image_id"]) for label in batch["labels"]], data.category_ids)
+    metrics = coco_metrics(results, data.ground_truth())
+    assert metrics["AP"] == pytest.approx(1) and metrics["AR100"] == pytest.approx(1)
 
 
 def test_orientation_batches():
