@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers.utils import logging
 
 from .data import ImageError, decode
-from .objects import AnnotationError, read_objects
+from .objects import AnnotationError, checked, read_objects
 
 if TYPE_CHECKING:
     import datasets
@@ -90,11 +90,14 @@ class DetectionData:
 
     def for_training(self, min_side: int = 32, empty: bool = False) -> DetectionData:
         """The images on which the official detectors are trained: those with annotations and with sides of at least 32
-        pixels. How many are left out is logged.
+        pixels. How many are left out is logged, and how many annotations of the others will be.
 
         Args:
             min_side: In pixels.
             empty: Whether images without annotations are kept.
+
+        Raises:
+            AnnotationError: If no image is left, or an annotation cannot be used; it names image and annotation.
         """
         large = [record for record in self.records if min(record.size) >= min_side]
         kept = [record for record in large if record.annotations or empty]
@@ -105,6 +108,15 @@ class DetectionData:
             )
         if not kept:
             raise AnnotationError(f"No image of {len(self)} is left to train on.")
+        reasons = Counter(
+            reason
+            for record in kept
+            for *_, reason in checked(record.annotations, record.image_id, record.size, len(self.label_names))
+        )
+        if left_out := {reason: count for reason, count in reasons.items() if reason}:
+            logger.warning(
+                f"Training leaves out {sum(left_out.values())} of {reasons.total()} annotations: {left_out}."
+            )
         return replace(self, records=kept)
 
     def ground_truth(self) -> dict[str, list[dict[str, Any]]]:

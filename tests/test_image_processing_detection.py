@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import STAGES, small_config
+from models import ROOT, STAGES, small_config
 from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -389,3 +389,29 @@ def test_instances_in_a_pipeline(tmp_path):
         mask = np.array(instance["mask"]) > 0
         np.testing.assert_array_equal(mask, (expected["segmentation"] == info["id"]).numpy())
         assert (instance["score"], instance["label"]) == (info["score"], f"LABEL_{info['label_id']}")
+
+
+def test_published_with_their_code(python, tmp_path):
+    """Both processors on both backends, where the package cannot be imported, from the files saved with them."""
+    saving = """
+        import pvt_hf
+        for name in ("Detection", "Segmentation"):
+            processor_class = getattr(pvt_hf, f"Pvt{name}ImageProcessor")
+            processor_class.register_for_auto_class("AutoImageProcessor")
+            processor_class(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(name)
+    """
+    loading = """
+        import sys
+        sys.modules["pvt_hf"] = sys.modules["faster_coco_eval"] = None
+        import numpy, transformers
+        image = numpy.zeros((60, 80, 3), dtype="uint8")
+        for name in ("Detection", "Segmentation"):
+            for backend in ("torchvision", "pil"):
+                options = {"trust_remote_code": True, "backend": backend}
+                processor = transformers.AutoImageProcessor.from_pretrained(f"./{name}", **options)
+                assert processor.backend == backend and name in type(processor).__name__
+                assert processor(image, return_tensors="pt").pixel_values.shape == (1, 3, 64, 96)
+    """
+    for code in (saving, loading):
+        run = python("-c", textwrap.dedent(code), PYTHONPATH=str(ROOT) if code is saving else "")
+        assert run.returncode == 0, run.stderr
