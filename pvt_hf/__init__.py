@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from .variants import VARIANTS, build_config
 
 if TYPE_CHECKING:
+    from .configuration_mask_rcnn import MaskRCNNConfig
     from .configuration_pvt import PvtConfig
     from .configuration_pvt_v2 import PvtV2Config
     from .configuration_retinanet import RetinaNetConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
     from .image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
+    from .modeling_mask_rcnn import MaskRCNNForInstanceSegmentation
     from .modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
     from .modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
     from .modeling_retinanet import RetinaNetForObjectDetection
@@ -34,6 +36,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",
+    "MaskRCNNConfig",
+    "MaskRCNNForInstanceSegmentation",
     "PvtBackbone",
     "PvtConfig",
     "PvtDetectionImageProcessor",
@@ -73,6 +77,8 @@ _MODULES = {
     "PvtV2Backbone": "modeling_pvt_v2",
     "RetinaNetConfig": "configuration_retinanet",
     "RetinaNetForObjectDetection": "modeling_retinanet",
+    "MaskRCNNConfig": "configuration_mask_rcnn",
+    "MaskRCNNForInstanceSegmentation": "modeling_mask_rcnn",
     "PvtImageProcessor": "image_processing_pvt",
     "PvtImageProcessorPil": "image_processing_pvt",
     "SemanticFPNConfig": "configuration_semantic_fpn",
@@ -118,6 +124,14 @@ _AUTO_CLASSES = {
         "SemanticFPNConfig",
         "PvtSegmentationImageProcessor",
         {"AutoModelForSemanticSegmentation": "SemanticFPNForSemanticSegmentation"},
+    ),
+    "pvt_hf_mask_rcnn": (
+        "MaskRCNNConfig",
+        "PvtDetectionImageProcessor",
+        dict.fromkeys(
+            ("AutoModelForInstanceSegmentation", "AutoModelForImageSegmentation", "AutoModelForObjectDetection"),
+            "MaskRCNNForInstanceSegmentation",
+        ),
     ),
 }
 

@@ -11,17 +11,19 @@ from .boxes import at_least_float32, batched_nms
 
 # Normalised coordinates may leave [0, 1] by this much: rounding in half precision, or by an annotator.
 _TOLERANCE = 1e-2
-# Values that `paste_masks` computes at once: 256 MiB of sampling grid in float32.
-_VALUES_AT_ONCE = 2**25
 
 
 def image_sizes_from_mask(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> torch.Tensor:
     """Height and width in pixels of each image without its padding, int64 `(batch, 2)`.
 
     Raises:
-        ValueError: If `pixel_mask` is not `(batch, height, width)`, or does not mark a rectangle from the upper left
-            corner of each image.
+        ValueError: If `pixel_values` is not `(batch, channels, height, width)`, or if `pixel_mask` is not
+            `(batch, height, width)` or does not mark a rectangle from the upper left corner of each image.
     """
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"`pixel_values` must have shape (batch, channels, height, width), got {tuple(pixel_values.shape)}."
+        )
     batch_size, _, height, width = pixel_values.shape
     if pixel_mask is None:
         return torch.tensor([[height, width]] * batch_size, device=pixel_values.device)
@@ -93,7 +95,7 @@ def ground_truths(
         scale = torch.tensor([width, height, width, height], dtype=dtype, device=image_sizes.device)
         boxes = center_to_corners_format(label["boxes"].to(scale).reshape(-1, 4)) * scale
         masks = None if mask_size is None else label["masks"].to(scale.device).reshape(-1, *mask_size) != 0
-        truths.append(GroundTruth(boxes, label["class_labels"].to(scale.device), masks))
+        truths.append(GroundTruth(boxes, label["class_labels"].to(scale.device, torch.int64), masks))
     return truths
 
 

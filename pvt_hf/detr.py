@@ -272,7 +272,7 @@ def _check_labels(labels: list[dict[str, torch.Tensor]], batch: int, num_labels:
         if missing := {"class_labels", "boxes"} - set(label):
             raise ValueError(f"`labels[{index}]` lacks {sorted(missing)}.")
         classes, boxes = label["class_labels"], label["boxes"]
-        if boxes.shape != (len(classes), 4) or classes.ndim != 1:
+        if classes.ndim != 1 or boxes.shape != (len(classes), 4):
             raise ValueError(
                 f"`labels[{index}]` must have `class_labels` of shape (boxes,) and `boxes` of shape (boxes, 4), got "
                 f"{tuple(classes.shape)} and {tuple(boxes.shape)}."

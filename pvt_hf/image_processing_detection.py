@@ -1,5 +1,6 @@
 """Images, annotations and detections of the detectors, as the official systems (mmdetection 2.13) treat them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +9,13 @@ from transformers.image_processing_backends import PilBackend, TorchvisionBacken
 from transformers.image_utils import ImageInput, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from .detection import detect_objects
 from .image_processing_dense import DensePreprocessing, check_finite, normalized, pad, padded_size, resized_size
+from .masks import segment_instances
 from .objects import Objects, read_objects
 from .resize import resize_bilinear
+
+TargetSizes = torch.Tensor | Sequence[tuple[int, int]] | None
 
 
 class DetectionImagesKwargs(ImagesKwargs, total=False):
@@ -101,8 +106,9 @@ class _DetectionPreprocessing(DensePreprocessing):
                 and `orig_size`.
             **kwargs: Any of the processor's settings, for this call only.
         """
-        settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names} | kwargs
-        return self._batch(images, targets, **self._standardize_kwargs(**{"return_tensors": "pt"} | settings))
+        settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        settings |= {"return_tensors": "pt"} | kwargs
+        return self._batch(images, targets, **self._standardize_kwargs(**settings))
 
     def _batch(
         self,
@@ -134,6 +140,56 @@ class _DetectionPreprocessing(DensePreprocessing):
             labels = (_labels(**target, size=size, padded=padded) for target, size in zip(targets, sizes, strict=True))
             batch["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
         return batch
+
+    def post_process_object_detection(
+        self, outputs: Any, threshold: float = 0.5, target_sizes: TargetSizes = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """The detections of RetinaNet, Mask R-CNN or DETR, as the official code makes them (of RetinaNet and Mask R-CNN
+        with a `threshold` of 0.05, of DETR with 0).
+
+        Args:
+            outputs: What the model returned.
+            threshold: Detections have a larger score.
+            target_sizes: Height and width in pixels of each image, `(batch, 2)`, usually the original one. Without them
+                boxes are relative to the image's size.
+
+        Returns:
+            For each image `scores` `(detections,)`, `labels` int64 `(detections,)` and `boxes` xyxy `(detections, 4)`
+            within the image, best first.
+
+        Raises:
+            ValueError: If there are not as many `target_sizes` as images.
+        """
+        if {"level_sizes", "scores"} & outputs.keys():
+            return detect_objects(outputs, threshold, target_sizes)
+        from .detr import detr_detections  # transformers' DETR may itself be what has this file imported
+
+        return detr_detections(outputs, threshold, target_sizes)
+
+    def post_process_instance_segmentation(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float | None = None,
+        target_sizes: TargetSizes = None,
+        return_binary_maps: bool = False,
+    ) -> list[dict[str, Any]]:
+        """The instances of Mask R-CNN: see [`~pvt_hf.masks.segment_instances`].
+
+        Args:
+            outputs: What the model returned.
+            threshold: Instances have a larger score.
+            mask_threshold: Pixels of an instance have at least this probability.
+            overlap_mask_area_threshold: Without effect: the instances are those of the official code, which lets them
+                overlap. The pipeline gives it to every model.
+            target_sizes: Height and width in pixels of each image, `(batch, 2)`.
+            return_binary_maps: Whether each instance has a map of its own. Else a pixel belongs to the best instance.
+
+        Returns:
+            For each image `segmentation` and `segments_info`.
+        """
+        return segment_instances(outputs, threshold, mask_threshold, target_sizes, return_binary_maps)
 
 
 def _labels(

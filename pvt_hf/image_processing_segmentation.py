@@ -12,7 +12,7 @@ from transformers.image_processing_backends import PilBackend, TorchvisionBacken
 from transformers.image_utils import ImageInput, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from .image_processing_dense import DensePreprocessing, check_finite, normalized, resized_size
+from .image_processing_dense import DensePreprocessing, check_finite, normalized, pad, padded_size, resized_size
 from .resize import resize_bilinear, resize_nearest
 
 IGNORED = 255
@@ -105,6 +105,27 @@ class _SegmentationPreprocessing(DensePreprocessing):
                     labels = resize_nearest(labels, target)
                 data["labels"].append(labels)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def batch(
+        self, images: list[torch.Tensor], labels: list[torch.Tensor], size: tuple[int, int] | None = None
+    ) -> BatchFeature:
+        """The end of the preprocessing, for crops that were resized and augmented elsewhere: normalises them, and pads
+        smaller ones on the right and at the bottom, images with zeros and labels with 255.
+
+        Args:
+            images: uint8 `(3, height, width)` each, RGB.
+            labels: int64 `(height, width)` each.
+            size: (height, width) of the batch; by default that of the largest crop.
+        """
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        settings = {name: getattr(self, name) for name in names}
+        size = size or padded_size([tuple(image.shape[-2:]) for image in images], None, 1)
+        # The padding of a label is 0 before the shift by 255, and 255 after it.
+        data = {
+            "pixel_values": [pad(normalized(image, **settings), size) for image in images],
+            "labels": [pad(label - IGNORED, size) + IGNORED for label in labels],
+        }
+        return BatchFeature(data, tensor_type="pt")
 
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: list[tuple[int, int]] | torch.Tensor | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,10 +110,8 @@ def read_objects(
             f"{ {name: type(value).__name__ for name, value in target.items()} }."
         )
     kept = []
-    for position, annotation in enumerate(annotations):
-        name = f"Annotation {annotation.get('id', f'number {position}')} of image {image_id}"
-        _check(annotation, name, num_labels)
-        if reason := left_out(annotation, size):
+    for name, annotation, reason in checked(annotations, image_id, size, num_labels):
+        if reason:
             LEFT_OUT[reason] += 1
             if LEFT_OUT[reason] == 1:
                 logger.warning(f"{name} is left out: {reason}. Others like it are counted in `LEFT_OUT`.")
@@ -131,8 +131,26 @@ def read_objects(
     return objects
 
 
-def left_out(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
-    """Why the official detectors do not train on an annotation, or `None` where they do."""
+def checked(
+    annotations: Sequence[dict[str, Any]], image_id: int, size: tuple[int, int], num_labels: int | None = None
+) -> Iterator[tuple[str, dict[str, Any], str | None]]:
+    """For each annotation a name for messages, itself, and why the official detectors do not train on it, or `None`
+    where they do. Raises as [`read_objects`], but does not look at segmentations."""
+    for position, annotation in enumerate(annotations):
+        name = f"Annotation {annotation.get('id', f'number {position}')} of image {image_id}"
+        missing = [field for field in ("bbox", "category_id") if field not in annotation]
+        if missing:
+            raise AnnotationError(f"{name} has no {' and no '.join(f'`{field}`' for field in missing)}.")
+        box, label = annotation["bbox"], annotation["category_id"]
+        if len(box) != 4 or not all(math.isfinite(value) for value in box):
+            raise AnnotationError(f"{name} has `bbox` {box}, it must have four finite numbers x, y, width, height.")
+        if label != int(label) or label < 0 or (num_labels is not None and label >= num_labels):
+            wanted = f"0 to {num_labels - 1}" if num_labels is not None else "0, 1, 2, ..."
+            raise AnnotationError(f"{name} has `category_id` {label}, the class labels are {wanted}.")
+        yield name, annotation, _left_out(annotation, size)
+
+
+def _left_out(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
     x, y, width, height = annotation["bbox"]
     inside = min(x + width, size[1]) > max(x, 0) and min(y + height, size[0]) > max(y, 0)
     reasons = {
@@ -143,18 +161,6 @@ def left_out(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
         "it is a crowd": annotation.get("iscrowd"),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _check(annotation: dict[str, Any], name: str, num_labels: int | None) -> None:
-    missing = [field for field in ("bbox", "category_id") if field not in annotation]
-    if missing:
-        raise AnnotationError(f"{name} has no {' and no '.join(f'`{field}`' for field in missing)}.")
-    box, label = annotation["bbox"], annotation["category_id"]
-    if len(box) != 4 or not np.isfinite(np.asarray(box, dtype=np.float64)).all():
-        raise AnnotationError(f"{name} has `bbox` {box}, it must have four finite numbers x, y, width, height.")
-    if label != int(label) or label < 0 or (num_labels is not None and label >= num_labels):
-        wanted = f"0 to {num_labels - 1}" if num_labels is not None else "0, 1, 2, ..."
-        raise AnnotationError(f"{name} has `category_id` {label}, the class labels are {wanted}.")
 
 
 def rasterize(segmentation: Any, size: tuple[int, int], name: str = "A segmentation") -> np.ndarray:
@@ -169,11 +175,7 @@ def rasterize(segmentation: Any, size: tuple[int, int], name: str = "A segmentat
     Raises:
         AnnotationError: If it is none of these, or RLE of another size.
     """
-    try:  # also keeps it from being asked of those who load the image processor's code from the Hub
-        from faster_coco_eval import mask as coco_mask
-    except ImportError as error:
-        raise ImportError("Masks need `pip install faster-coco-eval`.") from error
-
+    coco_mask = _coco_mask()
     height, width = size
     if isinstance(segmentation, dict):
         given = list(segmentation.get("size") or ())
@@ -192,3 +194,17 @@ def rasterize(segmentation: Any, size: tuple[int, int], name: str = "A segmentat
             f"{str(segmentation)[:80]}."
         )
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))).astype(bool)
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """A mask `(height, width)` as COCO's compressed RLE, with counts that json can hold."""
+    rle = _coco_mask().encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
+
+
+def _coco_mask():
+    try:  # also keeps it from being asked of those who load the image processor's code from the Hub
+        from faster_coco_eval import mask
+    except ImportError as error:
+        raise ImportError("Masks in COCO's format need `pip install faster-coco-eval`.") from error
+    return mask

@@ -15,10 +15,10 @@ def keep_ratio_size(
 def _taps(source: int, target: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """For every target pixel of an axis the left one of its two source pixels, which may lie outside the image, and
     the weight of the right one: int64 and float32, `(target,)`."""
-    centres = (torch.arange(target, dtype=torch.float64, device=device) + 0.5) * (source / target) - 0.5
+    centres = (torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5
     centres = centres.float()
     left = centres.floor()
-    return left.long(), centres - left
+    return left.long().to(device), (centres - left).to(device)
 
 
 def resize_bilinear(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -58,7 +58,7 @@ def resize_bilinear(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def resize_nearest(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Nearest, as OpenCV's `INTER_NEAREST`: for masks and label maps, `(..., height, width)` of any dtype."""
     rows, columns = (
-        (torch.arange(target, dtype=torch.float64, device=image.device) * (1 / (target / source))).long()
+        (torch.arange(target, dtype=torch.float64) * (1 / (target / source))).long().to(image.device)
         for source, target in zip(image.shape[-2:], size, strict=True)
     )
     return image[..., rows.clamp(max=image.shape[-2] - 1), :][..., columns.clamp(max=image.shape[-1] - 1)]

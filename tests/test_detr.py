@@ -555,7 +555,7 @@ def test_detections_of_the_official_test():
     """Per image by loops: best class of each query, sorted, scaled to the original size, clipped, none left out."""
     model, batch = small_detr().double().eval(), padded_batch()
     outputs = model(**batch)
-    outputs["pred_boxes"] = outputs.pred_boxes * 1.3  # some leave the image
+    outputs["pred_boxes"] = torch.rand_like(outputs.pred_boxes)  # some leave the image
     sizes = [(128, 192), (480, 350)]
     for index, detections in enumerate(pvt_hf.detr_detections(outputs, target_sizes=sizes)):
         height, width = sizes[index]

@@ -1,12 +1,17 @@
 """Images and annotations for the detectors: sizes and pixels against OpenCV, boxes and masks against slow code."""
 
+import textwrap
+
 import cv2
 import numpy as np
 import pytest
 import torch
+import transformers
+from models import ROOT, STAGES, small_config
 from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 import pvt_hf
 from pvt_hf.image_processing_dense import resized_size
@@ -276,3 +281,137 @@ def test_backends_share_one_file(tmp_path):
     inputs = [processor(noise(300, 500), return_tensors="pt") for processor in loaded]
     assert torch.equal(inputs[0].pixel_values, inputs[1].pixel_values)
     assert inputs[0].pixel_values.shape[2:] == (640, 1088)
+
+
+def detectors(name: str) -> transformers.PreTrainedModel:
+    """Small models with scores on both sides of the threshold."""
+    stages = STAGES if name == "mask_rcnn" else STAGES[1:]
+    backbone = small_config("v2", out_features=stages)
+    if name == "detr":
+        sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 7}
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+        model = pvt_hf.build_detr(pvt_hf.build_detr_config(backbone, num_labels=3, **sizes, **layers))
+        model.class_labels_classifier.weight.data *= 9
+        return model.eval()
+    config_class, model_class = {
+        "retinanet": (pvt_hf.RetinaNetConfig, pvt_hf.RetinaNetForObjectDetection),
+        "mask_rcnn": (pvt_hf.MaskRCNNConfig, pvt_hf.MaskRCNNForInstanceSegmentation),
+    }[name]
+    model = model_class(config_class(backbone_config=backbone, neck_channels=8, num_labels=3)).eval()
+    if name == "retinanet":
+        torch.nn.init.normal_(model.head.class_predictor.weight, std=30)
+        model.head.class_predictor.bias.data.fill_(-0.5)
+    return model
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "detr"])
+def test_saved_checkpoint_in_a_pipeline(name, tmp_path):
+    """Both backends, loaded by the Auto class, give what the parts give, in pixels of the original image."""
+    model = detectors(name)
+    model.save_pretrained(tmp_path)
+    PROCESSORS[0](size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(tmp_path)
+    image = Image.fromarray(noise(150, 210))
+    for backend, processor_class in zip(("torchvision", "pil"), PROCESSORS, strict=True):
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
+        assert type(processor) is processor_class
+        detect = transformers.pipeline("object-detection", str(tmp_path), image_processor=processor)
+        inputs = processor(image, return_tensors="pt")
+        assert inputs.pixel_values.shape == (1, 3, 64, 96)
+        with torch.no_grad():
+            outputs = model(**inputs)
+        (expected,) = processor.post_process_object_detection(outputs, 0.3, [(150, 210)])
+        found = detect(image, threshold=0.3)
+        assert 0 < len(found) == len(expected["scores"])
+        assert expected["scores"].diff().le(0).all() and expected["scores"].min() > 0.3
+        for detection, score, label, box in zip(found, *expected.values(), strict=True):
+            assert detection["score"] == pytest.approx(score.item()) and detection["label"] == f"LABEL_{label}"
+            assert list(detection["box"].values()) == box.int().tolist()
+            assert 0 <= box[0] <= box[2] <= 210 and 0 <= box[1] <= box[3] <= 150
+    assert transformers.AutoImageProcessor.from_pretrained(tmp_path).size.shortest_edge == 64
+    with pytest.raises(ValueError, match="`target_sizes` must"):
+        processor.post_process_object_detection(outputs, 0.3, [(1, 1)] * 2)
+
+
+def test_registration_while_transformers_imports_a_detector(python):
+    """Its import has the package registered, which must not need it."""
+    code = """
+        import pvt_hf
+        from transformers import DetrForObjectDetection
+        from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+        assert get_image_processor_class_from_name("PvtDetectionImageProcessor") is pvt_hf.PvtDetectionImageProcessor
+    """
+    run = python("-c", textwrap.dedent(code))
+    assert run.returncode == 0, run.stderr
+
+
+def test_detections_of_detr():
+    """Against the definition, query by query; the same numbers without a target size are relative."""
+    logits, boxes = torch.randn(2, 30, 4) * 2, torch.rand(2, 30, 4)
+    outputs = DetrObjectDetectionOutput(logits=logits, pred_boxes=boxes)
+    sizes = [(150, 210), (64, 32)]
+    found = PROCESSORS[0]().post_process_object_detection(outputs, 0.5, torch.tensor(sizes))
+    relative = PROCESSORS[0]().post_process_object_detection(outputs)
+    for index, (height, width) in enumerate(sizes):
+        expected = []
+        for scores, (x, y, w, h) in zip(logits[index].softmax(-1).tolist(), boxes[index].tolist(), strict=True):
+            best = max(range(3), key=lambda label, scores=scores: scores[label])
+            if scores[best] > 0.5:
+                corners = [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height]
+                limits = [width, height, width, height]
+                corners = [min(max(corner, 0), limit) for corner, limit in zip(corners, limits, strict=True)]
+                expected.append((scores[best], best, corners))
+        expected.sort(key=lambda detection: -detection[0])
+        assert 3 < len(expected) < 30
+        for part, name in enumerate(("scores", "labels", "boxes")):
+            wanted = torch.tensor([detection[part] for detection in expected])
+            torch.testing.assert_close(found[index][name], wanted, rtol=1e-5, atol=1e-4)
+        scale = torch.tensor([width, height, width, height])
+        torch.testing.assert_close(relative[index]["boxes"] * scale, found[index]["boxes"])
+
+
+def test_instances_in_a_pipeline(tmp_path):
+    model = detectors("mask_rcnn")
+    processor = PROCESSORS[0](size={"shortest_edge": 64, "longest_edge": 96})
+    image = Image.fromarray(noise(150, 210))
+    with torch.no_grad():
+        outputs = model(**processor(image, return_tensors="pt"))
+    (expected,) = processor.post_process_instance_segmentation(outputs, 0.2, target_sizes=[(150, 210)])
+    (binary,) = processor.post_process_instance_segmentation(
+        outputs, 0.2, target_sizes=[(150, 210)], return_binary_maps=True
+    )
+    (boxes,) = processor.post_process_object_detection(outputs, 0.2, [(150, 210)])
+    assert binary["segmentation"].shape == (len(boxes["scores"]), 150, 210) and len(boxes["scores"]) > 0
+    assert [segment["label_id"] for segment in binary["segments_info"]] == boxes["labels"].tolist()
+    segment = transformers.pipeline("image-segmentation", model, image_processor=processor)
+    found = segment(image, threshold=0.2)
+    assert len(found) == len(expected["segments_info"]) == len(boxes["scores"])
+    for instance, info in zip(found, expected["segments_info"], strict=True):
+        mask = np.array(instance["mask"]) > 0
+        np.testing.assert_array_equal(mask, (expected["segmentation"] == info["id"]).numpy())
+        assert (instance["score"], instance["label"]) == (info["score"], f"LABEL_{info['label_id']}")
+
+
+def test_published_with_their_code(python, tmp_path):
+    """Both processors on both backends, where the package cannot be imported, from the files saved with them."""
+    saving = """
+        import pvt_hf
+        for name in ("Detection", "Segmentation"):
+            processor_class = getattr(pvt_hf, f"Pvt{name}ImageProcessor")
+            processor_class.register_for_auto_class("AutoImageProcessor")
+            processor_class(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(name)
+    """
+    loading = """
+        import sys
+        sys.modules["pvt_hf"] = sys.modules["faster_coco_eval"] = None
+        import numpy, transformers
+        image = numpy.zeros((60, 80, 3), dtype="uint8")
+        for name in ("Detection", "Segmentation"):
+            for backend in ("torchvision", "pil"):
+                options = {"trust_remote_code": True, "backend": backend}
+                processor = transformers.AutoImageProcessor.from_pretrained(f"./{name}", **options)
+                assert processor.backend == backend and name in type(processor).__name__
+                assert processor(image, return_tensors="pt").pixel_values.shape == (1, 3, 64, 96)
+    """
+    for code in (saving, loading):
+        run = python("-c", textwrap.dedent(code), PYTHONPATH=str(ROOT) if code is saving else "")
+        assert run.returncode == 0, run.stderr
