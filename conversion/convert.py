@@ -34,7 +34,7 @@ from conversion import rename, systems
 from conversion.architecture import differences, find_variant, imagenet_labels, read_config
 from conversion.checkpoint import Checkpoint, load_file, read_checkpoint, read_json
 from conversion.folders import appearing_whole, check_output_dir
-from conversion.kinds import BACKBONE, CLASSIFIER, SYSTEMS, Kind, System, backbone_config, kind_of_checkpoint
+from conversion.kinds import BACKBONE, CLASSIFIER, Kind, System, backbone_config, kind_of_checkpoint, kind_of_folder
 from conversion.model_card import Conversion, render
 from conversion.publish import publish, saved_with_code
 from conversion.rename import ConversionError, StateDict
@@ -194,7 +194,7 @@ def export(saved_dir: Path, file: Path, to: str, overwrite: bool = False) -> Non
 def _exported(saved_dir: Path) -> StateDict:
     """The tensors of a saved folder with the official names. Raises a `ConversionError` unless they are all there."""
     known = read_json(saved_dir / "config.json")
-    if kind := SYSTEMS.get(known.get("model_type")):
+    if kind := kind_of_folder(known):
         return _exported_system(saved_dir, kind)
     weights = load_file(saved_dir / "model.safetensors")
     kind = BACKBONE if all(key.startswith("encoder.") for key in weights) else CLASSIFIER

@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoBackbone,
     AutoModelForImageClassification,
+    AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
     DetrConfig,
@@ -26,6 +27,7 @@ from conversion.labels import ADE20K, COCO
 from conversion.preprocessing import read_image_processor
 from conversion.rename import ConversionError, StateDict
 from pvt_hf import (
+    MaskRCNNConfig,
     PvtDetectionImageProcessor,
     PvtSegmentationImageProcessor,
     RetinaNetConfig,
@@ -150,6 +152,7 @@ class System(Kind):
     """A detector or a segmenter on a PVT.
 
     Attributes:
+        model_type, fixed_fields: Of the configuration; together they tell a saved folder's system.
         build_config: Makes the configuration of `backbone_config` and fields.
         read_fields: The fields, from the shapes of the official tensors; `num_labels` among them.
         class_names: What the classes are called if there are as many and the checkpoint does not say.
@@ -159,6 +162,8 @@ class System(Kind):
         head_reference: `Kind.reference` from the image and all four maps of the backbone.
     """
 
+    model_type: str
+    fixed_fields: Mapping[str, Any] = field(default_factory=dict)
     build_config: Callable[..., PreTrainedConfig]
     read_fields: Callable[[Shape, StateDict], dict[str, Any]]
     class_names: tuple[str, ...]
@@ -181,7 +186,7 @@ class System(Kind):
         try:
             fields = self.read_fields(shape, official)
             names = label_names(fields.pop("num_labels"), checkpoint.class_names, self.class_names)
-            return self.build_config(backbone_config=backbone, **fields, **label_fields(names))
+            return self.build_config(backbone_config=backbone, **self.fixed_fields, **fields, **label_fields(names))
         except (ValueError, TypeError, StrictDataclassError) as error:
             if isinstance(error, ConversionError):
                 raise
@@ -225,6 +230,17 @@ def _retinanet_fields(shape: Shape, official: StateDict) -> dict[str, Any]:
     }
 
 
+def _mask_rcnn_fields(shape: Shape, official: StateDict) -> dict[str, Any]:
+    fields = {
+        "num_labels": shape("roi_head.bbox_head.fc_cls.weight")[0] - 1,  # the last is background
+        "neck_channels": shape("neck.fpn_convs.0.conv.weight")[0],
+        "box_head_size": shape("roi_head.bbox_head.shared_fcs.0.weight")[0],
+    }
+    if num_mask_convs := _count(official, r"roi_head\.mask_head\.convs\.(\d+)\."):
+        fields["num_mask_convs"] = num_mask_convs
+    return fields
+
+
 def _detr_fields(shape: Shape, official: StateDict) -> dict[str, Any]:
     start = "bbox_head.transformer"
     num_queries, d_model = shape("bbox_head.query_embedding.weight")
@@ -260,6 +276,30 @@ def _retinanet_reference(weights: Weights, image: torch.Tensor, maps: Outputs) -
     return [torch.cat(part, dim=1) for part in zip(*levels, strict=True)]
 
 
+def _region_features(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise in the place of what box and mask head get of three regions."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(3, channels, size, size, generator=generator, dtype=torch.double) for size in (7, 14))
+
+
+def _mask_rcnn_outputs(model: PreTrainedModel, image: torch.Tensor) -> Outputs:
+    box_features, mask_features = _region_features(model.config.neck_channels)
+    objectness, deltas = model.rpn(model.neck(model.backbone(image).feature_maps))
+    logits, class_deltas = model.box_head(box_features)
+    masks = [] if model.mask_head is None else [model.mask_head(mask_features)]
+    return [objectness, deltas, logits, class_deltas.flatten(1), *masks]
+
+
+def _mask_rcnn_reference(weights: Weights, image: torch.Tensor, maps: Outputs) -> Outputs:
+    levels = reference_systems.pyramid(weights, maps)
+    box_features, mask_features = _region_features(levels[0].shape[1])
+    proposals = zip(*reference_systems.region_proposals(weights, levels), strict=True)
+    objectness, deltas = (torch.cat(part, dim=1) for part in proposals)
+    has_masks = "roi_head.mask_head.conv_logits.weight" in weights
+    masks = [reference_systems.mask_head(weights, mask_features)] if has_masks else []
+    return [objectness[..., 0], deltas, *reference_systems.box_head(weights, box_features), *masks]
+
+
 def _detr_padding(image: torch.Tensor) -> torch.Tensor:
     """True in the last 32 columns: the mask takes part in the comparison."""
     padding = torch.zeros(len(image), *image.shape[2:], dtype=torch.bool)
@@ -289,10 +329,20 @@ def _detection_processor(config: PreTrainedConfig) -> BaseImageProcessor:
 
 CLASSIFIER = _Classifier("image classifier", AutoModelForImageClassification, "image-classification")
 BACKBONE = _Backbone("backbone", AutoBackbone, "image-feature-extraction")
-# By the model type of the configuration.
-SYSTEMS = {
-    SemanticFPNConfig.model_type: System(
+_REGION_BASED = {
+    "model_type": MaskRCNNConfig.model_type,
+    "build_config": MaskRCNNConfig,
+    "read_fields": _mask_rcnn_fields,
+    "class_names": COCO,
+    "out_features": ("stage1", "stage2", "stage3", "stage4"),
+    "build_processor": _detection_processor,
+    "head_outputs": _mask_rcnn_outputs,
+    "head_reference": _mask_rcnn_reference,
+}
+SYSTEMS = (
+    System(
         name="Semantic FPN",
+        model_type=SemanticFPNConfig.model_type,
         auto_class=AutoModelForSemanticSegmentation,
         pipeline_tag="image-segmentation",
         build_config=SemanticFPNConfig,
@@ -303,8 +353,9 @@ SYSTEMS = {
         head_outputs=_semantic_fpn_outputs,
         head_reference=_semantic_fpn_reference,
     ),
-    RetinaNetConfig.model_type: System(
+    System(
         name="RetinaNet",
+        model_type=RetinaNetConfig.model_type,
         auto_class=AutoModelForObjectDetection,
         pipeline_tag="object-detection",
         build_config=RetinaNetConfig,
@@ -315,8 +366,23 @@ SYSTEMS = {
         head_outputs=_retinanet_outputs,
         head_reference=_retinanet_reference,
     ),
-    DetrConfig.model_type: System(
+    System(
+        name="Mask R-CNN",
+        auto_class=AutoModelForInstanceSegmentation,
+        pipeline_tag="image-segmentation",
+        fixed_fields={"use_masks": True},
+        **_REGION_BASED,
+    ),
+    System(
+        name="Faster R-CNN",
+        auto_class=AutoModelForObjectDetection,
+        pipeline_tag="object-detection",
+        fixed_fields={"use_masks": False},
+        **_REGION_BASED,
+    ),
+    System(
         name="DETR",
+        model_type=DetrConfig.model_type,
         auto_class=AutoModelForObjectDetection,
         pipeline_tag="object-detection",
         build_config=build_detr_config,
@@ -327,7 +393,17 @@ SYSTEMS = {
         head_outputs=_detr_outputs,
         head_reference=_detr_reference,
     ),
-}
+)
+
+
+def kind_of_folder(known: Mapping[str, Any]) -> System | None:
+    """The system of a `config.json`, or `None` for that of a classifier or a backbone."""
+    for kind in SYSTEMS:
+        if known.get("model_type") == kind.model_type and all(
+            known.get(key, value) == value for key, value in kind.fixed_fields.items()
+        ):
+            return kind
+    return None
 
 
 def kind_of_checkpoint(weights: StateDict, source_format: str, backbone_only: bool) -> Kind:
@@ -341,7 +417,7 @@ def kind_of_checkpoint(weights: StateDict, source_format: str, backbone_only: bo
     if not source_format.startswith("mm"):
         return CLASSIFIER
     name = rename.system_name(weights)
-    for kind in SYSTEMS.values():
+    for kind in SYSTEMS:
         if kind.name == name:
             return kind
     raise ConversionError(
