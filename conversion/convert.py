@@ -39,7 +39,9 @@ from conversion.model_card import Conversion, render
 from conversion.publish import publish, saved_with_code
 from conversion.rename import ConversionError, StateDict
 from conversion.verify import largest_difference, reference_outputs, timm_outputs
-from pvt_hf import VARIANTS, PvtImageProcessor
+from pvt_hf import VARIANTS, PvtConfig, PvtImageProcessor
+
+OFFICIAL_EPS = PvtConfig().patch_layer_norm_eps
 
 
 def convert(
@@ -80,6 +82,8 @@ def convert(
     official = _official_weights(checkpoint.weights, source_format, backbone_only)
     config = kind.read_config(official, checkpoint)
     backbone = backbone_config(config)
+    if source_format == "mmdetection 3":
+        backbone.patch_layer_norm_eps = 1e-6  # its own PVT has the same epsilon in all norms
     variant = variant or (name if name in VARIANTS else None)
     if variant and (wrong := differences(backbone, VARIANTS[variant])):
         raise ConversionError(f"The checkpoint is not a {variant}: {'; '.join(wrong)}.")
@@ -178,6 +182,10 @@ def export(saved_dir: Path, file: Path, to: str, overwrite: bool = False) -> Non
     if missing := [name for name in ("config.json", "model.safetensors") if not (saved_dir / name).is_file()]:
         raise ConversionError(f"`SAVED_DIR` must be a folder of `save_pretrained`, but {saved_dir} has no {missing}.")
     official = _exported(saved_dir)
+    known = read_json(saved_dir / "config.json")
+    eps = (known.get("backbone_config") or known).get("patch_layer_norm_eps", OFFICIAL_EPS)
+    if eps != OFFICIAL_EPS:
+        print(f"Note: the weights were trained with patch_layer_norm_eps {eps:.0e}, which no such file can say.")
     if to == "timm":
         official = rename.official_to_timm(official)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -247,6 +255,8 @@ def _describe(conversion: Conversion, checkpoint: Checkpoint, processor_origin: 
         heads = ", ".join(map(str, config.num_attention_heads))
         print(f"  attention heads: {heads}, the official numbers; the checkpoint does not tell")
     labels = list(conversion.config.id2label.values())
+    if config.patch_layer_norm_eps != OFFICIAL_EPS:
+        print(f"  epsilon of the norms in patch embedding and spatial reduction: {config.patch_layer_norm_eps:.0e}")
     if not conversion.is_backbone and labels == imagenet_labels():
         print("  labels: those of ImageNet-1k, as there are 1000 without other names")
     if conversion.is_system:

@@ -87,7 +87,11 @@ def backbone_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _reference_options(config: PreTrainedConfig) -> dict[str, Any]:
     image_size = config.image_shape if config.model_type == "pvt" else None
-    return {"image_size": image_size, "heads": config.num_attention_heads}
+    return {
+        "image_size": image_size,
+        "heads": config.num_attention_heads,
+        "patch_eps": config.patch_layer_norm_eps,
+    }
 
 
 class _Classifier(Kind):

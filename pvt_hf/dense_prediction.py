@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoBackbone, AutoConfig, BackboneMixin, PreTrainedConfig
 
 # Fields of a backbone's configuration that change its outputs and that the shapes of its tensors do not show.
-_UNSEEN_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "linear_attention")
+_UNSEEN_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_layer_norm_eps", "linear_attention")
 
 
 class PretrainedDensePredictor:

@@ -236,7 +236,7 @@ def mmdetection_3(official: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_mmdetection_3(version, tmp_path):
+def test_mmdetection_3(version, tmp_path, capsys):
     """RetinaNet on mmdetection 3's own PVT, whole and as a backbone."""
     official = small_weights("RetinaNet", version)
     if version == "v1":
@@ -245,8 +245,16 @@ def test_mmdetection_3(version, tmp_path):
     assert equal(rename.mmdetection_3_to_official(mmdetection_3(official)), official)
     done = convert.convert(str(path), tmp_path / "out")
     assert done.source_format == "mmdetection 3" and done.kind == "RetinaNet" and done.difference < 1e-8
+    assert "epsilon of the norms in patch embedding and spatial reduction: 1e-06" in capsys.readouterr().out
     assert run("--to", "official", tmp_path / "out", tmp_path / "back.pth") == 0
+    assert "trained with patch_layer_norm_eps 1e-06" in capsys.readouterr().out
     assert equal(torch.load(tmp_path / "back.pth"), official)
     done = convert.convert(str(path), tmp_path / "backbone", backbone_only=True)
     assert done.kind == "backbone" and json.loads((tmp_path / "backbone" / "config.json").read_text())["out_features"]
-    assert AutoConfig.from_pretrained(tmp_path / "out").backbone_config.out_features == ["stage2", "stage3", "stage4"]
+    config = AutoConfig.from_pretrained(tmp_path / "out").backbone_config
+    assert config.out_features == ["stage2", "stage3", "stage4"] and config.patch_layer_norm_eps == 1e-6
+    model = KINDS["RetinaNet"].auto_class.from_pretrained(tmp_path / "out")
+    norms = {
+        name: module.eps for name, module in model.backbone.named_modules() if isinstance(module, torch.nn.LayerNorm)
+    }
+    assert set(norms.values()) == {1e-6} and len(norms) > 20

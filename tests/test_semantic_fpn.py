@@ -2,13 +2,22 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import TINY
 from models import STAGES, randomize, small_config
+from PIL import Image
 from systems import system_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForSemanticSegmentation, ResNetConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForSemanticSegmentation,
+    ResNetConfig,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import pvt_hf
 from conversion import architecture, reference, reference_systems, systems
@@ -388,3 +397,21 @@ def test_bad_configurations():
     model = build(num_labels=1)
     with pytest.raises(ValueError, match="at least two classes"):
         model(torch.randn(1, 3, 32, 32), labels=torch.zeros(1, 32, 32, dtype=torch.long))
+
+
+def test_pipeline(tmp_path):
+    """The masks of the classes are those of the official post-processing."""
+    names = {0: "sky", 1: "tree", 2: "road", 3: "car", 4: "sea"}
+    model = build(id2label=names, label2id={name: index for index, name in names.items()}, std=0.2)
+    model.save_pretrained(tmp_path)
+    processor = pvt_hf.PvtSegmentationImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
+    processor.save_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
+    with torch.no_grad():
+        outputs = model(**processor(image, return_tensors="pt"))
+    (expected,) = processor.post_process_semantic_segmentation(outputs, [(70, 90)])
+    segments = pipeline("image-segmentation", model=str(tmp_path))(image)
+    assert {segment["label"] for segment in segments} == {names[label] for label in expected.unique().tolist()}
+    for segment in segments:
+        mask = np.asarray(segment["mask"]).astype(bool)
+        assert (mask == (expected == model.config.label2id[segment["label"]]).numpy()).all()
