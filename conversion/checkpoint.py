@@ -29,8 +29,17 @@ _JSON_FILES = ("config.json", "preprocessor_config.json")
 _WRAPPERS = ("state_dict", "model")  # mmcv and timm; the official training code
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel; torch.compile; Lightning
 
+
+class _LoggedValue:
+    """In the place of mmengine's history of a logged value, which its checkpoints hold and nobody needs here."""
+
+
+def _no_method(*_) -> None:
+    """In the place of `getattr`, by which that history names its own methods: nothing is looked up."""
+
+
 # What training programs put beside the weights, and what runs nothing when it is read: the arguments of the official
-# code, paths, counters, and scalars of NumPy by their names in version 2 and before.
+# code, paths, counters, scalars and arrays of NumPy by their names in version 2 and before, and mmengine's logs.
 _HARMLESS = [
     argparse.Namespace,
     collections.defaultdict,
@@ -39,6 +48,12 @@ _HARMLESS = [
     np.dtype,
     np._core.multiarray.scalar,
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np.ndarray,
+    np._core.multiarray._reconstruct,
+    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    (_LoggedValue, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_no_method, "builtins.getattr"),
+    (_no_method, "__builtin__.getattr"),
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
 ]
 

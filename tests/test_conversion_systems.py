@@ -2,7 +2,11 @@
 
 import json
 import re
+import sys
+import types
+import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -256,3 +260,35 @@ def test_mmdetection_3(version, tmp_path, capsys):
     model = KINDS["RetinaNet"].auto_class.from_pretrained(tmp_path / "out")
     epsilons = [module.eps for module in model.backbone.modules() if isinstance(module, torch.nn.LayerNorm)]
     assert set(epsilons) == {1e-6} and len(epsilons) > 15
+
+
+class HistoryBuffer:
+    """What mmengine pickles in every checkpoint, under its name: arrays, and methods by way of `getattr`."""
+
+    def __init__(self):
+        self._log_history, self._statistics_methods = np.array([1.5]), {"mean": self.mean}
+
+    def mean(self):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("numpy", ["numpy._core", "numpy.core"])
+def test_logs_of_mmengine(numpy, tmp_path, monkeypatch, capsys):
+    """They are set aside without running anything of mmengine, which need not be installed."""
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    HistoryBuffer.__module__, module.HistoryBuffer = module.__name__, HistoryBuffer
+    for name in ("mmengine", "mmengine.logging", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    hub = {"log_scalars": {"train/loss": HistoryBuffer()}}
+    source = small_weights("RetinaNet", "v2")
+    save({"state_dict": mmdetection_3(source), "message_hub": hub}, tmp_path / "a.pth")
+    monkeypatch.undo()
+    with zipfile.ZipFile(tmp_path / "a.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename == "a/data.pkl":
+                assert b"getattr" in content and b"HistoryBuffer" in content and b"cnumpy._core.multiarray" in content
+                content = content.replace(b"cnumpy._core.multiarray", f"c{numpy}.multiarray".encode())
+            new.writestr("b" + entry.filename.removeprefix("a"), content)
+    assert run(tmp_path / "b.pth", tmp_path / "out") == 0
+    assert "left in the file: message_hub" in capsys.readouterr().out
