@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from torchvision.models import ResNet50_Weights
 from transformers import PreTrainedConfig
 
-from conversion.rename import ConversionError, StateDict
+from conversion.rename import ConversionError, StateDict, quote
 from pvt_hf import PvtConfig, PvtV2Config
 
 _CONFIG_CLASSES = {"pvt": PvtConfig, "pvt_v2": PvtV2Config}
@@ -88,9 +89,7 @@ def read_config(weights: StateDict, known: dict[str, Any] | None = None) -> PreT
         fields["image_size"] = _image_size(weights["pos_embed1"].shape[1], fields)
     num_labels = fields.pop("num_labels", None)
     if num_labels is not None:
-        names = _label_names(num_labels, known)
-        fields["id2label"] = dict(enumerate(names))
-        fields["label2id"] = {name: index for index, name in enumerate(names)}
+        fields |= label_fields(_classifier_labels(num_labels, known))
     try:
         return config_class(**fields)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -123,7 +122,29 @@ def imagenet_labels() -> list[str]:
     return ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
 
 
-def _label_names(num_labels: int, known: dict[str, Any]) -> list[str]:
+def label_fields(names: Sequence[str]) -> dict[str, dict]:
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def label_names(num_labels: int, stated: Sequence[str], default: Sequence[str]) -> list[str]:
+    """`stated` if there are any, else `default` if it has as many, else LABEL_0, LABEL_1, ...
+
+    Raises:
+        ConversionError: If `stated` has another number of names.
+    """
+    if stated and len(stated) != num_labels:
+        raise ConversionError(
+            f"The checkpoint names {len(stated)} classes ({quote(stated, 3)}), but its head has {num_labels}."
+        )
+    if len(default) == num_labels and not stated:
+        stated = default
+    return list(stated) or [f"LABEL_{index}" for index in range(num_labels)]
+
+
+def _classifier_labels(num_labels: int, known: dict[str, Any]) -> list[str]:
     """Those of `config.json` (transformers' or timm's), or ImageNet's for 1000 classes, or LABEL_0, LABEL_1, ..."""
     placeholders = [f"LABEL_{index}" for index in range(num_labels)]
     stated = known.get("id2label") or known.get("label_names") or {}
@@ -132,6 +153,4 @@ def _label_names(num_labels: int, known: dict[str, Any]) -> list[str]:
     if not isinstance(stated, dict) or (stated and {str(key) for key in stated} != set(map(str, range(num_labels)))):
         raise ConversionError(f"`config.json` does not name the {num_labels} labels of the checkpoint's head.")
     names = [name for _, name in sorted(stated.items(), key=lambda item: int(item[0]))]
-    if names and names != placeholders:
-        return names
-    return imagenet_labels() if num_labels == 1000 else placeholders
+    return label_names(num_labels, [] if names == placeholders else names, imagenet_labels())

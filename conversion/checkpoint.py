@@ -29,8 +29,17 @@ _JSON_FILES = ("config.json", "preprocessor_config.json")
 _WRAPPERS = ("state_dict", "model")  # mmcv and timm; the official training code
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel; torch.compile; Lightning
 
+
+class _LoggedValue:
+    """In the place of mmengine's history of a logged value, which its checkpoints hold and nobody needs here."""
+
+
+def _no_method(*_) -> None:
+    """In the place of `getattr`, by which that history names its own methods: nothing is looked up."""
+
+
 # What training programs put beside the weights, and what runs nothing when it is read: the arguments of the official
-# code, paths, counters, and scalars of NumPy by their names in version 2 and before.
+# code, paths, counters, scalars and arrays of NumPy by their names in version 2 and before, and mmengine's logs.
 _HARMLESS = [
     argparse.Namespace,
     collections.defaultdict,
@@ -39,6 +48,12 @@ _HARMLESS = [
     np.dtype,
     np._core.multiarray.scalar,
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np.ndarray,
+    np._core.multiarray._reconstruct,
+    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    (_LoggedValue, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_no_method, "builtins.getattr"),
+    (_no_method, "__builtin__.getattr"),
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
 ]
 
@@ -53,6 +68,7 @@ class Checkpoint:
             bare model or backbone of transformers by the names that a classifier gives them.
         config, preprocessor: `config.json` and `preprocessor_config.json` beside the weights, empty if there are none.
         set_aside: What else the file holds: optimiser, epoch, averaged weights.
+        class_names: Those that mmdetection and mmsegmentation put beside the weights, without blanks around them.
     """
 
     source: str
@@ -61,6 +77,7 @@ class Checkpoint:
     config: dict[str, Any]
     preprocessor: dict[str, Any]
     set_aside: tuple[str, ...]
+    class_names: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -149,6 +166,7 @@ def _read_from_hub(repo: str) -> Checkpoint:
 
 def _read(source: str, path: Path, config: dict[str, Any], preprocessor: dict[str, Any]) -> Checkpoint:
     loaded, set_aside = load_file(path), []
+    class_names = _class_names(loaded.get("meta"))
     while wrapper := next((key for key in _WRAPPERS if isinstance(loaded.get(key), dict) and loaded[key]), None):
         set_aside += [str(key) for key in loaded if key != wrapper]
         loaded = loaded[wrapper]
@@ -162,7 +180,18 @@ def _read(source: str, path: Path, config: dict[str, Any], preprocessor: dict[st
         )
     while loaded and (prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in loaded)), None)):
         loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
-    return Checkpoint(source, path, with_base_prefix(loaded), config, preprocessor, tuple(set_aside))
+    return Checkpoint(source, path, with_base_prefix(loaded), config, preprocessor, tuple(set_aside), class_names)
+
+
+def _class_names(meta: Any) -> tuple[str, ...]:
+    """`CLASSES` of mmdetection 2 and mmsegmentation 0, or `dataset_meta` of the versions after them."""
+    meta = meta if isinstance(meta, dict) else {}
+    later = meta.get("dataset_meta")
+    later = later if isinstance(later, dict) else {}
+    names = meta.get("CLASSES") or later.get("classes") or later.get("CLASSES")
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return ()
+    return tuple(name.strip() for name in names)
 
 
 def _is_plain(value: Any) -> bool:

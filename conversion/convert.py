@@ -3,7 +3,8 @@
     python conversion/convert.py pvt_v2_b2 converted/pvt_v2_b2             # downloads the official release
     python conversion/convert.py checkpoint.pth converted/mine             # official, timm's or transformers' format
     python conversion/convert.py timm/pvt_v2_b2.in1k converted/b2          # a repository of the Hub
-    python conversion/convert.py retinanet.pth converted/c --backbone-only # the backbone of a detector or segmenter
+    python conversion/convert.py semantic_fpn.pth converted/segmenter      # a whole detector or segmenter
+    python conversion/convert.py retinanet.pth converted/c --backbone-only # or its backbone
     python conversion/convert.py --all converted                           # all the released variants
     python conversion/convert.py --to official converted/b2 b2.pth         # and back
 
@@ -15,8 +16,7 @@ import argparse
 import functools
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import safetensors.torch
@@ -26,24 +26,23 @@ from safetensors import SafetensorError
 # Run from anywhere, the program uses the `conversion` and `pvt_hf` beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoBackbone, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from conversion import rename
+from conversion import rename, systems
 from conversion.architecture import imagenet_labels, read_config
 from conversion.checkpoint import Checkpoint, load_file, read_checkpoint, read_json
+from conversion.folders import appearing_whole, check_output_dir
+from conversion.kinds import BACKBONE, CLASSIFIER, Kind, System, backbone_config, kind_of_checkpoint, kind_of_folder
 from conversion.model_card import Conversion, render
-from conversion.preprocessing import read_image_processor
-from conversion.publish import CODE, publish, saved_with_code
+from conversion.publish import publish, saved_with_code
 from conversion.rename import ConversionError, StateDict
 from conversion.verify import largest_difference, reference_outputs, timm_outputs
-from pvt_hf import VARIANTS, PvtImageProcessor
+from pvt_hf import VARIANTS, PvtConfig, PvtImageProcessor
 from pvt_hf.variants import differences, find_variant
 
-# What a conversion writes, and therefore all that `--overwrite` deletes.
-_WRITTEN = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
+OFFICIAL_EPS = PvtConfig().patch_layer_norm_eps
 
 
 def convert(
@@ -70,26 +69,36 @@ def convert(
     Raises:
         ConversionError: If the checkpoint is not what it should be, or the result differs from it.
     """
-    _check_output_dir(output_dir, overwrite)
+    check_output_dir(output_dir, overwrite)
     checkpoint = read_checkpoint(name)
     if checkpoint.path.resolve().is_relative_to(output_dir.resolve()):
         raise ConversionError(f"`OUTPUT_DIR` {output_dir} holds the checkpoint itself; choose another.")
     source_format = rename.detect_format(checkpoint.weights)
+    kind = kind_of_checkpoint(checkpoint.weights, source_format, backbone_only)
+    if with_code and isinstance(kind, System):
+        raise ConversionError(
+            f"`--with-code` cannot be used for a {kind.name}: its code finds the backbone's by the Auto classes of an "
+            "installed pvt_hf."
+        )
     official = _official_weights(checkpoint.weights, source_format, backbone_only)
-    config = read_config(official, checkpoint.config)
-    if backbone_only:
-        config.out_features = config.stage_names
+    config = kind.read_config(official, checkpoint)
+    backbone = backbone_config(config)
+    if source_format == "mmdetection 3":
+        backbone.patch_layer_norm_eps = 1e-6  # its own PVT has the same epsilon in all norms
     variant = variant or (name if name in VARIANTS else None)
-    if variant and (wrong := differences(config, VARIANTS[variant])):
+    if variant and (wrong := differences(backbone, VARIANTS[variant])):
         raise ConversionError(f"The checkpoint is not a {variant}: {'; '.join(wrong)}.")
-    model = build_model(official, config, backbone_only)
-    processor, processor_origin = read_image_processor(checkpoint, config)
+    model = build_model(kind.from_official(official, config), config, kind)
+    processor, processor_origin = kind.image_processor(checkpoint, config)
     facts = {
         "source": checkpoint.source,
         "sha256": checkpoint.sha256,
         "source_format": source_format,
         "config": config,
-        "variant": find_variant(config),
+        "kind": kind.name,
+        "pipeline_tag": kind.pipeline_tag,
+        "auto_class": kind.auto_class.__name__,
+        "variant": find_variant(backbone),
         "model_class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "tensors": len(model.state_dict()),
@@ -97,11 +106,14 @@ def convert(
         "has_image_processor": processor is not None,
         "has_code": with_code,
     }
-    with _appearing_whole(output_dir, overwrite) as folder:
+    with appearing_whole(output_dir, overwrite) as folder:
         with ExitStack() as stack:
             if with_code:
-                auto_class = "AutoBackbone" if backbone_only else "AutoModelForImageClassification"
-                code = {auto_class: type(model), "AutoConfig": type(config), "AutoImageProcessor": PvtImageProcessor}
+                code = {
+                    kind.auto_class.__name__: type(model),
+                    "AutoConfig": type(config),
+                    "AutoImageProcessor": PvtImageProcessor,
+                }
                 stack.enter_context(saved_with_code(**code))
             model.save_pretrained(folder)
             if processor is not None:
@@ -112,10 +124,10 @@ def convert(
             del official
             expected = timm_outputs(checkpoint.weights, config, backbone_only)
         else:
-            expected = reference_outputs(official, config, backbone_only)
+            expected = reference_outputs(official, config, kind)
             del official
         checkpoint.weights.clear()
-        difference = largest_difference(model_class.from_pretrained(folder), expected)
+        difference = largest_difference(model_class.from_pretrained(folder), expected, kind)
         conversion = Conversion(difference=difference, **facts)
         card = render(conversion, card_name or str(output_dir))
         card.save(folder / "README.md")
@@ -123,32 +135,30 @@ def convert(
     return conversion
 
 
-def build_model(official: StateDict, config: PreTrainedConfig, is_backbone: bool) -> PreTrainedModel:
-    """The model with these tensors, in the widest of their dtypes.
+def build_model(tensors: StateDict, config: PreTrainedConfig, kind: Kind) -> PreTrainedModel:
+    """The model with these tensors, its floating-point numbers in the widest of their dtypes.
 
     Raises:
         ConversionError: Unless each tensor has its place and each place its tensor.
     """
-    auto_class = AutoBackbone if is_backbone else AutoModelForImageClassification
     with torch.device("meta"):
-        model = auto_class.from_config(config).eval()
-    tensors = rename.from_official(official)
-    if is_backbone:
-        tensors = {key.removeprefix(f"{model.base_model_prefix}."): tensor for key, tensor in tensors.items()}
-    rename.check_filled(tensors, model.state_dict())
-    if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
+        model = kind.auto_class.from_config(config).eval()
+    wanted = model.state_dict()
+    rename.check_filled(tensors, wanted)
+    floating = {key: tensor for key, tensor in tensors.items() if wanted[key].is_floating_point()}
+    if whole := [key for key, tensor in floating.items() if not tensor.is_floating_point()]:
         raise ConversionError(f"These tensors are no floating-point numbers: {rename.quote(whole)}.")
-    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
-    storages = set()
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in floating.values()})
+    storages, filled = set(), {}
     for key, tensor in tensors.items():
-        tensor = tensor.to(dtype)
+        tensor = tensor.to(dtype if key in floating else wanted[key].dtype)
         storage = tensor.untyped_storage()
-        # `save_pretrained` refuses tensors that share memory, as the two halves of a fused one do.
+        # `save_pretrained` refuses tensors that share memory, as the parts of a fused one do.
         if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages or not tensor.is_contiguous():
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         storages.add(tensor.untyped_storage().data_ptr())
-        tensors[key] = tensor
-    model.load_state_dict(tensors, assign=True)
+        filled[key] = tensor
+    model.load_state_dict(filled, assign=True)
     model.config.dtype = dtype
     return model
 
@@ -170,13 +180,13 @@ def export(saved_dir: Path, file: Path, to: str, overwrite: bool = False) -> Non
         raise ConversionError(
             f"`FILE` {file} exists" + (": it is a directory." if file.is_dir() else "; use --overwrite.")
         )
-    config_file, weights_file = saved_dir / "config.json", saved_dir / "model.safetensors"
-    if missing := [path.name for path in (config_file, weights_file) if not path.is_file()]:
+    if missing := [name for name in ("config.json", "model.safetensors") if not (saved_dir / name).is_file()]:
         raise ConversionError(f"`SAVED_DIR` must be a folder of `save_pretrained`, but {saved_dir} has no {missing}.")
-    weights, known = load_file(weights_file), read_json(config_file)
-    is_backbone = all(key.startswith("encoder.") for key in weights)
-    official = rename.to_official(rename.with_base_prefix(weights))
-    build_model(official, read_config(official, known), is_backbone)  # a whole one, or an error
+    official = _exported(saved_dir)
+    known = read_json(saved_dir / "config.json")
+    eps = (known.get("backbone_config") or known).get("patch_layer_norm_eps", OFFICIAL_EPS)
+    if eps != OFFICIAL_EPS:
+        print(f"Note: the weights were trained with patch_layer_norm_eps {eps:.0e}, which no such file can say.")
     if to == "timm":
         official = rename.official_to_timm(official)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -190,13 +200,43 @@ def export(saved_dir: Path, file: Path, to: str, overwrite: bool = False) -> Non
     print(f"{saved_dir}: {len(official)} tensors written to {file} with the names of {to}.")
 
 
+def _exported(saved_dir: Path) -> StateDict:
+    """The tensors of a saved folder with the official names. Raises a `ConversionError` unless they are all there."""
+    known = read_json(saved_dir / "config.json")
+    if kind := kind_of_folder(known):
+        return _exported_system(saved_dir, kind)
+    weights = load_file(saved_dir / "model.safetensors")
+    kind = BACKBONE if all(key.startswith("encoder.") for key in weights) else CLASSIFIER
+    official = rename.to_official(rename.with_base_prefix(weights))
+    config = read_config(official, known)
+    if kind is BACKBONE:
+        config.out_features = config.stage_names
+    build_model(kind.from_official(official, config), config, kind)
+    return official
+
+
+def _exported_system(saved_dir: Path, kind: System) -> StateDict:
+    config = AutoConfig.from_pretrained(saved_dir)
+    if (model_type := config.backbone_config.model_type) not in ("pvt", "pvt_v2"):
+        raise ConversionError(
+            f"This {kind.name} has a backbone of type {model_type!r}: there are official names on a PVT only."
+        )
+    # Files have other names than modules where transformers keeps those of its former versions, as for DETR.
+    model, loading_info = kind.auto_class.from_pretrained(
+        saved_dir, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    wrong = {key: sorted(map(str, names)) for key, names in loading_info.items() if names}
+    if wrong:
+        raise ConversionError(f"`SAVED_DIR` {saved_dir} does not hold a whole {kind.name}: {wrong}.")
+    return kind.to_official(model.state_dict(), config)
+
+
 def _official_weights(weights: StateDict, source_format: str, backbone_only: bool) -> StateDict:
+    if source_format == "mmdetection 3":
+        weights = rename.mmdetection_3_to_official(weights)
     if source_format.startswith("mm"):
         if not backbone_only:
-            raise ConversionError(
-                f"This is an {source_format} checkpoint of {rename.system_name(weights)}, which pvt_hf does not have. "
-                "`--backbone-only` converts its backbone."
-            )
+            return systems.with_current_names(weights)
         weights = {key.removeprefix("backbone."): weights[key] for key in weights if key.startswith("backbone.")}
     convert_names = {"timm": rename.timm_to_official, "transformers": rename.to_official}
     official = convert_names.get(source_format, dict)(weights)
@@ -205,63 +245,24 @@ def _official_weights(weights: StateDict, source_format: str, backbone_only: boo
     return official
 
 
-def _is_former_conversion(folder: Path) -> bool:
-    """Whether the files are those that a conversion writes, and the card says that one wrote them."""
-    if any(path.name not in (*_WRITTEN, *CODE) for path in folder.iterdir()):
-        return False
-    try:
-        return "conversion" in ModelCard.load(folder / "README.md").data.to_dict()
-    except (OSError, ValueError):
-        return False
-
-
-def _check_output_dir(output_dir: Path, overwrite: bool) -> None:
-    if not output_dir.exists():
-        return
-    if not output_dir.is_dir() or output_dir.resolve() == Path.cwd():
-        raise ConversionError(
-            f"`OUTPUT_DIR` must be a new or an empty directory with a name of its own, got {output_dir}."
-        )
-    if any(output_dir.iterdir()):
-        if not overwrite:
-            raise ConversionError(f"`OUTPUT_DIR` {output_dir} is not empty; use --overwrite to replace a conversion.")
-        if not _is_former_conversion(output_dir):
-            raise ConversionError(
-                f"`OUTPUT_DIR` {output_dir} is not what a conversion left, and --overwrite would delete it: "
-                f"{rename.quote(path.name for path in output_dir.iterdir())}."
-            )
-
-
-@contextmanager
-def _appearing_whole(output_dir: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write to. If all goes well it takes the place of `output_dir`, else it disappears."""
-    target = output_dir.resolve()  # through links
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        folder, former = Path(temporary) / "new", Path(temporary) / "former"
-        folder.mkdir()
-        yield folder
-        _check_output_dir(output_dir, overwrite)  # again: this took a while
-        if target.exists():
-            target.rename(former)
-        try:
-            folder.rename(target)
-        except BaseException:
-            if former.exists():
-                former.rename(target)
-            raise
-
-
 def _describe(conversion: Conversion, checkpoint: Checkpoint, processor_origin: str, output_dir: Path) -> None:
-    config, name = conversion.config, conversion.variant.name if conversion.variant else "a variant of your own"
-    print(f"{conversion.source}: {name}, {conversion.source_format} format, {conversion.dtype}")
+    config = backbone_config(conversion.config)
+    name = conversion.variant.name if conversion.variant else "a variant of your own"
+    system = f" + {conversion.kind}" if conversion.is_system else ""
+    print(f"{conversion.source}: {name}{system}, {conversion.source_format} format, {conversion.dtype}")
     if checkpoint.set_aside:
         print(f"  left in the file: {', '.join(checkpoint.set_aside)}")
     if conversion.variant is None and "num_attention_heads" not in checkpoint.config:
         heads = ", ".join(map(str, config.num_attention_heads))
         print(f"  attention heads: {heads}, the official numbers; the checkpoint does not tell")
-    if not conversion.is_backbone and list(config.id2label.values()) == imagenet_labels():
+    labels = list(conversion.config.id2label.values())
+    if config.patch_layer_norm_eps != OFFICIAL_EPS:
+        print(f"  epsilon of the norms in patch embedding and spatial reduction: {config.patch_layer_norm_eps:.0e}")
+    if not conversion.is_backbone and labels == imagenet_labels():
         print("  labels: those of ImageNet-1k, as there are 1000 without other names")
+    if conversion.is_system:
+        origin = "the checkpoint's own" if checkpoint.class_names else "by their number, as the checkpoint has no names"
+        print(f"  labels: {', '.join(labels[:3])}, ... ({len(labels)}; {origin})")
     print(f"  image processor: {processor_origin}")
     print(f"  {conversion.tensors} tensors, {conversion.parameters / 1e6:.1f} M parameters, all of them used")
     print(f"  largest difference to the source, in float64: {conversion.difference:.1e}")

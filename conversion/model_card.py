@@ -18,6 +18,7 @@ class Conversion:
         source, sha256: Where the checkpoint came from, and its file.
         source_format: One of [`conversion.rename.detect_format`].
         config: Of the model that was written.
+        kind, pipeline_tag, auto_class: Of [`conversion.kinds.Kind`]; the class by its name.
         variant: The released variant with this architecture, if there is one.
         model_class: Name of the class that was written.
         dtype: Of the weights, for example `float32`.
@@ -30,6 +31,9 @@ class Conversion:
     sha256: str
     source_format: str
     config: PreTrainedConfig
+    kind: str
+    pipeline_tag: str
+    auto_class: str
     variant: Variant | None
     model_class: str
     dtype: str
@@ -44,6 +48,10 @@ class Conversion:
         return self.model_class.endswith("Backbone")
 
     @property
+    def is_system(self) -> bool:
+        return hasattr(self.config, "backbone_config")
+
+    @property
     def is_release(self) -> bool:
         """Whether it was downloaded from the official release: only then its licence and its data are known."""
         return self.variant is not None and self.source == self.variant.checkpoint_url
@@ -54,13 +62,13 @@ def render(conversion: Conversion, name: str) -> ModelCard:
 
     Its metadata has no `model-index`: a conversion measures no accuracy.
     """
-    model_type = conversion.config.model_type
+    model_type = getattr(conversion.config, "backbone_config", conversion.config).model_type
     known = {"license": "apache-2.0", "datasets": ["ILSVRC/imagenet-1k"]} if conversion.is_release else {}
     metadata = ModelCardData(
         **known,
         library_name="transformers",
-        pipeline_tag="image-feature-extraction" if conversion.is_backbone else "image-classification",
-        tags=["vision", model_type, *(["backbone"] if conversion.is_backbone else [])],
+        pipeline_tag=conversion.pipeline_tag,
+        tags=["vision", model_type, *_more_tags(conversion)],
         conversion={
             "source": conversion.source,
             "source_format": conversion.source_format,
@@ -76,6 +84,13 @@ def render(conversion: Conversion, name: str) -> ModelCard:
         config=conversion.config,
         variant=conversion.variant,
         name=name,
+        auto_class=conversion.auto_class,
         is_v1=model_type == "pvt",
         prefix="Pvt" if model_type == "pvt" else "PvtV2",
     )
+
+
+def _more_tags(conversion: Conversion) -> list[str]:
+    if conversion.is_system:
+        return [conversion.kind.lower().replace(" ", "-")]
+    return ["backbone"] if conversion.is_backbone else []

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 StateDict = Mapping[str, torch.Tensor]
 
-HEADS = (1, 2, 5, 8)  # of every released variant; the one number that the shapes of a checkpoint do not tell
+HEADS = (1, 2, 5, 8)  # of every released variant; the shapes of a checkpoint do not tell
+PATCH_EPS = 1e-5  # of the norms in patch embedding and spatial reduction; mmdetection 3's own PVT has 1e-6
 
 
 def is_v1(weights: StateDict) -> bool:
@@ -47,7 +48,9 @@ def to_tokens(feature_map: torch.Tensor) -> torch.Tensor:
     return feature_map.flatten(2).transpose(1, 2).contiguous()
 
 
-def attention(weights: StateDict, name: str, tokens: torch.Tensor, height: int, width: int, heads: int) -> torch.Tensor:
+def attention(
+    weights: StateDict, name: str, tokens: torch.Tensor, height: int, width: int, heads: int, patch_eps: float
+) -> torch.Tensor:
     """Spatial-reduction attention: v1 section 3.3; linear: v2 section 3.2."""
     batch, count, channels = tokens.shape
     query = linear(weights, f"{name}.q", tokens)
@@ -57,7 +60,7 @@ def attention(weights: StateDict, name: str, tokens: torch.Tensor, height: int, 
         if is_linear(weights):
             feature_map = F.adaptive_avg_pool2d(feature_map, 7)
         reduced = to_tokens(F.conv2d(feature_map, kernel, weights[f"{name}.sr.bias"], stride=kernel.shape[-1]))
-        reduced = norm(weights, f"{name}.norm", reduced, 1e-5)
+        reduced = norm(weights, f"{name}.norm", reduced, patch_eps)
         if is_linear(weights):
             reduced = F.gelu(reduced)
     key, value = linear(weights, f"{name}.kv", reduced).split(channels, dim=-1)
@@ -80,23 +83,30 @@ def mlp(weights: StateDict, name: str, tokens: torch.Tensor, height: int, width:
 
 
 def blocks(
-    weights: StateDict, stage: int, tokens: torch.Tensor, height: int, width: int, heads: Sequence[int]
+    weights: StateDict,
+    stage: int,
+    tokens: torch.Tensor,
+    height: int,
+    width: int,
+    heads: Sequence[int],
+    patch_eps: float,
 ) -> torch.Tensor:
     for index in range(depth(weights, stage)):
         name = f"block{stage}.{index}"
-        tokens = tokens + attention(
-            weights, f"{name}.attn", norm(weights, f"{name}.norm1", tokens, 1e-6), height, width, heads[stage - 1]
-        )
+        normed = norm(weights, f"{name}.norm1", tokens, 1e-6)
+        tokens = tokens + attention(weights, f"{name}.attn", normed, height, width, heads[stage - 1], patch_eps)
         tokens = tokens + mlp(weights, f"{name}.mlp", norm(weights, f"{name}.norm2", tokens, 1e-6), height, width)
     return tokens
 
 
-def patch_embedding(weights: StateDict, stage: int, feature_map: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+def patch_embedding(
+    weights: StateDict, stage: int, feature_map: torch.Tensor, patch_eps: float
+) -> tuple[torch.Tensor, int, int]:
     """v1 section 3.2: stride and kernel equal. v2 section 3.1: overlapping, padded by half the kernel."""
     kernel, bias = weights[f"patch_embed{stage}.proj.weight"], weights[f"patch_embed{stage}.proj.bias"]
     padding = 0 if is_v1(weights) else kernel.shape[-1] // 2
     feature_map = F.conv2d(feature_map, kernel, bias, stride=4 if stage == 1 else 2, padding=padding)
-    tokens = norm(weights, f"patch_embed{stage}.norm", to_tokens(feature_map), 1e-5)
+    tokens = norm(weights, f"patch_embed{stage}.norm", to_tokens(feature_map), patch_eps)
     return tokens, *feature_map.shape[2:]
 
 
@@ -119,15 +129,16 @@ def feature_maps(
     pixels: torch.Tensor,
     image_size: tuple[int, int] | None = None,
     heads: Sequence[int] = HEADS,
+    patch_eps: float = PATCH_EPS,
 ) -> list[torch.Tensor]:
     """The four maps of the official detection backbones. `image_size` is that of v1's stored positions."""
     maps = []
     for stage in (1, 2, 3, 4):
-        tokens, height, width = patch_embedding(weights, stage, maps[-1] if maps else pixels)
+        tokens, height, width = patch_embedding(weights, stage, maps[-1] if maps else pixels, patch_eps)
         if is_v1(weights):
             grid = image_size and tuple(side // 2 ** (stage + 1) for side in image_size)
             tokens = tokens + position_embedding(weights, stage, height, width, grid)
-        tokens = blocks(weights, stage, tokens, height, width, heads)
+        tokens = blocks(weights, stage, tokens, height, width, heads, patch_eps)
         if not is_v1(weights):
             tokens = norm(weights, f"norm{stage}", tokens, 1e-6)
         maps.append(to_map(tokens, height, width))
@@ -139,15 +150,16 @@ def logits(
     pixels: torch.Tensor,
     image_size: tuple[int, int] | None = None,
     heads: Sequence[int] = HEADS,
+    patch_eps: float = PATCH_EPS,
 ) -> torch.Tensor:
     """The official classifiers: v1 reads the CLS token that stage 4 adds, v2 the mean of stage 4's normed tokens."""
     if not is_v1(weights):
-        return linear(weights, "head", feature_maps(weights, pixels, heads=heads)[-1].mean((2, 3)))
-    *_, third, _ = feature_maps(weights, pixels, image_size, heads)
-    tokens, height, width = patch_embedding(weights, 4, third)
+        return linear(weights, "head", feature_maps(weights, pixels, heads=heads, patch_eps=patch_eps)[-1].mean((2, 3)))
+    *_, third, _ = feature_maps(weights, pixels, image_size, heads, patch_eps)
+    tokens, height, width = patch_embedding(weights, 4, third, patch_eps)
     grid = image_size and tuple(side // 32 for side in image_size)
     positions = position_embedding(weights, 4, height, width, grid)
     tokens = torch.cat((weights["cls_token"].expand(len(tokens), -1, -1), tokens), dim=1)
     tokens = tokens + torch.cat((weights["pos_embed4"][:, :1], positions), dim=1)
-    tokens = norm(weights, "norm", blocks(weights, 4, tokens, height, width, heads), 1e-6)
+    tokens = norm(weights, "norm", blocks(weights, 4, tokens, height, width, heads, patch_eps), 1e-6)
     return linear(weights, "head", tokens[:, 0])

@@ -107,3 +107,104 @@ def semantic_fpn(weights: StateDict, levels: Sequence[torch.Tensor]) -> torch.Te
         else:
             total = total + F.interpolate(level, size=total.shape[2:], mode="bilinear", align_corners=False)
     return conv(weights, "decode_head.conv_seg", total)
+
+
+def linear(weights: StateDict, name: str, x: torch.Tensor) -> torch.Tensor:
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def norm(weights: StateDict, name: str, x: torch.Tensor) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    deviation = torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+    return centred / deviation * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def attention(
+    weights: StateDict,
+    name: str,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    ignored: torch.Tensor | None,
+    heads: int,
+) -> torch.Tensor:
+    """Multi-head attention over (batch, tokens, channels); no query looks at the keys that are `ignored`."""
+    matrix, bias = weights[f"{name}.in_proj_weight"], weights[f"{name}.in_proj_bias"]
+    size = matrix.shape[1]
+    width = size // heads
+    queries, keys, values = (
+        x @ matrix[part * size : (part + 1) * size].T + bias[part * size : (part + 1) * size]
+        for part, x in enumerate((queries, keys, values))
+    )
+    outputs = []
+    for head in range(heads):
+        channels = slice(head * width, (head + 1) * width)
+        scores = queries[..., channels] @ keys[..., channels].transpose(1, 2) / width**0.5
+        if ignored is not None:
+            scores = scores.masked_fill(ignored[:, None, :], -torch.inf)
+        outputs.append(scores.softmax(-1) @ values[..., channels])
+    return linear(weights, f"{name}.out_proj", torch.cat(outputs, -1))
+
+
+def feed_forward(weights: StateDict, name: str, x: torch.Tensor) -> torch.Tensor:
+    return linear(weights, f"{name}.layers.1", linear(weights, f"{name}.layers.0.0", x).clamp(min=0))
+
+
+def sine_positions(ignored: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """(batch, height, width, size) for a map whose padding is `ignored`: rows in the first half, columns in the second.
+    Cells are counted from 1 and the last one that is not padding gets an angle of 2 pi."""
+    valid = (~ignored).to(dtype)
+    halves = []
+    for axis in (1, 2):
+        counts = valid.cumsum(axis)
+        angles = counts / (counts.narrow(axis, counts.shape[axis] - 1, 1) + 1e-6) * 2 * torch.pi
+        channels = []
+        for pair in range(size // 4):
+            angle = angles / 10000 ** (4 * pair / size)
+            channels += [angle.sin(), angle.cos()]
+        halves.append(torch.stack(channels, -1))
+    return torch.cat(halves, -1)
+
+
+def detr(
+    weights: StateDict, feature_map: torch.Tensor, mask: torch.Tensor, heads: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The class logits (layers, batch, queries, classes + 1), no object last, and the boxes, relative cxcywh (layers,
+    batch, queries, 4), of every decoder layer, in evaluation mode. The last layer gives the detections.
+
+    `feature_map` is that of stage 4; `mask` (batch, image height, image width) is True on padding.
+    """
+    start = "bbox_head.transformer"
+    projected = conv(weights, "bbox_head.input_proj", feature_map)
+    batch, size, height, width = projected.shape
+    lines = torch.arange(height) * mask.shape[1] // height
+    columns = torch.arange(width) * mask.shape[2] // width
+    ignored = mask[:, lines][:, :, columns]
+    positions = sine_positions(ignored, size, projected.dtype).flatten(1, 2)
+    ignored = ignored.flatten(1)
+
+    memory = projected.flatten(2).transpose(1, 2)
+    layer = 0
+    while (name := f"{start}.encoder.layers.{layer}") + ".norms.0.weight" in weights:
+        located = memory + positions
+        update = attention(weights, f"{name}.attentions.0.attn", located, located, memory, ignored, heads)
+        memory = norm(weights, f"{name}.norms.0", memory + update)
+        memory = norm(weights, f"{name}.norms.1", memory + feed_forward(weights, f"{name}.ffns.0", memory))
+        layer += 1
+
+    queries = weights["bbox_head.query_embedding.weight"].expand(batch, -1, -1)
+    state, logits, boxes = torch.zeros_like(queries), [], []
+    while (name := f"{start}.decoder.layers.{len(logits)}") + ".norms.0.weight" in weights:
+        located = state + queries
+        update = attention(weights, f"{name}.attentions.0.attn", located, located, state, None, heads)
+        state = norm(weights, f"{name}.norms.0", state + update)
+        update = attention(
+            weights, f"{name}.attentions.1.attn", state + queries, memory + positions, memory, ignored, heads
+        )
+        state = norm(weights, f"{name}.norms.1", state + update)
+        state = norm(weights, f"{name}.norms.2", state + feed_forward(weights, f"{name}.ffns.0", state))
+        output = norm(weights, f"{start}.decoder.post_norm", state)
+        logits.append(linear(weights, "bbox_head.fc_cls", output))
+        hidden = feed_forward(weights, "bbox_head.reg_ffn", output).clamp(min=0)
+        boxes.append(torch.sigmoid(linear(weights, "bbox_head.fc_reg", hidden)))
+    return torch.stack(logits), torch.stack(boxes)

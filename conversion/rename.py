@@ -60,7 +60,32 @@ _TIMM_RULES = (
     ("norm{s}.", "stages.{s}.norm."),
     ("head.", "head."),
 )
+# mmdetection 3's own PVT. In v1 the first of a stage's blocks is its position embedding.
+_MMDETECTION_3_BLOCK = (
+    ("block{s}.{n}.norm1.", "layers.{s}.1.{n}.norm1."),
+    ("block{s}.{n}.attn.q.", "layers.{s}.1.{n}.attn.attn.q."),
+    ("block{s}.{n}.attn.kv.", "layers.{s}.1.{n}.attn.attn.kv."),
+    ("block{s}.{n}.attn.proj.", "layers.{s}.1.{n}.attn.attn.out_proj."),
+    ("block{s}.{n}.attn.sr.", "layers.{s}.1.{n}.attn.sr."),
+    ("block{s}.{n}.attn.norm.", "layers.{s}.1.{n}.attn.norm."),
+    ("block{s}.{n}.norm2.", "layers.{s}.1.{n}.norm2."),
+    ("block{s}.{n}.mlp.fc1.", "layers.{s}.1.{n}.ffn.layers.0."),
+    ("patch_embed{s}.proj.", "layers.{s}.0.projection."),
+    ("patch_embed{s}.norm.", "layers.{s}.0.norm."),
+)
+_MMDETECTION_3_V1_RULES = (
+    ("pos_embed{s}", "layers.{s}.1.0.pos_embed"),
+    ("block{s}.{n}.mlp.fc2.", "layers.{s}.1.{n}.ffn.layers.3."),
+    *_MMDETECTION_3_BLOCK,
+)
+_MMDETECTION_3_V2_RULES = (
+    ("block{s}.{n}.mlp.dwconv.dwconv.", "layers.{s}.1.{n}.ffn.layers.1."),
+    ("block{s}.{n}.mlp.fc2.", "layers.{s}.1.{n}.ffn.layers.4."),
+    ("norm{s}.", "layers.{s}.2."),
+    *_MMDETECTION_3_BLOCK,
+)
 _KEY_VALUE = re.compile(r"(block\d+\.\d+\.attn\.)(k|v)\.(weight|bias)")
+_FUSED_PROJECTION = re.compile(r"backbone\.(layers\.\d+\.1\.\d+\.attn\.attn\.)in_proj_(weight|bias)")
 
 # A tensor that only checkpoints of the format have.
 _SIGNATURES = (
@@ -69,6 +94,7 @@ _SIGNATURES = (
     ("pvt.encoder.patch_embeddings.0.projection.weight", "transformers"),
     ("pvt_v2.encoder.layers.0.patch_embedding.proj.weight", "transformers"),
     ("backbone.patch_embed1.proj.weight", "mmdetection"),
+    ("backbone.layers.0.0.projection.weight", "mmdetection 3"),
 )
 # The systems of mmdetection and mmsegmentation, by the tensors of their heads.
 _SYSTEMS = (
@@ -88,7 +114,9 @@ def quote(names: Iterable[str], limit: int = 8) -> str:
 
 
 def detect_format(keys: Iterable[str]) -> str:
-    """`"official"`, `"timm"`, `"transformers"`, `"mmdetection"` or `"mmsegmentation"`.
+    """`"official"`, `"timm"`, `"transformers"`, `"mmdetection"`, `"mmdetection 3"` or `"mmsegmentation"`.
+
+    mmdetection 3 has a PVT of its own; `"mmdetection"` is the official one in mmdetection 2.
 
     Raises:
         ConversionError: For the names of any other network.
@@ -97,11 +125,6 @@ def detect_format(keys: Iterable[str]) -> str:
     for signature, name in _SIGNATURES:
         if signature in keys:
             return "mmsegmentation" if any(key.startswith("decode_head.") for key in keys) else name
-    if any(key.startswith("backbone.layers.0.0.projection.") for key in keys):
-        raise ConversionError(
-            "This is a checkpoint of mmdetection's own PVT (`backbone.layers...`), not of the official one "
-            "(`backbone.patch_embed1...`). There is no rule for its names."
-        )
     raise ConversionError(
         f"These are not the tensors of a PVT of the official code, timm, transformers, mmdetection or mmsegmentation: "
         f"{quote(keys) or 'there are none'}."
@@ -125,7 +148,9 @@ def system_name(keys: Iterable[str]) -> str:
     return f"a system with {quote({key.split('.')[0] for key in keys if not key.startswith('backbone.')})}"
 
 
-def rename_keys(keys: Iterable[str], rules: Iterable[tuple[str, str]], stage_offset: int) -> dict[str, str]:
+def rename_keys(
+    keys: Iterable[str], rules: Iterable[tuple[str, str]], stage_offset: int, block_offset: int = 0
+) -> dict[str, str]:
     """The new name of every key. Raises a `ConversionError` for keys without a rule or with the same new name."""
     compiled = []
     for source, target in rules:
@@ -136,8 +161,9 @@ def rename_keys(keys: Iterable[str], rules: Iterable[tuple[str, str]], stage_off
         for pattern, target in compiled:
             if match := pattern.match(key):
                 numbers = match.groupdict()
-                if "s" in numbers:
-                    numbers["s"] = int(numbers["s"]) + stage_offset
+                for letter, offset in (("s", stage_offset), ("n", block_offset)):
+                    if letter in numbers:
+                        numbers[letter] = int(numbers[letter]) + offset
                 renamed[key] = target.format(**numbers) + key[match.end() :]
                 break
         else:
@@ -205,8 +231,43 @@ def official_to_timm(state_dict: StateDict) -> StateDict:
     """The inverse of [`timm_to_official`]."""
     if "pos_embed1" in state_dict:
         raise ConversionError("timm has no PVT v1.")
+    if any(key.startswith("backbone.") for key in state_dict):
+        raise ConversionError("timm has no detectors and segmenters.")
     names = rename_keys(state_dict, _TIMM_RULES, -1)
     return {names[key]: tensor for key, tensor in state_dict.items()}
+
+
+def mmdetection_3_to_official(state_dict: StateDict) -> StateDict:
+    """A detector of mmdetection 3 with its backbone's tensors as the official code has them (`backbone...`).
+
+    Query, key and value are fused there, the linear layers of the MLP are 1 x 1 convolutions, and v1 has no position
+    for a CLS token: that row, which no detector uses, becomes zero.
+
+    Raises:
+        ConversionError: For tensors that no rule knows.
+    """
+    start, official, parts = "backbone.", {}, {}
+    for key, tensor in state_dict.items():
+        if not key.startswith(start):
+            official[key] = tensor
+        elif match := _FUSED_PROJECTION.fullmatch(key):
+            name, end = match.groups()
+            if not tensor.ndim or len(tensor) % 3:
+                raise ConversionError(f"{key!r} must hold queries, keys and values, got shape {tuple(tensor.shape)}.")
+            size = len(tensor) // 3
+            parts |= {f"{name}q.{end}": tensor[:size], f"{name}kv.{end}": tensor[size:]}
+        else:
+            is_linear = ".ffn." in key and tensor.ndim == 4 and tensor.shape[1] > 1
+            parts[key.removeprefix(start)] = tensor.flatten(1) if is_linear else tensor
+    is_v1 = "layers.0.1.0.pos_embed" in parts
+    rules = inverse(_MMDETECTION_3_V1_RULES if is_v1 else _MMDETECTION_3_V2_RULES)
+    names = rename_keys(parts, rules, 1, -1 if is_v1 else 0)
+    for key, name in names.items():
+        tensor = parts[key]
+        if name == "pos_embed4":
+            tensor = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
+        official[start + name] = tensor
+    return official
 
 
 def check_filled(tensors: StateDict, wanted: StateDict) -> None:

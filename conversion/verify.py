@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from conversion import reference
+from conversion.kinds import Kind, backbone_config
 from conversion.rename import ConversionError, StateDict
 
 TOLERANCE = 1e-8
@@ -38,24 +38,19 @@ def _to_float64(model: torch.nn.Module) -> None:
     model.double().eval()
 
 
-def _image_size(config: PreTrainedConfig) -> tuple[int, int] | None:
-    return config.image_shape if config.model_type == "pvt" else None
-
-
 def probe_images(config: PreTrainedConfig) -> list[torch.Tensor]:
     """Seeded noise, float64: one image of the size that the model was trained for and an oblong one."""
+    config = backbone_config(config)
     generator = torch.Generator().manual_seed(0)
-    sizes = [_image_size(config) or (224, 224), (96, 160)]
+    sizes = [config.image_shape if config.model_type == "pvt" else (224, 224), (96, 160)]
     return [torch.randn(1, config.num_channels, *size, generator=generator, dtype=torch.double) for size in sizes]
 
 
 @torch.no_grad()
-def reference_outputs(official: StateDict, config: PreTrainedConfig, is_backbone: bool) -> list[torch.Tensor]:
-    """Logits, or the four feature maps, of tensors with official names for each of the test images."""
-    weights, options = _Float64(official), {"image_size": _image_size(config), "heads": config.num_attention_heads}
-    if is_backbone:
-        return [map_ for image in probe_images(config) for map_ in reference.feature_maps(weights, image, **options)]
-    return [reference.logits(weights, image, **options) for image in probe_images(config)]
+def reference_outputs(official: StateDict, config: PreTrainedConfig, kind: Kind) -> list[torch.Tensor]:
+    """The raw outputs of tensors with official names for each of the test images."""
+    weights = _Float64(official)
+    return [output for image in probe_images(config) for output in kind.reference(weights, image, config)]
 
 
 @torch.no_grad()
@@ -90,17 +85,14 @@ def timm_outputs(weights: StateDict, config: PreTrainedConfig, is_backbone: bool
 
 
 @torch.no_grad()
-def largest_difference(model: PreTrainedModel, expected: list[torch.Tensor]) -> float:
+def largest_difference(model: PreTrainedModel, expected: list[torch.Tensor], kind: Kind) -> float:
     """The largest difference between a model, which is turned to float64 for it, and the outputs of its source.
 
     Raises:
         ConversionError: If it is above `TOLERANCE`, or not a number.
     """
     _to_float64(model)
-    actual = []
-    for image in probe_images(model.config):
-        outputs = model(image)
-        actual += outputs.feature_maps if "feature_maps" in outputs else [outputs.logits]
+    actual = [output for image in probe_images(model.config) for output in kind.outputs(model, image)]
     difference = max((a - b).abs().max().item() for a, b in zip(actual, expected, strict=True))
     if any(not tensor.isfinite().all() for tensor in (*actual, *expected)):
         raise ConversionError("The checkpoint's outputs are not finite numbers. Nothing was written.")

@@ -15,27 +15,55 @@ from typing import TYPE_CHECKING
 from .variants import VARIANTS, build_config
 
 if TYPE_CHECKING:
+    from .configuration_mask_rcnn import MaskRCNNConfig
     from .configuration_pvt import PvtConfig
     from .configuration_pvt_v2 import PvtV2Config
+    from .configuration_retinanet import RetinaNetConfig
+    from .configuration_semantic_fpn import SemanticFPNConfig
+    from .dense_prediction import load_pretrained_backbone
+    from .detr import build_detr, build_detr_config, detr_detections, detr_loss, prepare_detr_training
+    from .image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
     from .image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
+    from .image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
+    from .modeling_mask_rcnn import MaskRCNNForInstanceSegmentation
     from .modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
     from .modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
+    from .modeling_retinanet import RetinaNetForObjectDetection
+    from .modeling_semantic_fpn import SemanticFPNForSemanticSegmentation
+    from .sliding_window import sliding_window_logits
 
 __version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",
+    "MaskRCNNConfig",
+    "MaskRCNNForInstanceSegmentation",
     "PvtBackbone",
     "PvtConfig",
+    "PvtDetectionImageProcessor",
+    "PvtDetectionImageProcessorPil",
     "PvtForImageClassification",
     "PvtImageProcessor",
     "PvtImageProcessorPil",
     "PvtModel",
+    "PvtSegmentationImageProcessor",
+    "PvtSegmentationImageProcessorPil",
     "PvtV2Backbone",
     "PvtV2Config",
     "PvtV2ForImageClassification",
     "PvtV2Model",
+    "RetinaNetConfig",
+    "RetinaNetForObjectDetection",
+    "SemanticFPNConfig",
+    "SemanticFPNForSemanticSegmentation",
     "build_config",
+    "build_detr",
+    "build_detr_config",
+    "detr_detections",
+    "detr_loss",
+    "load_pretrained_backbone",
+    "prepare_detr_training",
+    "sliding_window_logits",
 ]
 
 _MODULES = {
@@ -47,8 +75,25 @@ _MODULES = {
     "PvtV2Model": "modeling_pvt_v2",
     "PvtV2ForImageClassification": "modeling_pvt_v2",
     "PvtV2Backbone": "modeling_pvt_v2",
+    "RetinaNetConfig": "configuration_retinanet",
+    "RetinaNetForObjectDetection": "modeling_retinanet",
+    "MaskRCNNConfig": "configuration_mask_rcnn",
+    "MaskRCNNForInstanceSegmentation": "modeling_mask_rcnn",
     "PvtImageProcessor": "image_processing_pvt",
     "PvtImageProcessorPil": "image_processing_pvt",
+    "SemanticFPNConfig": "configuration_semantic_fpn",
+    "SemanticFPNForSemanticSegmentation": "modeling_semantic_fpn",
+    "load_pretrained_backbone": "dense_prediction",
+    "sliding_window_logits": "sliding_window",
+    "PvtDetectionImageProcessor": "image_processing_detection",
+    "PvtDetectionImageProcessorPil": "image_processing_detection",
+    "PvtSegmentationImageProcessor": "image_processing_segmentation",
+    "PvtSegmentationImageProcessorPil": "image_processing_segmentation",
+    "build_detr": "detr",
+    "build_detr_config": "detr",
+    "detr_detections": "detr",
+    "detr_loss": "detr",
+    "prepare_detr_training": "detr",
 }
 # By model type: the configuration, the image processor (its PIL twin has the ending Pil), the class of each Auto class.
 _AUTO_CLASSES = {
@@ -69,6 +114,24 @@ _AUTO_CLASSES = {
             "AutoModelForImageClassification": "PvtV2ForImageClassification",
             "AutoBackbone": "PvtV2Backbone",
         },
+    ),
+    "pvt_hf_retinanet": (
+        "RetinaNetConfig",
+        "PvtDetectionImageProcessor",
+        {"AutoModelForObjectDetection": "RetinaNetForObjectDetection"},
+    ),
+    "pvt_hf_semantic_fpn": (
+        "SemanticFPNConfig",
+        "PvtSegmentationImageProcessor",
+        {"AutoModelForSemanticSegmentation": "SemanticFPNForSemanticSegmentation"},
+    ),
+    "pvt_hf_mask_rcnn": (
+        "MaskRCNNConfig",
+        "PvtDetectionImageProcessor",
+        dict.fromkeys(
+            ("AutoModelForInstanceSegmentation", "AutoModelForImageSegmentation", "AutoModelForObjectDetection"),
+            "MaskRCNNForInstanceSegmentation",
+        ),
     ),
 }
 

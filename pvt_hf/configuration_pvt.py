@@ -63,8 +63,9 @@ class PvtConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth of the last block; the rates of the others grow linearly from 0.
         layer_norm_eps (`float`, *optional*, defaults to 1e-6):
-            Epsilon of the norms in the blocks and of the final norm. The norms of patch embedding and spatial reduction
-            use 1e-5, as in the official code.
+            Epsilon of the norms in the blocks and of the final norm.
+        patch_layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of the norms of patch embedding and spatial reduction. (mmdetection 3's own PVT has 1e-6.)
         qkv_bias (`bool`, *optional*, defaults to `True`):
             Whether query, key and value have a bias.
         num_labels (`int`, *optional*, defaults to 1000):
@@ -94,6 +95,7 @@ class PvtConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float = 0.02
     drop_path_rate: float | int = 0.0
     layer_norm_eps: float = 1e-6
+    patch_layer_norm_eps: float = 1e-5
     qkv_bias: bool = True
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None

@@ -47,8 +47,9 @@ class PvtV2Config(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth of the last block; the rates of the others grow linearly from 0.
         layer_norm_eps (`float`, *optional*, defaults to 1e-6):
-            Epsilon of the norms in the blocks and after the stages. The norms of patch embedding and spatial reduction
-            use 1e-5, as in the official code.
+            Epsilon of the norms in the blocks and after the stages.
+        patch_layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of the norms of patch embedding and spatial reduction. (mmdetection 3's own PVT has 1e-6.)
         qkv_bias (`bool`, *optional*, defaults to `True`):
             Whether query, key and value have a bias.
         linear_attention (`bool`, *optional*, defaults to `False`):
@@ -81,6 +82,7 @@ class PvtV2Config(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float = 0.02
     drop_path_rate: float | int = 0.0
     layer_norm_eps: float = 1e-6
+    patch_layer_norm_eps: float = 1e-5
     qkv_bias: bool = True
     linear_attention: bool = False
     _out_features: list[str] | None = None

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoBackbone, AutoConfig, BackboneMixin, PreTrainedConfig
 
 # Fields of a backbone's configuration that change its outputs and that the shapes of its tensors do not show.
-_UNSEEN_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "linear_attention")
+_UNSEEN_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_layer_norm_eps", "linear_attention")
 
 
 class PretrainedDensePredictor:
@@ -28,6 +28,11 @@ class PretrainedDensePredictor:
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes outside transformers it passes over modules all of whose own tensors are loaded, and so over those
+        # that have none, as heads. Here `_init_weights` leaves loaded tensors alone by itself.
+        super()._initialize_weights(module)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

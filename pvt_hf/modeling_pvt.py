@@ -53,7 +53,7 @@ class PvtPatchEmbeddings(nn.Module):
             kernel_size=config.patch_sizes[stage],
             stride=config.strides[stage],
         )
-        self.layer_norm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.layer_norm = nn.LayerNorm(hidden_size, eps=config.patch_layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def interpolate_position_embeddings(self, height: int, width: int) -> torch.Tensor:
@@ -87,7 +87,7 @@ class PvtEfficientSelfAttention(SpatialReductionAttention):
         self.ratio = ratio
         if ratio > 1:
             self.sequence_reduction = nn.Conv2d(hidden_size, hidden_size, kernel_size=ratio, stride=ratio)
-            self.layer_norm = nn.LayerNorm(hidden_size, eps=1e-5)
+            self.layer_norm = nn.LayerNorm(hidden_size, eps=config.patch_layer_norm_eps)
 
     def forward(
         self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs

@@ -52,7 +52,7 @@ class PvtV2OverlapPatchEmbeddings(nn.Module):
             stride=config.strides[stage],
             padding=config.patch_sizes[stage] // 2,
         )
-        self.layer_norm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.layer_norm = nn.LayerNorm(hidden_size, eps=config.patch_layer_norm_eps)
 
     def forward(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         """(batch, channels, height, width) -> (batch, tokens, hidden_size) and the grid of the patches."""
@@ -74,7 +74,7 @@ class PvtV2SelfAttention(SpatialReductionAttention):
         elif ratio > 1:
             self.spatial_reduction = nn.Conv2d(hidden_size, hidden_size, kernel_size=ratio, stride=ratio)
         if self.linear or ratio > 1:
-            self.layer_norm = nn.LayerNorm(hidden_size, eps=1e-5)
+            self.layer_norm = nn.LayerNorm(hidden_size, eps=config.patch_layer_norm_eps)
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.proj_drop = nn.Dropout(config.hidden_dropout_prob)
 

@@ -12,13 +12,30 @@ ALL = LIBRARY + sorted((ROOT / "conversion").glob("*.py")) + sorted((ROOT / "exa
 SIBLINGS = {
     "__init__": {"variants"},
     "configuration_pvt_v2": {"configuration_pvt"},
+    "augmentation": {"colors", "objects", "resize"},
+    "canvases": {"data", "objects"},
+    "coco": {"data", "objects"},
+    "image_processing_dense": {"resize"},
+    "image_processing_detection": {
+        *("detection", "detr", "image_processing_dense", "masks", "objects", "resize"),
+    },
+    "image_processing_segmentation": {"image_processing_dense", "resize"},
+    "label_maps": {"data", "image_processing_segmentation"},
+    "metrics": {"objects"},
+    "objects": {"resize"},
     "pretrained": {"layers"},
     "recipes": {"variants"},
     "reports": {"recipes"},
     "training": {"checkpointing", "data"},
     "training_classification": {"data", "metrics", "recipes", "reports", "training"},
+    "detection": {"boxes"},
+    "masks": {"boxes", "detection"},
+    "rpn": {"boxes", "configuration_mask_rcnn", "detection"},
+    "modeling_mask_rcnn": {"boxes", "configuration_mask_rcnn", "dense_prediction", "detection", "fpn", "rpn"},
+    "modeling_retinanet": {"boxes", "configuration_retinanet", "dense_prediction", "detection", "fpn"},
     "modeling_pvt": {"configuration_pvt", "layers", "pretrained"},
     "modeling_pvt_v2": {"configuration_pvt_v2", "layers", "pretrained"},
+    "modeling_semantic_fpn": {"configuration_semantic_fpn", "dense_prediction", "fpn", "layers"},
 }
 
 
@@ -66,7 +83,17 @@ def test_optional_packages_are_imported_where_they_are_used(path):
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
-    heavy = ("torchvision", "datasets", "accelerate", "timm", "sklearn", "scipy", "matplotlib", "evaluate")
+    heavy = (
+        "torchvision",
+        "datasets",
+        "accelerate",
+        "timm",
+        "sklearn",
+        "scipy",
+        "matplotlib",
+        "evaluate",
+        "faster_coco_eval",
+    )
     assert not [name for name in top_level if name.startswith(heavy)]
 
 

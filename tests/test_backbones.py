@@ -94,32 +94,16 @@ def detr(config):
     return model, {"labels": labels}, model.model.backbone
 
 
-def upernet(config):
-    fields = {"hidden_size": 16, "num_labels": 4, "auxiliary_in_channels": 24}
-    model = transformers.UperNetForSemanticSegmentation(transformers.UperNetConfig(backbone_config=config, **fields))
-    return model, {"labels": torch.zeros(2, 64, 64, dtype=torch.long)}, model.backbone
-
-
-def mask2former(config):
-    fields = dict.fromkeys(("hidden_dim", "feature_size", "mask_feature_size", "dim_feedforward"), 32)
-    fields |= {"encoder_feedforward_dim": 32, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2}
-    config = transformers.Mask2FormerConfig(backbone_config=config, num_queries=5, num_labels=3, **fields)
-    model = transformers.Mask2FormerForUniversalSegmentation(config)
-    labels = {"mask_labels": [torch.ones(1, 64, 64)] * 2, "class_labels": [torch.tensor([1])] * 2}
-    return model, labels, model.model.pixel_level_module.encoder
-
-
-@pytest.mark.parametrize("head", [detr, upernet, mask2former])
 @BOTH
-def test_inside_transformers_dense_models(head, version, tmp_path):
-    """Forward, backward through the backbone, save and reload."""
-    model, labels, backbone = head(small_config(version, out_features=STAGES))
+def test_inside_detr(version, tmp_path):
+    """Forward, backward through the backbone, save and reload. (`test_dense_heads.py` has the segmentation models.)"""
+    model, labels, backbone = detr(small_config(version, out_features=STAGES))
     assert [type(module) for module in backbone.modules() if "Backbone" in type(module).__name__][-1] is backbone_class(
         version
     )
     pixels = torch.randn(2, 3, 64, 64)
     model(pixels, **labels).loss.sum().backward()
-    # In DETR and Mask2Former the losses of a random model may not reach a few biases; every weight is reached.
+    # The losses of a random model may not reach a few biases; every weight is reached.
     assert all(p.grad is not None for name, p in backbone.named_parameters() if name.endswith("weight"))
     model.eval().save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
@@ -128,30 +112,3 @@ def test_inside_transformers_dense_models(head, version, tmp_path):
         for a, b in zip(loaded(pixels).to_tuple(), model(pixels).to_tuple(), strict=True):
             if isinstance(a, torch.Tensor):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-@BOTH
-def test_inside_dpt_hybrid_hooks_are_not_doubled(version):
-    """DPT captures hidden states with hooks of its own; the backbone's maps must not depend on hooks."""
-    config = transformers.DPTConfig(
-        backbone_config=small_config(version, out_features=STAGES[:3]),
-        is_hybrid=True,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=96,
-        patch_size=16,
-        backbone_featmap_shape=[1, 24, 6, 6],
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8, 16, 24, 32],
-        neck_ignore_stages=[0, 1],
-        fusion_hidden_size=16,
-        num_labels=4,
-        use_auxiliary_head=False,
-    )
-    model = transformers.DPTForSemanticSegmentation(config).eval()
-    output = model(torch.randn(2, 3, 96, 96), output_hidden_states=True)
-    assert output.logits.shape == (2, 4, 96, 96)
-    assert len(output.hidden_states) == 1 + 4
-    output.logits.sum().backward()

@@ -73,7 +73,10 @@ WRONG_FILES = {
     "numbers.pth": (adding(epoch=3), "other things than plain tensors.*'epoch'"),
     "nothing.pth": (changed(lambda w: {}), "there are none"),
     "resnet.pth": (changed(lambda w: {"conv1.weight": ONES, "fc.bias": ONES}), "'conv1.weight', 'fc.bias'"),
-    "mmdet3.pth": (changed(lambda w: {"backbone.layers.0.0.projection.weight": ONES}), "mmdetection's own PVT"),
+    "mmdet3.pth": (
+        changed(lambda w: {"backbone.layers.0.0.projection.weight": ONES}),
+        "mmdetection 3 checkpoint of a system with",
+    ),
     "unknown_detector.pth": (
         changed(lambda w: {f"backbone.{key}": value for key, value in w.items()} | {"query_head.x": ONES}),
         "a system with 'query_head', which pvt_hf does not have",

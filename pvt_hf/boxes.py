@@ -1,0 +1,214 @@
+"""Anchors, box coder, matcher, sampler and suppression, as the official detectors (mmdetection 2.13) define them.
+
+Every function is exact to those detectors, quirks included, because their checkpoints were trained with them. Boxes are
+`(x0, y0, x1, y1)`, in pixels unless a function says otherwise, in floating point and without a `+ 1` anywhere.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# What `match_boxes` says of a box that has no ground truth.
+BACKGROUND = -1
+IGNORED = -2
+
+# A box may grow or shrink by this factor from its anchor (`wh_ratio_clip`).
+_MAX_LOG_RATIO = abs(math.log(16 / 1000))
+# From this many candidates the official suppression goes through one class after the other.
+_SPLIT_THRESHOLD = 10_000
+
+
+@dataclass(frozen=True)
+class AnchorGrid:
+    """Anchors around the upper left corner of every cell of every level (`AnchorGenerator`, `center_offset=0`).
+
+    An anchor of a level has the area `(stride * scale)^2` and the ratio `height / width`.
+
+    Args:
+        strides: Pixels per cell of each level, finest first.
+        scales: Sides of the square anchors, in strides.
+        ratios: Heights over widths. The anchors of a cell are in the order of the ratios, then of the scales.
+    """
+
+    strides: Sequence[int]
+    scales: Sequence[float]
+    ratios: Sequence[float]
+
+    @property
+    def num_per_cell(self) -> int:
+        return len(self.scales) * len(self.ratios)
+
+    def boxes(self, level_shapes: Sequence[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
+        """All anchors `(anchors, 4)` of levels of these heights and widths, in the dtype and on the device of `like`.
+
+        The order is that of the levels, then rows, then columns, then the anchors of a cell: see [`anchor_rows`].
+        """
+        options = {"dtype": like.dtype, "device": like.device}
+        scales, height_factors = torch.tensor(self.scales, **options), torch.tensor(self.ratios, **options).sqrt()
+        levels = []
+        for stride, (height, width) in zip(self.strides, level_shapes, strict=True):
+            half_heights = (stride * height_factors[:, None] * scales).flatten() * 0.5
+            half_widths = (stride * (1 / height_factors)[:, None] * scales).flatten() * 0.5
+            around_origin = torch.stack((-half_widths, -half_heights, half_widths, half_heights), dim=1)
+            y, x = torch.meshgrid(
+                torch.arange(height, **options) * stride, torch.arange(width, **options) * stride, indexing="ij"
+            )
+            shifts = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
+            levels.append((shifts + around_origin).reshape(-1, 4))
+        return torch.cat(levels)
+
+    def valid(
+        self, level_shapes: Sequence[tuple[int, int]], padded_size: tuple[int, int], device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Whether the cell of each anchor lies in an image of `padded_size` `(height, width)`: bool `(anchors,)`.
+
+        The rest of a batch that is larger than that belongs to other images; training ignores its anchors.
+        """
+        levels = []
+        for stride, (height, width) in zip(self.strides, level_shapes, strict=True):
+            rows = torch.arange(height, device=device) < math.ceil(padded_size[0] / stride)
+            columns = torch.arange(width, device=device) < math.ceil(padded_size[1] / stride)
+            levels.append((rows[:, None] & columns).flatten().repeat_interleave(self.num_per_cell))
+        return torch.cat(levels)
+
+
+def anchor_rows(feature_map: torch.Tensor, width: int) -> torch.Tensor:
+    """`(batch, anchors * width, height, width)` to `(batch, height * width * anchors, width)`, like anchors."""
+    return feature_map.permute(0, 2, 3, 1).reshape(feature_map.shape[0], -1, width)
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with a precision that coordinates and losses need: half precisions become float32, float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def encode_boxes(anchors: torch.Tensor, boxes: torch.Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> torch.Tensor:
+    """What takes `anchors` to `boxes` (`DeltaXYWHBBoxCoder`): centre offsets in anchor sizes and log size ratios, in
+    units of `stds`. All `(..., 4)`; neither may have a side of zero."""
+    anchor_centres, anchor_sizes = _centres_and_sizes(anchors)
+    centres, sizes = _centres_and_sizes(boxes)
+    deltas = torch.cat(((centres - anchor_centres) / anchor_sizes, torch.log(sizes / anchor_sizes)), dim=-1)
+    return deltas / deltas.new_tensor(stds)
+
+
+def decode_boxes(anchors: torch.Tensor, deltas: torch.Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> torch.Tensor:
+    """The inverse of [`encode_boxes`], with the log size ratios clamped to those of 16 / 1000 and 1000 / 16."""
+    centres, sizes = _centres_and_sizes(anchors)
+    offsets, log_ratios = (deltas * deltas.new_tensor(stds)).split(2, dim=-1)
+    centres = centres + sizes * offsets
+    sizes = sizes * log_ratios.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    return torch.cat((centres - sizes * 0.5, centres + sizes * 0.5), dim=-1)
+
+
+def clip_boxes(boxes: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """`boxes` `(..., 4)` cut to images of `sizes` `(..., 2)`, height and width; the leading dimensions broadcast."""
+    limits = sizes.to(boxes.dtype)[..., [1, 0, 1, 0]]
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def pairwise_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Intersection over union `(len(boxes), len(others))`. Boxes without an area overlap with nothing: 0, not NaN."""
+    upper_left = torch.maximum(boxes[:, None, :2], others[:, :2])
+    lower_right = torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    intersection = (lower_right - upper_left).clamp(min=0).prod(dim=-1)
+    areas, other_areas = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, others))
+    return intersection / (areas[:, None] + other_areas - intersection).clamp(min=1e-6)
+
+
+def match_boxes(
+    iou: torch.Tensor,
+    positive_threshold: float,
+    negative_threshold: float,
+    low_quality_threshold: float,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Assigns boxes to ground truths by their overlap (`MaxIoUAssigner`).
+
+    A box is background below `negative_threshold` and gets the ground truth that it overlaps most with from
+    `positive_threshold`. Then every ground truth whose best overlap is at least `low_quality_threshold` takes all the
+    boxes that reach this best, also from others: the last ground truth wins.
+
+    Args:
+        iou: `(ground truths, boxes)`.
+        valid: Which boxes take part, bool `(boxes,)`.
+
+    Returns:
+        Int64 `(boxes,)`: the index of a ground truth, `BACKGROUND`, or `IGNORED`.
+    """
+    num_objects, num_boxes = iou.shape
+    matches = torch.full((num_boxes,), IGNORED, device=iou.device)
+    if num_objects == 0:
+        matches[:] = BACKGROUND
+    else:
+        if valid is not None:
+            iou = iou.masked_fill(~valid, -1)  # below every overlap, so that no ground truth prefers it
+        best, best_object = iou.max(dim=0)
+        matches[best < negative_threshold] = BACKGROUND
+        matches = torch.where(best >= positive_threshold, best_object, matches)
+        best_of_object = iou.amax(dim=1, keepdim=True)
+        takes = (iou == best_of_object) & (best_of_object >= low_quality_threshold)
+        numbers = torch.arange(1, num_objects + 1, device=iou.device)
+        last_taker = (takes * numbers[:, None]).amax(dim=0)
+        matches = torch.where(last_taker > 0, last_taker - 1, matches)
+    return matches if valid is None else matches.masked_fill(~valid, IGNORED)
+
+
+def sample_boxes(
+    matches: torch.Tensor, num_samples: int, max_positives: int, shuffle: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses `num_samples` of the matched boxes (`RandomSampler`): up to `max_positives` positive ones, and background
+    in place of those that are missing.
+
+    Random numbers come from torch's CPU generator, first for the positives, then for the background, and only where
+    there is a choice. Without `shuffle` there are none: the choice is evenly spaced.
+
+    Returns:
+        The indices of the positive boxes and of the background, each int64 and ascending.
+    """
+
+    def choose(candidates: torch.Tensor, count: int) -> torch.Tensor:
+        if len(candidates) <= count:
+            return candidates
+        if not shuffle:
+            return candidates[torch.arange(count, device=candidates.device) * len(candidates) // count]
+        return candidates[torch.randperm(len(candidates))[:count].to(candidates.device)].sort().values
+
+    positives = choose((matches >= 0).nonzero().flatten(), max_positives)
+    background = choose((matches == BACKGROUND).nonzero().flatten(), num_samples - len(positives))
+    return positives, background
+
+
+def batched_nms(boxes: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Suppresses, among the boxes of the same id, those that overlap with a better one by more than `iou_threshold`.
+
+    The ids are told apart by shifting their boxes, in the boxes' own precision. That rounds coordinates, and is why
+    `torchvision.ops.batched_nms`, which does not shift many boxes, gives other results now and then.
+
+    Args:
+        boxes: `(boxes, 4)`.
+        scores: `(boxes,)`.
+        ids: Int64 `(boxes,)`: classes or levels.
+
+    Returns:
+        Int64: the indices of the boxes that are left, best first.
+    """
+    from torchvision.ops import nms
+
+    if len(boxes) == 0:
+        return ids
+    shifted = boxes + (ids.to(boxes) * (boxes.max() + 1))[:, None]
+    if len(boxes) < _SPLIT_THRESHOLD:
+        return nms(shifted, scores, iou_threshold)
+    kept = []
+    for id_ in ids.unique():
+        members = (ids == id_).nonzero().flatten()
+        kept.append(members[nms(shifted[members], scores[members], iou_threshold)])
+    kept = torch.cat(kept).sort().values
+    return kept[scores[kept].argsort(descending=True)]
+
+
+def _centres_and_sizes(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    upper_left, lower_right = boxes.split(2, dim=-1)
+    return (upper_left + lower_right) * 0.5, lower_right - upper_left

@@ -1,0 +1,96 @@
+"""Configuration of Mask R-CNN."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class MaskRCNNConfig(PreTrainedConfig):
+    r"""
+    Configuration of Mask R-CNN ([arXiv 1703.06870](https://huggingface.co/papers/1703.06870)) on any backbone. The
+    defaults are the official system of the PVT papers (mmdetection 2.13), on PVT-Tiny and with the 80 classes of COCO.
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*):
+            Any backbone with four `out_features`, of strides 4, 8, 16 and 32.
+        use_masks (`bool`, *optional*, defaults to `True`):
+            Whether there is a mask head. Without one the model is Faster R-CNN.
+        neck_channels (`int`, *optional*, defaults to 256):
+            Channels of the feature pyramid, of the region proposal network and of the mask head.
+        box_head_size (`int`, *optional*, defaults to 1024):
+            Width of the box head's two linear layers.
+        num_mask_convs (`int`, *optional*, defaults to 4):
+            Convolutions of the mask head before its upsampling.
+        strides (`list[int]`, *optional*, defaults to `[4, 8, 16, 32, 64]`):
+            Pixels per cell of each level: those of the backbone's maps and of one more, for proposals only.
+        anchor_scales (`list[float]`, *optional*, defaults to `[8]`):
+            Sides of a level's square anchors, in strides.
+        anchor_ratios (`list[float]`, *optional*, defaults to `[0.5, 1, 2]`):
+            Heights of the anchors over their widths.
+        rpn_positive_iou_threshold, rpn_negative_iou_threshold (`float`, *optional*, defaults to 0.7 and 0.3):
+            An anchor learns an object that it overlaps with from the first, and background below the second, unless an
+            object has no better anchor.
+        rpn_num_samples, rpn_positive_fraction (*optional*, defaults to 256 and 0.5):
+            Anchors per image that the proposals learn from, and how many of them are positive at most.
+        num_candidates_train, num_candidates (`int`, *optional*, defaults to 2000 and 1000):
+            Anchors per level that become proposals, before suppression, in training and else.
+        proposal_nms_threshold, num_proposals (*optional*, defaults to 0.7 and 1000):
+            Of the suppression of proposals, and proposals per image after it.
+        roi_iou_threshold (`float`, *optional*, defaults to 0.5):
+            Overlap from which a proposal learns an object; below, it learns background.
+        roi_num_samples, roi_positive_fraction (*optional*, defaults to 512 and 0.25):
+            Proposals per image that the heads learn from, and how many of them are positive at most.
+        score_threshold, nms_threshold, max_detections (*optional*, defaults to 0.05, 0.5 and 100):
+            Of the detections: the scores are larger than this, those of a class do not overlap by more, and an image
+            has no more.
+        num_labels (`int`, *optional*, defaults to 80):
+            Number of classes without the background, where `id2label` does not give them.
+
+    Raises:
+        ValueError: If there are not five strides.
+    """
+
+    model_type = "pvt_hf_mask_rcnn"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="pvt",
+            init_kwargs={"out_features": ["stage1", "stage2", "stage3", "stage4"]},
+        )
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    use_masks: bool = True
+    neck_channels: int = 256
+    box_head_size: int = 1024
+    num_mask_convs: int = 4
+    strides: list[int] | tuple[int, ...] = (4, 8, 16, 32, 64)
+    anchor_scales: list[float | int] | tuple[float | int, ...] = (8.0,)
+    anchor_ratios: list[float | int] | tuple[float | int, ...] = (0.5, 1.0, 2.0)
+    rpn_positive_iou_threshold: float | int = 0.7
+    rpn_negative_iou_threshold: float | int = 0.3
+    rpn_num_samples: int = 256
+    rpn_positive_fraction: float | int = 0.5
+    num_candidates_train: int = 2000
+    num_candidates: int = 1000
+    proposal_nms_threshold: float | int = 0.7
+    num_proposals: int = 1000
+    roi_iou_threshold: float | int = 0.5
+    roi_num_samples: int = 512
+    roi_positive_fraction: float | int = 0.25
+    score_threshold: float | int = 0.05
+    nms_threshold: float | int = 0.5
+    max_detections: int = 100
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if len(self.strides) != 5:
+            raise ValueError(f"`strides` must have one value for each of the 5 levels, got {list(self.strides)}.")
+        if self.id2label is None:
+            kwargs.setdefault("num_labels", 80)
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["MaskRCNNConfig"]

@@ -1,0 +1,69 @@
+"""Configuration of RetinaNet."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class RetinaNetConfig(PreTrainedConfig):
+    r"""
+    Configuration of RetinaNet ([arXiv 1708.02002](https://huggingface.co/papers/1708.02002)) on any backbone. The
+    defaults are the official system of the PVT papers (mmdetection 2.13), on PVT-Tiny and with the 80 classes of COCO.
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*):
+            Any backbone with three `out_features`, of strides 8, 16 and 32.
+        neck_channels (`int`, *optional*, defaults to 256):
+            Channels of the feature pyramid and of the head.
+        num_head_convs (`int`, *optional*, defaults to 4):
+            Convolutions before each of the two predictors of the head.
+        strides (`list[int]`, *optional*, defaults to `[8, 16, 32, 64, 128]`):
+            Pixels per cell of each level: those of the backbone's maps and of two more.
+        anchor_scales (`list[float]`, *optional*, defaults to `[4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)]`):
+            Sides of a level's square anchors, in strides.
+        anchor_ratios (`list[float]`, *optional*, defaults to `[0.5, 1, 2]`):
+            Heights of the anchors over their widths.
+        positive_iou_threshold, negative_iou_threshold (`float`, *optional*, defaults to 0.5 and 0.4):
+            An anchor learns the object that it overlaps with from the first, and background below the second.
+        focal_alpha, focal_gamma (`float`, *optional*, defaults to 0.25 and 2):
+            Of the focal loss.
+        prior_probability (`float`, *optional*, defaults to 0.01):
+            Score of every class at the start of training.
+        num_labels (`int`, *optional*, defaults to 80):
+            Number of classes, where `id2label` does not give them.
+
+    Raises:
+        ValueError: If there are not five strides.
+    """
+
+    model_type = "pvt_hf_retinanet"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(
+            config_class=AutoConfig, model_type="pvt", init_kwargs={"out_features": ["stage2", "stage3", "stage4"]}
+        )
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    neck_channels: int = 256
+    num_head_convs: int = 4
+    strides: list[int] | tuple[int, ...] = (8, 16, 32, 64, 128)
+    anchor_scales: list[float | int] | tuple[float | int, ...] = tuple(4 * 2 ** (octave / 3) for octave in range(3))
+    anchor_ratios: list[float | int] | tuple[float | int, ...] = (0.5, 1.0, 2.0)
+    positive_iou_threshold: float | int = 0.5
+    negative_iou_threshold: float | int = 0.4
+    focal_alpha: float | int = 0.25
+    focal_gamma: float | int = 2.0
+    prior_probability: float = 0.01
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if len(self.strides) != 5:
+            raise ValueError(f"`strides` must have one value for each of the 5 levels, got {list(self.strides)}.")
+        if self.id2label is None:
+            kwargs.setdefault("num_labels", 80)
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["RetinaNetConfig"]

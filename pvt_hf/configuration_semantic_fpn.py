@@ -1,0 +1,57 @@
+"""Configuration of Semantic FPN."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class SemanticFPNConfig(PreTrainedConfig):
+    r"""
+    Configuration of Semantic FPN ([arXiv 1901.02446](https://huggingface.co/papers/1901.02446)) on any backbone. The
+    defaults are the official system of the PVT papers (mmsegmentation 0.13), on PVT-Tiny and with the 150 classes of
+    ADE20K, but for the loss.
+
+    Args:
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*, defaults to PVT-Tiny):
+            Of a backbone with four `out_features`, at strides 4, 8, 16 and 32.
+        neck_channels (`int`, *optional*, defaults to 256):
+            Channels of the feature pyramid's levels.
+        head_channels (`int`, *optional*, defaults to 128):
+            Channels of the segmentation head.
+        classifier_dropout (`float`, *optional*, defaults to 0.1):
+            Probability with which a whole channel is dropped before the classifier.
+        semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
+            Label of pixels that the loss ignores. -100 is ignored too, whatever this is.
+        loss_normalization (`str`, *optional*, defaults to `"valid"`):
+            What the summed cross-entropy is divided by: `"valid"` is the number of pixels that are not ignored, as
+            everywhere in transformers; `"all"` is the number of all pixels, as in the official training.
+        num_labels (`int`, *optional*, defaults to 150):
+            Number of classes, where `id2label` does not give them.
+    """
+
+    model_type = "pvt_hf_semantic_fpn"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="pvt",
+            init_kwargs={"out_features": ["stage1", "stage2", "stage3", "stage4"]},
+        ),
+    }
+
+    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+    neck_channels: int = 256
+    head_channels: int = 128
+    classifier_dropout: float | int = 0.1
+    semantic_loss_ignore_index: int = 255
+    loss_normalization: Literal["valid", "all"] = "valid"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.id2label is None:
+            kwargs.setdefault("num_labels", 150)
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["SemanticFPNConfig"]

@@ -1,0 +1,256 @@
+"""Images, label maps and predictions of Semantic FPN, as the official system (mmsegmentation 0.13) treats them."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_utils import ImageInput, SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+from .image_processing_dense import DensePreprocessing, check_finite, normalized, pad, padded_size, resized_size
+from .resize import resize_bilinear, resize_nearest
+
+IGNORED = 255
+
+
+class SegmentationImagesKwargs(ImagesKwargs, total=False):
+    """What an image processor for segmentation takes beyond the arguments of every image processor."""
+
+    size_divisor: int
+    do_reduce_labels: bool
+    num_labels: int | None
+    logits_stride: int
+
+
+class _SegmentationPreprocessing(DensePreprocessing):
+    """The settings and everything that both backends share: they differ only in how they decode."""
+
+    valid_kwargs = SegmentationImagesKwargs
+    size = {"shortest_edge": 512, "longest_edge": 2048}
+    size_divisor = 32
+    do_reduce_labels = False
+    num_labels = None
+    logits_stride = 4
+
+    def preprocess(self, images: ImageInput, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
+        """
+        Args:
+            images: One image or a list of images: PIL of any mode (16 bits are cut to 8), or arrays and tensors with
+                values in [0, 255].
+            segmentation_maps: The label map of each image, `(height, width)` of the image, as integer arrays or tensors
+                or PIL images of one channel. Palette images give their indices, whatever the colours.
+            **kwargs: Any of the processor's settings, for this call only.
+
+        Returns:
+            `BatchFeature`: `pixel_values`, float32 `(batch, 3, height, width)`, RGB, normalised; with maps also
+            `labels`, int64 `(batch, height, width)` of the same size (nearest pixel), 255 where a pixel is ignored. To
+            evaluate as the official code does, compare what [`post_process_semantic_segmentation`] gives at the
+            original size with the map as it is, not with these labels.
+
+        Raises:
+            ValueError: If a map is of colours or of fractions, has another size than its image, or has labels that are
+                not classes (with `num_labels`; the labels found are listed); if an image has pixels that are not
+                finite; or if images of a batch have different sizes after the resize, since padding them would change
+                the predictions: process them one by one, or fix both sides with `size={"height": ..., "width": ...}`.
+        """
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def _preprocess(
+        self,
+        images: list[torch.Tensor],
+        segmentation_maps: Any,
+        do_resize: bool,
+        size: SizeDict,
+        size_divisor: int,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...] | None,
+        image_std: tuple[float, ...] | None,
+        do_reduce_labels: bool,
+        num_labels: int | None,
+        return_tensors: str | None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        steps = []  # of each image: the sizes that it is resized to in turn
+        for index, image in enumerate(images):
+            check_finite(image, f"Image number {index}")
+            kept = resized_size(*image.shape[-2:], size)
+            aligned = tuple(math.ceil(side / size_divisor) * size_divisor for side in kept)
+            steps.append((kept, aligned) if do_resize else (tuple(image.shape[-2:]),))
+        finals = sorted({sizes[-1] for sizes in steps})
+        if return_tensors is not None and len(finals) > 1:
+            raise ValueError(
+                f"The images of a batch have different sizes (height, width) after the resize: {finals}. Process them "
+                'one by one, or give them the same size with `size={"height": ..., "width": ...}`.'
+            )
+        maps = None if segmentation_maps is None else _label_maps(segmentation_maps, images)
+        pixel_values = []
+        for image, sizes in zip(images, steps, strict=True):
+            for target in sizes:
+                image = resize_bilinear(image, target)
+            pixel_values.append(normalized(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std))
+        data = {"pixel_values": pixel_values}
+        if maps is not None:
+            data["labels"] = []
+            for index, (labels, sizes) in enumerate(zip(maps, steps, strict=True)):
+                labels = reduce_labels(labels) if do_reduce_labels else labels
+                check_labels(labels, num_labels, f"Segmentation map number {index}")
+                for target in sizes:
+                    labels = resize_nearest(labels, target)
+                data["labels"].append(labels)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def batch(
+        self, images: list[torch.Tensor], labels: list[torch.Tensor], size: tuple[int, int] | None = None
+    ) -> BatchFeature:
+        """The end of the preprocessing, for crops that were resized and augmented elsewhere: normalises them, and pads
+        smaller ones on the right and at the bottom, images with zeros and labels with 255.
+
+        Args:
+            images: uint8 `(3, height, width)` each, RGB.
+            labels: int64 `(height, width)` each.
+            size: (height, width) of the batch; by default that of the largest crop.
+        """
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        settings = {name: getattr(self, name) for name in names}
+        size = size or padded_size([tuple(image.shape[-2:]) for image in images], None, 1)
+        # The padding of a label is 0 before the shift by 255, and 255 after it.
+        data = {
+            "pixel_values": [pad(normalized(image, **settings), size) for image in images],
+            "labels": [pad(label - IGNORED, size) + IGNORED for label in labels],
+        }
+        return BatchFeature(data, tensor_type="pt")
+
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: list[tuple[int, int]] | torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """The class of every pixel as the official code finds it: the logits are resized to the network's input and
+        from there to the target (both bilinear), which is not the same as one resize.
+
+        Args:
+            outputs: Of a model for semantic segmentation, with `logits` `(batch, classes, height, width)`. The input
+                was `logits_stride` times as large.
+            target_sizes: (height, width) of each image, usually the original one. Without them the maps have the size
+                of the logits.
+
+        Returns:
+            int64 `(height, width)` for each image.
+
+        Raises:
+            ValueError: If there are not as many target sizes as images.
+        """
+        logits = outputs.logits
+        if target_sizes is None:
+            return list(logits.argmax(dim=1))
+        if len(target_sizes) != len(logits):
+            raise ValueError(f"Got `target_sizes` of {len(target_sizes)} images for logits of {len(logits)} images.")
+        sizes = [tuple(int(side) for side in size) for size in target_sizes]
+        return [_segment(image, self.logits_stride, size) for image, size in zip(logits, sizes, strict=True)]
+
+
+def _segment(logits: torch.Tensor, stride: int, size: tuple[int, int], chunk: int = 16) -> torch.Tensor:
+    """`(classes, height, width)` to the best class at `size`, a few classes at a time: all of them at the size of a
+    large photograph take gigabytes."""
+    network_size = tuple(side * stride for side in logits.shape[-2:])
+    best, labels = None, None
+    for first in range(0, len(logits), chunk):
+        scores = logits[None, first : first + chunk].float()
+        for target in (network_size, size):
+            scores = F.interpolate(scores, target, mode="bilinear", align_corners=False)
+        values, indices = scores[0].max(dim=0)
+        if best is None:
+            best, labels = values, indices
+        else:
+            labels = torch.where(values > best, indices + first, labels)
+            best = torch.maximum(values, best)
+    return labels
+
+
+def _label_maps(segmentation_maps: Any, images: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The maps as int64 `(height, width)` on the devices of their images."""
+    single = isinstance(segmentation_maps, Image.Image) or getattr(segmentation_maps, "ndim", 3) == 2
+    maps = [segmentation_maps] if single else list(segmentation_maps)
+    if len(maps) != len(images):
+        raise ValueError(f"Got `segmentation_maps` of {len(maps)} images for {len(images)} images.")
+    labels = [label_map(given, f"Segmentation map number {index}") for index, given in enumerate(maps)]
+    for index, (given, image) in enumerate(zip(labels, images, strict=True)):
+        if given.shape != image.shape[-2:]:
+            raise ValueError(
+                f"Segmentation map number {index} has (height, width) {list(given.shape)}, its image "
+                f"{list(image.shape[-2:])}."
+            )
+    return [given.to(image.device) for given, image in zip(labels, images, strict=True)]
+
+
+def label_map(given: Any, name: str = "The segmentation map") -> torch.Tensor:
+    """A map of class labels as int64 `(height, width)`, from a PIL image, an array or a tensor.
+
+    Raises:
+        ValueError: If it has more than one channel or values that are not integers from 0 on.
+    """
+    mode = f" of PIL's mode {given.mode!r}" if isinstance(given, Image.Image) else ""
+    labels = torch.as_tensor(np.array(given)) if not isinstance(given, torch.Tensor) else given
+    if labels.ndim == 3 and 1 in (labels.shape[0], labels.shape[-1]):
+        labels = labels.squeeze(0 if labels.shape[0] == 1 else -1)
+    if labels.ndim != 2 or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"{name} has shape {list(labels.shape)} and dtype {labels.dtype}{mode}: it must have one class label "
+            "(an integer) for each pixel. Colours have to be turned into labels first."
+        )
+    labels = labels.long()
+    if labels.numel() and labels.min() < 0:
+        raise ValueError(f"{name} has negative labels ({labels.min()}); pixels to ignore have the label {IGNORED}.")
+    return labels
+
+
+def reduce_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Label 0 is ignored (255) and the others count from 0, as ADE20K is used."""
+    return torch.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
+
+
+def check_labels(labels: torch.Tensor, num_labels: int | None, name: str) -> None:
+    """Raises a `ValueError` that lists the labels which are neither classes nor 255."""
+    wrong = labels[(labels >= num_labels) & (labels != IGNORED)] if num_labels is not None else labels[:0]
+    if wrong.numel():
+        raise ValueError(
+            f"{name} has the labels {wrong.unique().tolist()}, the classes are 0 to {num_labels - 1} ({IGNORED} is "
+            "ignored). If 0 stands for no class, set `do_reduce_labels`."
+        )
+
+
+_DOCSTRING = r"""
+    Prepares images for Semantic FPN on PVT as the official system (mmsegmentation 0.13) evaluates them, on the
+    {backend} backend: the ratio is kept, sides are rounded to the nearest pixel, then a second resize makes both sides
+    multiples of 32; both have the bits of OpenCV's bilinear (no antialiasing). Both backends give the same values.
+
+    Args:
+        size (`dict`, *optional*, defaults to `{{"shortest_edge": 512, "longest_edge": 2048}}`):
+            Limits in pixels, the ratio is kept. `{{"height": ..., "width": ...}}` resizes to exactly that.
+        size_divisor (`int`, *optional*, defaults to 32):
+            Sides are then enlarged to multiples of it, without padding.
+        do_reduce_labels (`bool`, *optional*, defaults to `False`):
+            Whether label 0 is no class: it becomes 255 and the others count from 0. For ADE20K.
+        num_labels (`int`, *optional*):
+            Where it is given, maps with labels beyond it are an error.
+        logits_stride (`int`, *optional*, defaults to 4):
+            How many times larger the model's input is than its logits: 1 for UperNet, which resizes them itself.
+        image_mean, image_std, rescale_factor, do_resize, do_rescale, do_normalize, do_convert_rgb:
+            As in every image processor of transformers.
+"""
+
+
+class PvtSegmentationImageProcessor(_SegmentationPreprocessing, TorchvisionBackend):
+    __doc__ = _DOCSTRING.format(backend="torchvision")
+
+
+class PvtSegmentationImageProcessorPil(_SegmentationPreprocessing, PilBackend):
+    __doc__ = _DOCSTRING.format(backend="PIL")
+
+
+__all__ = ["PvtSegmentationImageProcessor", "PvtSegmentationImageProcessorPil"]
