@@ -30,6 +30,10 @@ SIBLINGS = {
     "training": {"checkpointing", "data", "reports"},
     "training_classification": {"data", "metrics", "recipes", "training"},
     "training_dense": {"training"},
+    "training_detection": {
+        *("coco", "detr", "image_processing_detection", "metrics", "recipes", "training_dense", "visualization"),
+    },
+    "visualization": {"coco", "objects"},
     "detection": {"boxes"},
     "masks": {"boxes", "detection"},
     "rpn": {"boxes", "configuration_mask_rcnn", "detection"},
