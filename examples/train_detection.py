@@ -33,7 +33,7 @@ from pvt_hf.variants import find_variant
 
 SMOKE = {"canvases": 16, "num_train_epochs": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
 SMOKE |= {"short_sides": [96, 128], "longest_side": 160, "warmup_iterations": 2, "learning_rate": 2e-4}
-SMOKE |= {"dataloader_num_workers": 0, "logging_steps": 1}
+SMOKE |= {"dataloader_num_workers": 0, "logging_steps": 1, "flip": 0.0}
 SMALL = {  # what `--smoke` trains
     "retinanet": {"neck_channels": 64},
     "mask_rcnn": {"neck_channels": 64, "box_head_size": 128, "roi_num_samples": 64},
@@ -67,7 +67,8 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     parser.add_argument("--short_sides", type=int, nargs="+", help="pixels, one of them by chance; official if missing")
     for name in ("longest_side", "warmup_iterations"):
         parser.add_argument(f"--{name}", type=int, help="official if missing")
-    parser.add_argument("--drop_path_rate", type=float, help="official if missing")
+    for name in ("flip", "drop_path_rate"):
+        parser.add_argument(f"--{name}", type=float, help="official if missing")
     parser.add_argument(
         "--config_overrides",
         type=json.loads,
@@ -82,8 +83,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
         raise SystemExit(f"The checkpoint is not a {options.variant}")
     options.variant = found.name if found else None
     recipe = detection_recipe(options.recipe, options.variant)
-    given = {name: getattr(options, name) for name in ("short_sides", "longest_side", "warmup_iterations")}
-    given |= {"drop_path_rate": options.drop_path_rate}
+    given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(recipe)}
     given = {name: value for name, value in given.items() if value is not None}
     options.recipe = recipe = dataclasses.replace(recipe, **given)
     if options.config_overrides is None:
@@ -151,7 +151,7 @@ def main() -> None:
     model, recipe = load_model(options, train.label_names), options.recipe
     limits = {"shortest_edge": max(recipe.short_sides), "longest_edge": recipe.longest_side}
     image_processor = pvt_hf.PvtDetectionImageProcessor(size=limits, num_labels=len(train.label_names))
-    augment = DetectionAugmentation(recipe.short_sides, recipe.longest_side, crop_short_sides=recipe.crop_short_sides)
+    augment = DetectionAugmentation(recipe.short_sides, recipe.longest_side, recipe.flip, recipe.crop_short_sides)
     masks = getattr(model.config, "use_masks", False)
     trainer = DetectionTrainer(
         model=model,
