@@ -25,6 +25,7 @@ SIBLINGS = {
     "metrics": {"objects"},
     "objects": {"resize"},
     "pretrained": {"layers"},
+    "published": {"variants"},
     "recipes": {"variants"},
     "reports": {"recipes"},
     "training": {"checkpointing", "data", "reports"},
