@@ -13,20 +13,12 @@
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageClassification,
-    HfArgumentParser,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoConfig, AutoModelForImageClassification, TrainingArguments, set_seed
 
 import pvt_hf
-from pvt_hf.checkpointing import last_complete_checkpoint
+from pvt_hf.arguments import parse, training_arguments, training_parser
 from pvt_hf.data import (
     EvaluationImages,
     StreamedImages,
@@ -37,51 +29,36 @@ from pvt_hf.data import (
     stored,
     training_transform,
 )
-from pvt_hf.recipes import freeze_stages, imagenet_recipe, images_per_step
+from pvt_hf.recipes import freeze_stages, imagenet_recipe
 from pvt_hf.training_classification import ImageClassificationTrainer
 from pvt_hf.variants import find_variant
 
 SMOKE = {"image_size": 32, "num_train_epochs": 2, "per_device_train_batch_size": 32, "learning_rate": 2e-4}
 SMOKE |= {"warmup_epochs": 0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "drop_path_rate": 0.0, "fp16": False}
+SMOKE |= {"dataloader_num_workers": 0, "logging_steps": 5}
 
 
 def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
-    parser = HfArgumentParser(TrainingArguments, description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = training_parser(
+        __doc__, output_dir="runs/classification", num_train_epochs=300, per_device_train_batch_size=128,
+        per_device_eval_batch_size=192, dataloader_num_workers=10,
+    )  # fmt: skip
     parser.add_argument("--variant", choices=list(pvt_hf.VARIANTS), help="from random weights; pvt_v2_b0 if missing")
-    parser.add_argument("--model_name_or_path", help="a checkpoint to fine-tune, instead of random weights")
-    parser.add_argument("--dataset_name", help="see above; scikit-learn's digits if missing")
-    parser.add_argument("--dataset_config_name")
     parser.add_argument("--eval_dataset_name", help="where --dataset_name is a pattern of files: those for evaluation")
-    parser.add_argument("--train_split", default="train")
-    parser.add_argument("--eval_split", default="validation")
     parser.add_argument("--train_val_split", type=float, help="hold this part of the training split out, as 0.15")
     parser.add_argument("--label_column", help="found if there is only one of class labels")
     parser.add_argument("--num_labels", type=int, help="for streamed labels without names")
     parser.add_argument("--streaming", action="store_true", help="read images when they are needed")
     parser.add_argument("--samples_per_epoch", type=int, help="for a stream that does not know its length")
     parser.add_argument("--shuffle_buffer", type=int, default=10_000, help="images of a stream each process shuffles")
-    parser.add_argument("--skip_damaged", action="store_true", help="leave damaged images out and count them")
     parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--smoke", action="store_true", help="everything on embedded data in under a minute")
-    parser.add_argument("--ema_decay", type=float, help="average the weights, for example 0.9999; officially not")
     parser.add_argument("--layer_decay", type=float, default=1.0, help="of the learning rate per block, in fine-tuning")
-    parser.add_argument("--freeze_stages", type=int, default=0)
     parser.add_argument("--lora_rank", type=int, help="train LoRA adapters of query, key and value instead (peft)")
-    parser.add_argument("--channels_last", action="store_true")
     for name in ("warmup_epochs", "repeats"):
         parser.add_argument(f"--{name}", type=int, help="official if missing")
     for name in ("mixup", "cutmix", "label_smoothing", "random_erasing", "drop_path_rate"):
         parser.add_argument(f"--{name}", type=float, help="official if missing")
-    parser.set_defaults(
-        output_dir="runs/classification", num_train_epochs=300, per_device_train_batch_size=128, learning_rate=None,
-        weight_decay=None, max_grad_norm=None, lr_scheduler_type=None, seed=0, dataloader_num_workers=10,
-        fp16=None, eval_strategy="epoch", save_strategy="epoch", save_total_limit=2,
-        logging_steps=50, dataloader_pin_memory=torch.cuda.is_available(), per_device_eval_batch_size=192,
-    )  # fmt: skip
-    if parser.parse_known_args()[0].smoke:
-        parser.set_defaults(**SMOKE, dataloader_num_workers=0, logging_steps=5)
-    options = parser.parse_args()
+    options = parse(parser, SMOKE)
     if options.model_name_or_path:
         found = find_variant(AutoConfig.from_pretrained(options.model_name_or_path))
         if options.variant and (found is None or found.name != options.variant):
@@ -95,17 +72,9 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(recipe)}
     given = {name: value for name, value in given.items() if value is not None and name != "learning_rate"}
     options.recipe = recipe = dataclasses.replace(recipe, **given)
-    if options.fp16 is None:  # official, where there is a GPU and nothing else is chosen
-        chosen_elsewhere = options.bf16 or options.use_cpu or "ACCELERATE_MIXED_PRECISION" in os.environ
-        options.fp16 = torch.cuda.is_available() and not chosen_elsewhere
-    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    chosen = {key: value for key, value in vars(options).items() if key in fields and value is not None}
-    args = TrainingArguments(**{"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm} | chosen)
-    if str(args.resume_from_checkpoint).lower() in ("true", "false"):
-        args.resume_from_checkpoint = args.resume_from_checkpoint.lower() == "true"
-    if options.learning_rate is None:
-        args.learning_rate = recipe.learning_rate * images_per_step(args) / recipe.reference_batch_size
-    return options, args
+    official = {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm, "fp16": True}
+    rate = recipe.learning_rate / recipe.reference_batch_size
+    return options, training_arguments(options, official, lambda images: rate * images)
 
 
 def load_model(options: argparse.Namespace, names: list[str]):
@@ -145,8 +114,6 @@ def load_splits(options: argparse.Namespace, args: TrainingArguments):
 
 def main() -> None:
     options, args = parse_arguments()
-    if not args.resume_from_checkpoint and last_complete_checkpoint(args.output_dir):
-        raise SystemExit(f"{args.output_dir} has checkpoints: --resume_from_checkpoint true goes on from them")
     if (options.dataset_name or "").endswith((".parquet", ".tar")) and not options.eval_dataset_name:
         raise SystemExit("--dataset_name is a pattern of files: pass --eval_dataset_name with those for evaluation")
     set_seed(args.seed)

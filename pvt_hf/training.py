@@ -24,6 +24,7 @@ from .checkpointing import (
     read_run,
 )
 from .data import EpochSampler, random_state_kept
+from .reports import plot_curves, run_settings, training_card
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +58,13 @@ class _Steps(TrainerCallback):
 class VisionTrainer(Trainer):
     """What every training here has in common, on one process or many.
 
+    A subclass says what it trains for: `task` (as the Hub calls it), `metric_names` (the keys of the metrics with
+    values in [0, 1] that curves and card show, and what they are called) and `pictures` (what the card shows).
+
     Args:
+        recipe: Hyper-parameters, a dataclass, for the model card; a subclass may use it.
+        dataset_name, initial_weights: For the model card: where images and weights came from.
+        settings: For the model card: what else was chosen.
         schedule: `(step, steps per epoch, steps of the run)` to the factor of every learning rate; without it the
             schedule is that of `args.lr_scheduler_type`.
         parameter_groups: From the model to the groups of the optimiser; by default those of `Trainer`.
@@ -75,9 +82,17 @@ class VisionTrainer(Trainer):
         FloatingPointError: If a loss is not finite, with step, learning rate and images.
     """
 
+    task: str
+    metric_names: dict[str, str]
+    pictures: tuple[str, ...] = ("curves.png",)
+
     def __init__(
         self,
         *args,
+        recipe: Any,
+        dataset_name: str | None = None,
+        initial_weights: str | None = None,
+        settings: dict[str, Any] | None = None,
         schedule: Schedule | None = None,
         parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
         repeats: int = 1,
@@ -86,6 +101,8 @@ class VisionTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.recipe, self.settings = recipe, settings or {}
+        self.dataset_name, self.initial_weights = dataset_name, initial_weights
         self.schedule, self.parameter_groups, self.repeats = schedule, parameter_groups, repeats
         self.ema_decay, self.channels_last = ema_decay, channels_last
         self.ema, self.skipped, self.skipped_before = None, 0, 0
@@ -295,3 +312,21 @@ class VisionTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.ema is not None:
             self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Curves and a card with the numbers of the run, in place of `Trainer`'s with its gaps to fill in."""
+        if not self.is_world_process_zero():
+            return
+        output, log = Path(self.args.output_dir), self.state.log_history
+        plot_curves(log, output / "curves.png", self.metric_names)
+        training_card(
+            output.name,
+            self.accelerator.unwrap_model(self.model).config,
+            log,
+            run_settings(self.recipe, self.args, self.state.epoch, self.schedule is not None) | self.settings,
+            self.dataset_name,
+            self.initial_weights,
+            self.task,
+            self.metric_names,
+            [picture for picture in self.pictures if (output / picture).exists()],
+        ).save(output / "README.md")

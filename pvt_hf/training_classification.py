@@ -1,6 +1,5 @@
 """The official training of a classifier: mixup, soft targets, repeated augmentation, the schedule by epochs."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 from .data import collate
 from .metrics import classification_metrics, classification_statistics
 from .recipes import ImageNetRecipe, imagenet_factor, parameter_groups
-from .reports import plot_curves, run_settings, training_card
 from .training import VisionTrainer
 
 
@@ -24,11 +22,9 @@ class ImageClassificationTrainer(VisionTrainer):
     """Trains a classifier with the official ImageNet recipe, on one process or many.
 
     Args:
-        recipe: Augmentation of whole batches (mixup), repeats, and the learning-rate schedule.
+        recipe: Mixing of whole batches, repeats, and the learning-rate schedule.
         official_schedule: Whether the learning rate is the recipe's, instead of `args.lr_scheduler_type`.
         layer_decay: Factor of the learning rate from a block to the one before it.
-        dataset_name, initial_weights: For the model card: where images and weights came from.
-        settings: For the model card: what else was chosen.
         train_dataset: [`~pvt_hf.data.TrainingImages`] or [`~pvt_hf.data.StreamedImages`].
         *args, **kwargs: As of [`~pvt_hf.training.VisionTrainer`], as are the errors.
 
@@ -38,19 +34,20 @@ class ImageClassificationTrainer(VisionTrainer):
         ValueError: If the batch size is odd, which timm's mixup cannot pair, or the recipe leaves no training.
     """
 
+    task = "image-classification"
+    metric_names = {"accuracy": "top-1", "top5_accuracy": "top-5"}
+
     def __init__(
         self,
         *args,
         recipe: ImageNetRecipe,
         official_schedule: bool = True,
         layer_decay: float = 1.0,
-        dataset_name: str | None = None,
-        initial_weights: str | None = None,
-        settings: dict[str, Any] | None = None,
         **kwargs,
     ):
         super().__init__(
             *args,
+            recipe=recipe,
             data_collator=collate,
             compute_loss_func=soft_target_loss,
             preprocess_logits_for_metrics=classification_statistics,
@@ -69,8 +66,7 @@ class ImageClassificationTrainer(VisionTrainer):
                 "`per_device_train_batch_size` must be even for mixup, which mixes an image with its opposite in the "
                 f"batch; got {self.args.per_device_train_batch_size}."
             )
-        self.recipe, self.settings = recipe, {"layer-wise decay": layer_decay} | (settings or {})
-        self.dataset_name, self.initial_weights = dataset_name, initial_weights
+        self.settings = {"layer-wise decay": layer_decay} | self.settings
         self.mixup = self._build_mixup()
 
     def _build_mixup(self):
@@ -98,18 +94,3 @@ class ImageClassificationTrainer(VisionTrainer):
     def prepare_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs["pixel_values"], inputs["labels"] = self.mix(inputs["pixel_values"], inputs["labels"])
         return inputs
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Curves and a card with the numbers of the run, in place of `Trainer`'s with its gaps to fill in."""
-        if not self.is_world_process_zero():
-            return
-        output, log = Path(self.args.output_dir), self.state.log_history
-        plot_curves(log, output / "curves.png")
-        training_card(
-            output.name,
-            self.accelerator.unwrap_model(self.model).config,
-            log,
-            run_settings(self.recipe, self.args, self.state.epoch, self.schedule is not None) | self.settings,
-            self.dataset_name,
-            self.initial_weights,
-        ).save(output / "README.md")

@@ -23,7 +23,7 @@ def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
     assert files <= hub.repos["me/digits"].keys() and (tmp_path / "run" / "ema" / "model.safetensors").exists()
     card = ModelCard(hub.repos["me/digits"]["README.md"].decode())
     accuracy = next(result.metric_value for result in card.data.eval_results if result.metric_type == "accuracy")
-    assert "trained by pvt_hf on `scikit-learn digits`" in card.content and "official, by epochs" in card.content
+    assert "trained by pvt_hf on `scikit-learn digits`" in card.content and "| official |" in card.content
     assert f"**{100 * accuracy:.2f} %** top-1" in card.content and "More information" not in card.content
     with Image.open(io.BytesIO(hub.repos["me/digits"]["curves.png"])) as picture:
         assert picture.size == (1000, 700) and len(picture.convert("RGB").getcolors(10**6)) > 100
