@@ -102,8 +102,13 @@ def class_names(options: argparse.Namespace) -> list[str]:
 def load_model(options: argparse.Namespace, names: list[str]):
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     if options.model_name_or_path:
-        path = options.model_name_or_path
-        return AutoModelForSemanticSegmentation.from_pretrained(path, ignore_mismatched_sizes=True, **labels)
+        config = AutoConfig.from_pretrained(options.model_name_or_path, **labels)
+        config.backbone_config.drop_path_rate = options.recipe.drop_path_rate
+        if hasattr(config, "loss_normalization"):  # Semantic FPN
+            config.loss_normalization = options.recipe.loss_normalization
+        return AutoModelForSemanticSegmentation.from_pretrained(
+            options.model_name_or_path, config=config, ignore_mismatched_sizes=True
+        )
     changes = {"out_features": STAGES, "drop_path_rate": options.recipe.drop_path_rate}
     if options.backbone_checkpoint:
         backbone = AutoConfig.from_pretrained(options.backbone_checkpoint, **changes)

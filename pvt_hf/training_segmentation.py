@@ -130,8 +130,9 @@ class SegmentationTrainer(DensePredictionTrainer):
 
     def _label_maps(self, outputs: SemanticSegmenterOutput, height: int, size: tuple[int, int]) -> list[torch.Tensor]:
         """Predictions at the original size, from logits for an input of that height."""
-        image_processor = copy.copy(self.processing_class)
-        image_processor.logits_stride = height // outputs.logits.shape[-2]  # 1 where windows were put together
+        # The processor is saved with the stride that the model has; windows that were put together have none.
+        image_processor = self.processing_class if self.window is None else copy.copy(self.processing_class)
+        image_processor.logits_stride = height // outputs.logits.shape[-2]
         return image_processor.post_process_semantic_segmentation(outputs, [size] * len(outputs.logits))
 
     def evaluate_batch(self, outputs: SemanticSegmenterOutput, inputs: dict[str, torch.Tensor]) -> None:
