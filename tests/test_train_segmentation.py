@@ -3,6 +3,7 @@ pictures, bad input, and the program as a user starts it."""
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,14 +13,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from models import ROOT, STAGES, randomize, small_config
 from PIL import Image
+from safetensors.torch import load_file
 from segmentation_run import build, losses
 from test_train import assert_close, environment, weights
+from transformers import AutoModelForSemanticSegmentation, UperNetConfig, UperNetForSemanticSegmentation, pipeline
 
 import pvt_hf
 from pvt_hf.canvases import canvas_files
 from pvt_hf.metrics import mean_iou_metric
+from pvt_hf.overlays import draw_overlays, overlay, palette
 from pvt_hf.recipes import SEGMENTATION_RECIPES, freeze_stages, polynomial_factor, uniform_parameter_groups
 from pvt_hf.training_segmentation import EvaluationShare
 
@@ -225,3 +230,101 @@ def test_killed_and_resumed(data, tmp_path):
     assert losses(resumed)[-2:] == losses(whole)[-2:]
     final = resumed.model.state_dict()
     assert all(torch.equal(final[key], value) for key, value in whole.model.state_dict().items())
+
+
+def test_other_segmenters(data, tmp_path):
+    """UperNet: its logits are as large as its input, and the saved image processor says so."""
+    names = {"id2label": {label: str(label) for label in range(11)}}
+    names["label2id"] = {name: label for label, name in names["id2label"].items()}
+    backbone = small_config("v2", out_features=STAGES)
+    config = UperNetConfig(backbone_config=backbone, hidden_size=8, auxiliary_in_channels=24, pool_scales=[1], **names)
+    trainer = build(tmp_path, data, model=UperNetForSemanticSegmentation(config), max_steps=2)
+    trainer.train()
+    metrics, (expected, *_) = trainer.evaluate(), slow_metrics(trainer)
+    assert {key: metrics[f"eval_{key}"] for key in expected} == pytest.approx(expected, rel=1e-4)
+    trainer.save_model()
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["logits_stride"] == 1
+
+
+def test_images_that_are_ignored_altogether(data, tmp_path):
+    """A batch without a label has the loss 0, also with weights that are trained on; and it is not evaluated."""
+    for path in (*(data / "train" / "maps").glob("*.png"), *(data / "validation" / "maps").glob("*.png")):
+        target = tmp_path / path.relative_to(data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", Image.open(path).size, 255).save(target)
+    for split in ("train", "validation"):
+        (tmp_path / split / "images").symlink_to(data / split / "images")
+    for normalization in ("all", "valid"):
+        trainer = build(tmp_path / "run", tmp_path, fields={"loss_normalization": normalization}, max_steps=2)
+        trainer.train()
+        assert losses(trainer) == [0, 0]
+        assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == 0 and metrics["eval_images"] == 5 and np.isnan(metrics["eval_mIoU"])
+
+
+def test_pictures(tmp_path):
+    """The classes' colours over the image's brightness, black where ignored, and a legend of what is there."""
+    colors = palette(151)
+    assert colors.shape == (151, 3) and len({tuple(color) for color in colors.tolist()}) == 151
+    image = torch.full((3, 40, 60), 100, dtype=torch.uint8)
+    truth = torch.zeros(40, 60, dtype=torch.int64)
+    truth[:20, :30], truth[30:] = 150, 255
+    painted = overlay(image, truth, colors)
+    expected = (0.65 * colors[150].float() + 0.35 * 100).round().to(torch.uint8)
+    assert torch.equal(painted[:, 0, 0], expected) and not painted[:, 35].any()
+    assert not torch.equal(painted[:, 25, 0], expected) and painted.shape == image.shape
+    names = {label: f"class {label}" for label in range(151)}
+    draw_overlays([(image, truth, truth.clamp(max=150))] * 2, names, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        shown = np.array(picture.convert("RGB")).reshape(-1, 3)
+    assert all((shown == color).all(1).sum() > 1000 for color in (expected.tolist(), [0, 0, 0], [100, 100, 100]))
+    assert ((shown == colors[150].numpy()).all(1)).sum() > 50  # the legend
+
+
+def start(*arguments, **options) -> subprocess.CompletedProcess:
+    program = [sys.executable, str(PROGRAM), "--use_cpu", "true", "--disable_tqdm", "true", *map(str, arguments)]
+    return subprocess.run(program, capture_output=True, text=True, env=environment(), timeout=200, **options)
+
+
+def test_program(data, tmp_path):
+    """Everything from embedded data; then fine-tuning of the result on folders of palette maps with other classes."""
+    classifier = pvt_hf.PvtV2ForImageClassification(pvt_hf.build_config("pvt_v2_b0", num_labels=10))
+    classifier.save_pretrained(tmp_path / "classifier")
+    result = start("--smoke", "--output_dir", tmp_path / "run", "--backbone_checkpoint", tmp_path / "classifier")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"all {len(classifier.pvt_v2.state_dict())} tensors of the backbone are from" in result.stdout
+    miou = re.search(r"eval: mIoU ([\d.]+), .* on 12 images", result.stdout)[1]
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert f"**{100 * float(miou):.1f}" in card.content and card.data.pipeline_tag == "image-segmentation"
+    assert "![predictions](predictions.png)" in card.content and "digits on canvases" in card.content
+    for picture in ("predictions.png", "curves.png"):
+        with Image.open(tmp_path / "run" / picture) as opened:
+            assert len(opened.convert("RGB").getcolors(10**6)) > 100
+
+    config = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run").config
+    assert config.loss_normalization == "all" and config.id2label[10] == "9" and config.id2label[0] == "background"
+    image = Image.open(data / "validation" / "images" / "000001.png")
+    segments = pipeline("image-segmentation", model=str(tmp_path / "run"))(image)
+    assert segments and all(segment["mask"].size == image.size for segment in segments)
+
+    folders = []
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        for path in (data / split / "maps").glob("*.png"):
+            labels = Image.fromarray((np.array(Image.open(path)) > 0).astype(np.uint8) + 1)
+            labels.putpalette(bytes(range(255, -1, -1)) * 3)
+            labels.save(tmp_path / split / path.name)
+        folders += [data / split / "images", tmp_path / split]
+    (tmp_path / "names.json").write_text(json.dumps({"0": "paper", "1": "ink"}))
+    names = ("--train_images", "--train_maps", "--eval_images", "--eval_maps")
+    arguments = [value for pair in zip(names, folders, strict=True) for value in pair]
+    arguments += ["--smoke", "--max_steps", "2", "--reduce_labels", "--class_names", tmp_path / "names.json"]
+    arguments += ["--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "tuned", "--window", 48]
+    result = start(*arguments, "--stride", 32)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "on 5 images" in result.stdout
+    tuned, before = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "run"))
+    assert tuned["head.classifier.weight"].shape == (2, 32, 1, 1)
+    name = "neck.lateral_convs.0.weight"
+    assert 0 < (tuned[name] - before[name]).abs().max() < 0.01
