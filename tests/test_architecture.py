@@ -24,6 +24,7 @@ SIBLINGS = {
     "label_maps": {"data", "image_processing_segmentation"},
     "metrics": {"objects"},
     "objects": {"resize"},
+    "overlays": {"image_processing_segmentation"},
     "pretrained": {"layers"},
     "published": {"variants"},
     "recipes": {"variants"},
@@ -31,6 +32,10 @@ SIBLINGS = {
     "training": {"checkpointing", "data", "reports"},
     "training_classification": {"data", "metrics", "recipes", "training"},
     "training_dense": {"training"},
+    "training_segmentation": {
+        *("image_processing_segmentation", "label_maps", "metrics", "modeling_semantic_fpn", "overlays", "recipes"),
+        *("resize", "sliding_window", "training_dense"),
+    },
     "detection": {"boxes"},
     "masks": {"boxes", "detection"},
     "rpn": {"boxes", "configuration_mask_rcnn", "detection"},
