@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .data import ImageError, decode
-from .image_processing_segmentation import check_labels, label_map, reduce_labels
+from .image_processing_segmentation import IGNORED, check_labels, label_map, reduce_labels
 
 if TYPE_CHECKING:
     import datasets
@@ -183,14 +183,17 @@ class MapCollator:
     Args:
         image_processor: Normalises and pads.
         size: (height, width) of the crops, to which smaller images are padded.
+        ignored: The label of ignored pixels in the batch, whose label is 255 in the rows.
     """
 
     image_processor: PvtSegmentationImageProcessor
     size: tuple[int, int]
+    ignored: int = IGNORED
 
     def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
         whole = [row for row in rows if row is not None]
         if not whole:
             raise ImageError(f"All {len(rows)} images of a batch are damaged.")
         batch = self.image_processor.batch([row["image"] for row in whole], [row["labels"] for row in whole], self.size)
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == IGNORED, self.ignored)
         return dict(batch) | {"names": [row["names"] for row in whole], "skipped": len(rows) - len(whole)}

@@ -24,12 +24,18 @@ SIBLINGS = {
     "label_maps": {"data", "image_processing_segmentation"},
     "metrics": {"objects"},
     "objects": {"resize"},
+    "overlays": {"image_processing_segmentation"},
     "pretrained": {"layers"},
+    "published": {"variants"},
     "recipes": {"variants"},
     "reports": {"recipes"},
     "training": {"checkpointing", "data", "reports"},
     "training_classification": {"data", "metrics", "recipes", "training"},
     "training_dense": {"training"},
+    "training_segmentation": {
+        *("image_processing_segmentation", "label_maps", "metrics", "modeling_semantic_fpn", "overlays", "recipes"),
+        *("resize", "sliding_window", "training_dense"),
+    },
     "training_detection": {
         *("coco", "detr", "image_processing_detection", "metrics", "recipes", "training_dense", "visualization"),
     },

@@ -1,0 +1,175 @@
+"""Trains a segmenter with the papers' recipe for ADE20K, on one process or many. Every argument of TrainingArguments
+works too.
+
+    accelerate launch examples/train_segmentation.py --variant pvt_small --backbone_checkpoint converted/pvt_small \\
+        --dataset_name zhoubolei/scene_parse_150 --reduce_labels --class_names ade20k.json
+    python examples/train_segmentation.py --smoke --output_dir runs/smoke          # all of it in a minute, offline
+    python examples/train_segmentation.py --model_name_or_path my_segmenter --max_steps 2000 --class_names names.json \\
+        --train_images data/images --train_maps data/maps --eval_images held_out/images --eval_maps held_out/maps
+    python examples/train_segmentation.py --output_dir runs/x --resume_from_checkpoint true ...    # goes on exactly
+
+`--dataset_name` is a data set of the Hub with two columns of images, such as `image` and `annotation`. Without one and
+without folders, the data are handwritten digits on textured canvases, which are drawn for it. Maps are PNG files of one
+channel, or of a palette whose indices are the labels; 255 is ignored.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import datasets
+from transformers import AutoConfig, AutoModelForSemanticSegmentation, TrainingArguments, set_seed
+
+import pvt_hf
+from pvt_hf.arguments import parse, training_arguments, training_parser
+from pvt_hf.augmentation import SegmentationAugmentation
+from pvt_hf.canvases import CLASSES, canvas_files
+from pvt_hf.label_maps import EvaluationMaps, SegmentationData, TrainingMaps, read_folders, read_hub
+from pvt_hf.recipes import SEGMENTATION_RECIPES, freeze_stages
+from pvt_hf.training_segmentation import SegmentationTrainer
+from pvt_hf.variants import find_variant
+
+SMOKE = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "canvases": (48, 12), "flip": 0.0}
+SMOKE |= {"shortest_edge": 64, "longest_edge": 256, "crop_size": 64, "neck_channels": 64, "head_channels": 32}
+SMOKE |= {"eval_steps": 6, "save_steps": 6, "logging_steps": 2, "dataloader_num_workers": 0}
+FOLDERS = ("train_images", "train_maps", "eval_images", "eval_maps")
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
+    parser = training_parser(
+        __doc__, output_dir="runs/segmentation", per_device_train_batch_size=4, eval_strategy="steps", eval_steps=4000,
+        save_strategy="steps", save_steps=4000, num_train_epochs=None, max_steps=None, dataloader_num_workers=4,
+    )  # fmt: skip
+    parser.add_argument("--recipe", default="semantic_fpn_40k", choices=list(SEGMENTATION_RECIPES))
+    parser.add_argument("--variant", choices=list(pvt_hf.VARIANTS), help="the backbone; pvt_v2_b0 if missing")
+    parser.add_argument("--backbone_checkpoint", help="a classifier to start the backbone from")
+    parser.add_argument("--neck_channels", type=int, default=256)
+    parser.add_argument("--head_channels", type=int, default=128)
+    for name in FOLDERS:
+        parser.add_argument(f"--{name}", help="a folder; all four or none")
+    parser.add_argument("--map_column", help="of --dataset_name, if it has more than two columns of images")
+    parser.add_argument("--reduce_labels", action="store_true", help="label 0 is no class, the others count from 0")
+    parser.add_argument("--class_names", help="a json file: a list, or a dictionary from labels to names")
+    parser.add_argument("--canvases", type=int, nargs=2, default=(1000, 200), help="digits: to train on, held out")
+    parser.add_argument("--window", type=int, help="evaluate in windows of this many pixels of the network's input")
+    parser.add_argument("--stride", type=int, help="from one window to the next")
+    for name in ("shortest_edge", "longest_edge", "crop_size"):
+        parser.add_argument(f"--{name}", type=int, help="in pixels; official if missing")
+    parser.add_argument("--scales", type=float, nargs=2, help="lowest and highest; official if missing")
+    for name in ("flip", "drop_path_rate"):
+        parser.add_argument(f"--{name}", type=float, help="official if missing")
+    options = parse(parser, SMOKE)
+    recipe = SEGMENTATION_RECIPES[options.recipe]
+    given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(recipe)}
+    given = {name: value for name, value in given.items() if value is not None and name != "learning_rate"}
+    options.recipe = recipe = dataclasses.replace(recipe, **given)
+    length = {"max_steps": recipe.steps} if options.num_train_epochs is None else {}
+    official = {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm} | length
+    return options, training_arguments(
+        options, official, lambda images: recipe.learning_rate * images / recipe.reference_batch_size
+    )
+
+
+def load_data(options: argparse.Namespace, args: TrainingArguments, names: list[str]) -> list[SegmentationData]:
+    """The images to train on, and those to evaluate on."""
+    settings = {"num_labels": len(names), "reduce_labels": options.reduce_labels}
+    if options.dataset_name:
+        splits = options.train_split, options.eval_split
+        found = (datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=it) for it in splits)
+        return [read_hub(split, options.map_column, **settings) for split in found]
+    folders = [getattr(options, name) for name in FOLDERS]
+    if not any(folders):
+        with args.main_process_first(desc="drawing canvases"):
+            count, held_out = options.canvases
+            root = canvas_files(Path(args.output_dir).parent / f"canvases-{count}-{held_out}", count, held_out)
+        folders = [root / split / kind for split in ("train", "validation") for kind in ("images", "maps")]
+    return [read_folders(*pair, **settings) for pair in (folders[:2], folders[2:])]
+
+
+def class_names(options: argparse.Namespace) -> list[str]:
+    if options.class_names:
+        names = json.loads(Path(options.class_names).read_text())
+        return names if isinstance(names, list) else [names[str(label)] for label in range(len(names))]
+    if options.model_name_or_path:
+        return list(AutoConfig.from_pretrained(options.model_name_or_path).id2label.values())
+    if options.dataset_name or options.train_images:
+        raise SystemExit("--class_names is missing: a json file with the names of the classes")
+    return ["background", *CLASSES]
+
+
+def load_model(options: argparse.Namespace, names: list[str]):
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    if options.model_name_or_path:
+        config = AutoConfig.from_pretrained(options.model_name_or_path, **labels)
+        config.backbone_config.drop_path_rate = options.recipe.drop_path_rate
+        if hasattr(config, "loss_normalization"):  # Semantic FPN
+            config.loss_normalization = options.recipe.loss_normalization
+        return AutoModelForSemanticSegmentation.from_pretrained(
+            options.model_name_or_path, config=config, ignore_mismatched_sizes=True
+        )
+    changes = {"out_features": STAGES, "drop_path_rate": options.recipe.drop_path_rate}
+    if options.backbone_checkpoint:
+        backbone = AutoConfig.from_pretrained(options.backbone_checkpoint, **changes)
+        found = find_variant(backbone)
+        if options.variant and (found is None or found.name != options.variant):
+            raise SystemExit(f"--backbone_checkpoint {options.backbone_checkpoint} is not a {options.variant}")
+    else:
+        backbone = pvt_hf.build_config(options.variant or "pvt_v2_b0", **changes)
+    config = pvt_hf.SemanticFPNConfig(
+        backbone_config=backbone, loss_normalization=options.recipe.loss_normalization,
+        neck_channels=options.neck_channels, head_channels=options.head_channels, **labels,
+    )  # fmt: skip
+    model = AutoModelForSemanticSegmentation.from_config(config)
+    if options.backbone_checkpoint:
+        tensors = pvt_hf.load_pretrained_backbone(model, options.backbone_checkpoint)
+        print(f"all {tensors} tensors of the backbone are from {options.backbone_checkpoint}")
+    return model
+
+
+def main() -> None:
+    options, args = parse_arguments()
+    set_seed(args.seed)
+    names, recipe = class_names(options), options.recipe
+    train, held_out = load_data(options, args, names)
+    model = load_model(options, names)
+    freeze_stages(model, options.freeze_stages)
+    size = {"shortest_edge": recipe.shortest_edge, "longest_edge": recipe.longest_edge}
+    image_processor = pvt_hf.PvtSegmentationImageProcessor(size=size, do_reduce_labels=options.reduce_labels)
+    fields = ("shortest_edge", "longest_edge", "scales", "max_share", "flip", "distortion")
+    crop = {"crop": (recipe.crop_size, recipe.crop_size)}
+    augment = SegmentationAugmentation(**{name: getattr(recipe, name) for name in fields}, **crop)
+    trainer = SegmentationTrainer(
+        model=model,
+        args=args,
+        recipe=recipe,
+        official_schedule=options.lr_scheduler_type is None,
+        window=options.window,
+        stride=options.stride,
+        ema_decay=options.ema_decay,
+        channels_last=options.channels_last,
+        train_dataset=TrainingMaps(train, augment, options.skip_damaged),
+        eval_dataset=EvaluationMaps(held_out, image_processor),
+        processing_class=image_processor,
+        dataset_name=options.dataset_name or options.train_images or "digits on canvases",
+        initial_weights=options.model_name_or_path or options.backbone_checkpoint,
+        settings={key: getattr(options, key) for key in ("variant", "backbone_checkpoint", "freeze_stages")},
+    )
+    trainer.train(args.resume_from_checkpoint)
+    metrics = trainer.evaluate() | (trainer.evaluate_average() if trainer.ema else {})
+    trainer.save_model()
+    trainer.draw_predictions()
+    trainer.create_model_card()
+    skipped = trainer.skipped_images()
+    if trainer.is_world_process_zero():
+        for prefix in ("eval", "ema") if trainer.ema else ("eval",):
+            values = ", ".join(f"{key} {metrics[f'{prefix}_{key}']:.4f}" for key in trainer.metric_names)
+            print(f"{prefix}: {values} on {metrics[f'{prefix}_images']} images")
+        print(f"{skipped} damaged images were left out; everything is in {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()
