@@ -31,7 +31,7 @@ from pvt_hf.recipes import DETECTION_RECIPES, detection_recipe, freeze_stages
 from pvt_hf.training_detection import DetectionTrainer
 from pvt_hf.variants import find_variant
 
-SMOKE = {"canvases": 16, "num_train_epochs": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+SMOKE = {"canvases": 16, "num_train_epochs": 2, "per_device_train_batch_size": 4}
 SMOKE |= {"short_sides": [96, 128], "longest_side": 160, "warmup_iterations": 2, "learning_rate": 2e-4}
 SMOKE |= {"dataloader_num_workers": 0, "logging_steps": 1, "flip": 0.0}
 SMALL = {  # what `--smoke` trains
@@ -54,7 +54,7 @@ CLASSES = {
 def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     parser = training_parser(
         __doc__, output_dir="runs/detection", num_train_epochs=None, per_device_train_batch_size=2,
-        per_device_eval_batch_size=2, dataloader_num_workers=4,
+        per_device_eval_batch_size=1, dataloader_num_workers=4,
     )  # fmt: skip
     parser.add_argument("--recipe", choices=list(DETECTION_RECIPES), default="retinanet_1x")
     parser.add_argument("--variant", choices=list(pvt_hf.VARIANTS), help="of the backbone; pvt_v2_b0 if missing")

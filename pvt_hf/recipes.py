@@ -108,7 +108,7 @@ class DetectionRecipe:
         decays_norms: Whether parameters with `norm` in their names are decayed as all others (officially biases too).
         max_grad_norm: Gradients are clipped to it; 0 for no clipping.
         drop_path_rate: Stochastic depth of the backbone's last block.
-        short_sides, longest_side, crop_short_sides, flip: Of a [`~pvt_hf.augmentation.DetectionAugmentation`], in pixels.
+        short_sides, longest_side, crop_short_sides, flip: Of a [`~pvt_hf.augmentation.DetectionAugmentation`].
     """
 
     system: str

@@ -1,10 +1,11 @@
-"""A small run of the detectors' trainer on canvases, in this process or in others: `python detection_run.py DIR SETTINGS`."""
+"""A small run of the detectors' trainer, in this process or in others: `python detection_run.py DIR SETTINGS`."""
 
 import dataclasses
 import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 from models import STAGES, small_config
@@ -74,8 +75,6 @@ def build(output_dir, canvases, *, recipe="retinanet_1x", changes=None, data=Non
 
 
 def main() -> None:
-    from pathlib import Path
-
     output_dir, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
     canvases, resume, slow = Path(settings.pop("canvases")), settings.pop("resume", None), settings.pop("slow", 0)
     torch.set_num_threads(1)
