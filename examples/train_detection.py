@@ -4,6 +4,7 @@
         --train_annotations coco/annotations/instances_train2017.json --train_images coco/train2017 \\
         --eval_annotations coco/annotations/instances_val2017.json --eval_images coco/val2017       # a table row
     python examples/train_detection.py --smoke --output_dir runs/smoke             # all of it in a minute, offline
+    python examples/train_detection.py --demo --backbone_checkpoint runs/quickstart       # learns digits in minutes
     python examples/train_detection.py --recipe mask_rcnn_1x --model_name_or_path converted/mask_rcnn_pvt_s ...
     python examples/train_detection.py --recipe detr_50ep --dataset_name cppe-5 --eval_split test ...
     python examples/train_detection.py --output_dir runs/x --resume_from_checkpoint true ...           # goes on exactly
@@ -31,14 +32,22 @@ from pvt_hf.recipes import DETECTION_RECIPES, detection_recipe, freeze_stages
 from pvt_hf.training_detection import DetectionTrainer
 from pvt_hf.variants import find_variant
 
-SMOKE = {"canvases": 16, "num_train_epochs": 2, "per_device_train_batch_size": 4}
-SMOKE |= {"short_sides": [96, 128], "longest_side": 160, "warmup_iterations": 2, "learning_rate": 2e-4}
-SMOKE |= {"dataloader_num_workers": 0, "logging_steps": 1, "flip": 0.0}
-SMALL = {  # what `--smoke` trains
+# Of the embedded data: digits have no mirror images, and canvases are small.
+CANVASES = {"short_sides": [128], "longest_side": 192, "flip": 0.0, "drop_path_rate": 0.0, "learning_rate": 5e-4}
+CANVASES |= {"per_device_train_batch_size": 4, "dataloader_num_workers": 0, "max_grad_norm": 1.0}
+DEMO = CANVASES | {"num_train_epochs": 8, "warmup_iterations": 100, "logging_steps": 20, "save_strategy": "no"}
+SMOKE = CANVASES | {"num_train_epochs": 2, "warmup_iterations": 2, "logging_steps": 1, "canvases": 16}
+SMALL = {
     "retinanet": {"neck_channels": 64},
-    "mask_rcnn": {"neck_channels": 64, "box_head_size": 128, "roi_num_samples": 64},
-    "detr": {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2},
-}
+    "mask_rcnn": {
+        "neck_channels": 64, "box_head_size": 256, "roi_num_samples": 64,
+        "num_candidates": 200, "num_candidates_train": 200, "num_proposals": 200,
+    },
+    "detr": {
+        "d_model": 128, "num_queries": 20, "encoder_layers": 2, "decoder_layers": 3,
+        "encoder_ffn_dim": 512, "decoder_ffn_dim": 512,
+    },
+}  # fmt: skip
 # The backbone's stages that each system works on.
 STAGES = {
     "retinanet": ["stage2", "stage3", "stage4"],
@@ -74,6 +83,9 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
         type=json.loads,
         help="of the detector, as '{\"neck_channels\": 64}'; not with a checkpoint",
     )
+    parser.add_argument("--demo", action="store_true", help="a small detector that learns the canvases in minutes")
+    if parser.parse_known_args()[0].demo:
+        parser.set_defaults(**DEMO)
     options = parse(parser, SMOKE)
     if bool(options.train_annotations) != bool(options.eval_annotations):
         raise SystemExit("--train_annotations and --eval_annotations go together")
@@ -87,7 +99,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     given = {name: value for name, value in given.items() if value is not None}
     options.recipe = recipe = dataclasses.replace(recipe, **given)
     if options.config_overrides is None:
-        options.config_overrides = SMALL[recipe.system] if options.smoke else {}
+        options.config_overrides = SMALL[recipe.system] if options.smoke or options.demo else {}
     official = {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm}
     official |= {"num_train_epochs": recipe.epochs}
     rate = recipe.learning_rate / recipe.reference_batch_size

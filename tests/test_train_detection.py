@@ -314,3 +314,14 @@ def test_defaults_of_a_recipe_reach_the_program(program, tmp_path):
     assert numbers == (pytest.approx(2e-4 / 1.4), 1e-4, 0, 12)
     numbers, recipe = parsed("--learning_rate", "0.01", "--num_train_epochs", "3", "--short_sides", "96", "128")
     assert numbers == (0.01, 1e-4, 0, 3) and recipe.short_sides == [96, 128] and recipe.longest_side == 1333
+
+
+@pytest.mark.slow
+def test_learns_digits(program, tmp_path, capsys):
+    """RetinaNet from the quickstart's classifier, the README's command in short: boxes of digits it has never seen."""
+    quickstart = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--output_dir", str(tmp_path / "quickstart")]
+    subprocess.run(quickstart, check=True, env=environment(), timeout=600)
+    arguments = ["--backbone_checkpoint", tmp_path / "quickstart", *DEMONSTRATION, "--num_train_epochs", "4"]
+    program("--output_dir", tmp_path / "run", *arguments)
+    metrics = re.search(r"eval: AP [\d.]+, AP50 ([\d.]+)", capsys.readouterr().out)
+    assert float(metrics[1]) > 0.3
