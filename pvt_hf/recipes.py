@@ -269,13 +269,15 @@ def freeze_stages(model: nn.Module, stages: int) -> list[str]:
     Raises:
         ValueError: If the model does not have that many stages.
     """
-    config = getattr(model.config, "backbone_config", None) or model.config
+    backbone_config = getattr(model.config, "backbone_config", None)
+    config = backbone_config or model.config
     if not 0 <= stages <= len(config.depths):
         raise ValueError(f"`stages` must be between 0 and {len(config.depths)}, got {stages}.")
     frozen = []
     for name, parameter in model.named_parameters():
         match = re.search(r"encoder\.(?:block|layers|patch_embeddings)\.(\d+)\.", name)
-        if match and int(match[1]) < stages:
+        # DETR has an encoder of its own, behind the backbone.
+        if match and int(match[1]) < stages and (backbone_config is None or "backbone" in name):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
