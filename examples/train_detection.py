@@ -88,8 +88,9 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     if parser.parse_known_args()[0].demo:
         parser.set_defaults(**DEMO)
     options = parse(parser, SMOKE)
-    if bool(options.train_annotations) != bool(options.eval_annotations):
-        raise SystemExit("--train_annotations and --eval_annotations go together")
+    files = [getattr(options, f"{split}_{kind}") for split in ("train", "eval") for kind in ("annotations", "images")]
+    if any(files) and not all(files):
+        raise SystemExit("--train_annotations, --train_images, --eval_annotations and --eval_images go together")
     options.backbone = read_backbone_config(options)
     found = find_variant(options.backbone)
     if options.variant and (found is None or found.name != options.variant):
@@ -110,7 +111,10 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
 def read_backbone_config(options: argparse.Namespace) -> PreTrainedConfig:
     """Of the checkpoint, the detector's or the classifier's, or of the variant."""
     if options.model_name_or_path:
-        return AutoConfig.from_pretrained(options.model_name_or_path).backbone_config
+        config = AutoConfig.from_pretrained(options.model_name_or_path)
+        if not config.model_type.endswith(DETECTION_RECIPES[options.recipe].system):
+            raise SystemExit(f"--recipe {options.recipe} is not for a {config.model_type}")
+        return config.backbone_config
     if options.backbone_checkpoint:
         return AutoConfig.from_pretrained(options.backbone_checkpoint)
     return pvt_hf.build_config(options.variant or "pvt_v2_b0")
@@ -161,6 +165,8 @@ def main() -> None:
     options, args = parse_arguments()
     set_seed(args.seed)
     train, held_out = load_data(options, args)
+    if train.label_names != held_out.label_names:
+        raise SystemExit(f"Training has the classes {train.label_names}, evaluation {held_out.label_names}")
     model, recipe = load_model(options, train.label_names), options.recipe
     limits = {"shortest_edge": max(recipe.short_sides), "longest_edge": recipe.longest_side}
     image_processor = pvt_hf.PvtDetectionImageProcessor(size=limits, num_labels=len(train.label_names))
@@ -183,7 +189,8 @@ def main() -> None:
         settings={key: getattr(options, key) for key in ("variant", "config_overrides", "freeze_stages")},
     )
     trainer.train(args.resume_from_checkpoint)
-    metrics = trainer.evaluate() | (trainer.evaluate_average() if trainer.ema else {})
+    # The last evaluation leaves predictions and pictures: those of the model that is saved.
+    metrics = (trainer.evaluate_average() if trainer.ema else {}) | trainer.evaluate()
     trainer.save_model()
     trainer.create_model_card()
     skipped = trainer.skipped_images()

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from detection_run import build
+from detection_run import build, small_detector
 from huggingface_hub import ModelCard
 from models import ROOT, small_config
 from PIL import Image
@@ -288,10 +289,21 @@ def test_bad_input_of_the_program(program, canvases, classifier, tmp_path):
     arguments = ["--smoke", "--output_dir", tmp_path / "run", "--disable_tqdm", "true"]
     with pytest.raises(AnnotationError, match=r"annotations.json is not COCO json: it has no list \['categories'\]"):
         program(*arguments, *coco_arguments(wrong))
-    with pytest.raises(SystemExit, match="--train_annotations and --eval_annotations go together"):
+    with pytest.raises(SystemExit, match="--train_annotations, .* and --eval_images go together"):
         program(*arguments, *coco_arguments(canvases)[:4])
     with pytest.raises(SystemExit, match="a RetinaNetConfig has no fields \\['neck_chanels'\\]"):
         program(*arguments, *coco_arguments(canvases), "--config_overrides", '{"neck_chanels": 8}')
+    fewer = tmp_path / "fewer"
+    shutil.copytree(canvases, fewer)
+    content = json.loads((fewer / "validation" / "annotations.json").read_text())
+    content["categories"].pop()
+    content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] < 10]
+    (fewer / "validation" / "annotations.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="Training has the classes .*'9'], evaluation .*'8']"):
+        program(*arguments, *coco_arguments(fewer))
+    small_detector("retinanet").save_pretrained(tmp_path / "detector")
+    with pytest.raises(SystemExit, match="--recipe detr_50ep is not for a pvt_hf_retinanet"):
+        program(*arguments, "--recipe", "detr_50ep", "--model_name_or_path", tmp_path / "detector")
     with pytest.raises(SystemExit, match="is not a pvt_v2_b2"):
         program(*arguments, "--variant", "pvt_v2_b2", "--backbone_checkpoint", classifier)
     with pytest.raises(ValueError, match="`warmup_iterations` must be less than the 10 steps .* got 500"):
