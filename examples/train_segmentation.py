@@ -61,6 +61,8 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     for name in ("flip", "drop_path_rate"):
         parser.add_argument(f"--{name}", type=float, help="official if missing")
     options = parse(parser, SMOKE)
+    if len({bool(getattr(options, name)) for name in FOLDERS}) > 1:
+        raise SystemExit("--train_images, --train_maps, --eval_images and --eval_maps go together")
     recipe = SEGMENTATION_RECIPES[options.recipe]
     given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(recipe)}
     given = {name: value for name, value in given.items() if value is not None and name != "learning_rate"}

@@ -4,6 +4,7 @@ pictures, bad input, and the program as a user starts it."""
 import csv
 import json
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -282,19 +283,20 @@ def test_pictures(tmp_path):
     assert ((shown == colors[150].numpy()).all(1)).sum() > 50  # the legend
 
 
-def start(*arguments, **options) -> subprocess.CompletedProcess:
-    program = [sys.executable, str(PROGRAM), "--use_cpu", "true", "--disable_tqdm", "true", *map(str, arguments)]
-    return subprocess.run(program, capture_output=True, text=True, env=environment(), timeout=200, **options)
+def program(*arguments) -> list[str]:
+    return [str(PROGRAM), "--use_cpu", "true", "--disable_tqdm", "true", *map(str, arguments)]
 
 
-def test_program(data, tmp_path):
+def test_program(data, tmp_path, monkeypatch, capsys):
     """Everything from embedded data; then fine-tuning of the result on folders of palette maps with other classes."""
     classifier = pvt_hf.PvtV2ForImageClassification(pvt_hf.build_config("pvt_v2_b0", num_labels=10))
     classifier.save_pretrained(tmp_path / "classifier")
-    result = start("--smoke", "--output_dir", tmp_path / "run", "--backbone_checkpoint", tmp_path / "classifier")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert f"all {len(classifier.pvt_v2.state_dict())} tensors of the backbone are from" in result.stdout
-    miou = re.search(r"eval: mIoU ([\d.]+), .* on 12 images", result.stdout)[1]
+    arguments = ["--smoke", "--output_dir", tmp_path / "run", "--backbone_checkpoint", tmp_path / "classifier"]
+    monkeypatch.setattr(sys, "argv", program(*arguments))
+    runpy.run_path(str(PROGRAM), run_name="__main__")
+    output = capsys.readouterr().out
+    assert f"all {len(classifier.pvt_v2.state_dict())} tensors of the backbone are from" in output
+    miou = re.search(r"eval: mIoU ([\d.]+), .* on 12 images", output)[1]
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert f"**{100 * float(miou):.1f}" in card.content and card.data.pipeline_tag == "image-segmentation"
     assert "![predictions](predictions.png)" in card.content and "digits on canvases" in card.content
@@ -321,10 +323,41 @@ def test_program(data, tmp_path):
     arguments = [value for pair in zip(names, folders, strict=True) for value in pair]
     arguments += ["--smoke", "--max_steps", "2", "--reduce_labels", "--class_names", tmp_path / "names.json"]
     arguments += ["--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "tuned", "--window", 48]
-    result = start(*arguments, "--stride", 32)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "on 5 images" in result.stdout
+    monkeypatch.setattr(sys, "argv", program(*arguments, "--stride", 32))
+    runpy.run_path(str(PROGRAM), run_name="__main__")
+    assert "on 5 images" in capsys.readouterr().out
     tuned, before = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "run"))
     assert tuned["head.classifier.weight"].shape == (2, 32, 1, 1)
     name = "neck.lateral_convs.0.weight"
     assert 0 < (tuned[name] - before[name]).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_images", "images"], "--train_images, --train_maps, --eval_images and --eval_maps go together"),
+        (["--dataset_name", "me/maps"], "--class_names is missing"),
+        (["--backbone_checkpoint", "classifier", "--variant", "pvt_tiny"], "classifier is not a pvt_tiny"),
+    ],
+)
+def test_wrong_arguments_of_the_program(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pvt_hf.build_config("pvt_v2_b0").save_pretrained("classifier")
+    monkeypatch.setattr(sys, "argv", program("--smoke", "--output_dir", "runs/x", *arguments))
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+
+
+def test_official_run_of_the_program(monkeypatch, tmp_path):
+    """Without arguments it is the recipe, with the rate for as many images as there are; and a choice is kept."""
+    monkeypatch.setattr(sys, "argv", program("--output_dir", tmp_path))
+    parse_arguments = runpy.run_path(str(PROGRAM))["parse_arguments"]
+    options, args = parse_arguments()
+    assert options.recipe == SEGMENTATION_RECIPES["semantic_fpn_40k"] and args.max_steps == 40_000
+    assert args.learning_rate == pytest.approx(2e-4 * 4 / 32) and args.weight_decay == 1e-4 and not args.fp16
+    assert (args.max_grad_norm, args.optim, args.adam_epsilon) == (0.0, "adamw_torch_fused", 1e-8)
+    chosen = ["--output_dir", tmp_path, "--num_train_epochs", 3, "--learning_rate", 0.5, "--crop_size", 96, "--flip", 0]
+    monkeypatch.setattr(sys, "argv", program(*chosen))
+    options, args = parse_arguments()
+    assert (args.max_steps, args.num_train_epochs, args.learning_rate) == (-1, 3, 0.5)
+    assert (options.recipe.crop_size, options.recipe.flip, options.recipe.max_share) == (96, 0.0, 0.75)
