@@ -162,6 +162,7 @@ def main() -> None:
         print(f"{skipped} damaged images were left out; everything is in {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

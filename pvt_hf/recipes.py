@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -92,6 +92,100 @@ def imagenet_factor(recipe: ImageNetRecipe, peak: float, step: int, steps_per_ep
     return scheduled_learning_rate(step // steps_per_epoch, epochs, recipe.warmup_epochs, peak, *lowest) / peak
 
 
+@dataclass(frozen=True)
+class DetectionRecipe:
+    """The official training of a detector on COCO (v1 section 5.2, v2 section 4.2; `detection/configs/`).
+
+    Attributes:
+        system: `"retinanet"`, `"mask_rcnn"` or `"detr"`.
+        epochs: Length of the run.
+        decay_epochs: After each of them the learning rate is a tenth of what it was. In a run of another length it
+            happens after the same parts of the run.
+        learning_rate: For `reference_batch_size` images per step; it grows with the batch.
+        backbone_rate: Factor of the backbone's learning rate.
+        warmup_iterations, warmup_ratio: Steps of the linear warm-up, and the factor of the learning rate at its start.
+        weight_decay: Of AdamW.
+        decays_norms: Whether parameters with `norm` in their names are decayed as all others (officially biases too).
+        max_grad_norm: Gradients are clipped to it; 0 for no clipping.
+        drop_path_rate: Stochastic depth of the backbone's last block.
+        short_sides, longest_side, crop_short_sides: Of a [`~pvt_hf.augmentation.DetectionAugmentation`], in pixels.
+    """
+
+    system: str
+    epochs: int = 12
+    decay_epochs: tuple[int, ...] = (8, 11)
+    learning_rate: float = 1e-4
+    reference_batch_size: int = 16
+    backbone_rate: float = 1.0
+    warmup_iterations: int = 500
+    warmup_ratio: float = 0.001
+    weight_decay: float = 1e-4
+    decays_norms: bool = True
+    max_grad_norm: float = 0.0
+    drop_path_rate: float = 0.1
+    short_sides: Sequence[int] = (800,)
+    longest_side: int = 1333
+    crop_short_sides: Sequence[int] = ()
+
+
+_LONG = {"epochs": 36, "decay_epochs": (27, 33), "decays_norms": False}
+# RetinaNet's 3x run is in the paper only (v1 section 5.2); its norms are treated as in the 3x configuration there is.
+DETECTION_RECIPES = {
+    "retinanet_1x": DetectionRecipe("retinanet"),
+    "retinanet_3x_ms": DetectionRecipe("retinanet", short_sides=range(640, 801), **_LONG),
+    "mask_rcnn_1x": DetectionRecipe("mask_rcnn", learning_rate=2e-4),
+    "mask_rcnn_3x_ms": DetectionRecipe(
+        "mask_rcnn", weight_decay=0.05, short_sides=range(480, 801, 32), crop_short_sides=(400, 500, 600), **_LONG
+    ),
+    "detr_50ep": DetectionRecipe(
+        "detr",
+        epochs=50,
+        decay_epochs=(33,),
+        backbone_rate=0.1,
+        warmup_iterations=0,
+        max_grad_norm=0.1,
+        short_sides=range(640, 801, 32),
+    ),
+}
+# What was trained with 8 images per step, one per GPU, at a 1.4 times lower rate.
+_BATCHES_OF_EIGHT = {
+    "retinanet_1x": ("pvt_v2_b4", "pvt_v2_b5"),
+    "mask_rcnn_1x": ("pvt_large", "pvt_v2_b4", "pvt_v2_b5"),
+}
+
+
+def detection_recipe(name: str, variant: str | None = None) -> DetectionRecipe:
+    """One of `DETECTION_RECIPES` for a variant: the largest have smaller batches, v1's deep ones no stochastic depth.
+
+    Raises:
+        ValueError: If there is no such recipe.
+    """
+    if name not in DETECTION_RECIPES:
+        raise ValueError(f"`name` must be one of {', '.join(DETECTION_RECIPES)}, got {name!r}.")
+    recipe = DETECTION_RECIPES[name]
+    if variant in _BATCHES_OF_EIGHT.get(name, ()):
+        recipe = replace(recipe, learning_rate=recipe.learning_rate / 1.4, reference_batch_size=8)
+    return replace(recipe, drop_path_rate=0.0) if variant in ("pvt_medium", "pvt_large") else recipe
+
+
+def detection_factor(recipe: DetectionRecipe, step: int, steps_per_epoch: int, steps: int) -> float:
+    """The factor of every learning rate at a step of a run, counted from 0 (mmcv's `StepLrUpdaterHook`).
+
+    Raises:
+        ValueError: If the run is not longer than the warm-up.
+    """
+    if recipe.warmup_iterations >= steps:
+        raise ValueError(
+            f"`warmup_iterations` must be less than the {steps} steps of the run (`num_train_epochs`, `max_steps`), "
+            f"got {recipe.warmup_iterations}."
+        )
+    # In integers: `steps_per_epoch` divides the steps of a whole run, and decays begin with an epoch.
+    factor = 0.1 ** sum(step * recipe.epochs >= epoch * steps for epoch in recipe.decay_epochs)
+    if step < recipe.warmup_iterations:
+        factor *= 1 - (1 - step / recipe.warmup_iterations) * (1 - recipe.warmup_ratio)
+    return factor
+
+
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Whether the official code decays a parameter: v1's position embeddings yes; biases, norms and CLS token no."""
     return parameter.ndim > 1 and not name.endswith("cls_token")
@@ -133,18 +227,35 @@ def parameter_groups(
     if not 0 < layer_decay <= 1:
         raise ValueError(f"`layer_decay` must be above 0 and at most 1, got {layer_decay}.")
     config = getattr(model.config, "backbone_config", None) or model.config
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+
+    def settings(name: str, parameter: nn.Parameter) -> tuple[float, float]:
         depth = sum(config.depths) + 1 - block_index(name, config.depths) if layer_decay < 1 else 0
-        decay = weight_decay if is_decayed(name, parameter) else 0.0
-        group = groups.setdefault(
-            (depth, decay > 0),
-            {"params": [], "names": [], "lr": learning_rate * layer_decay**depth, "weight_decay": decay},
-        )
-        group["params"].append(parameter)
-        group["names"].append(name)
+        return learning_rate * layer_decay**depth, weight_decay if is_decayed(name, parameter) else 0.0
+
+    return _grouped(model, settings)
+
+
+def detection_parameter_groups(
+    model: nn.Module, recipe: DetectionRecipe, learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """As [`parameter_groups`], of a detector: its biases are decayed too, its norms where the recipe says so."""
+
+    def settings(name: str, parameter: nn.Parameter) -> tuple[float, float]:
+        rate = learning_rate * (recipe.backbone_rate if "backbone" in name else 1)
+        return rate, weight_decay if recipe.decays_norms or "norm" not in name else 0.0
+
+    return _grouped(model, settings)
+
+
+def _grouped(model: nn.Module, settings: Callable[[str, nn.Parameter], tuple[float, float]]) -> list[dict[str, Any]]:
+    """The trainable parameters by what `settings` gives for them, learning rate and weight decay."""
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate, decay = settings(name, parameter)
+            group = groups.setdefault((rate, decay), {"params": [], "names": [], "lr": rate, "weight_decay": decay})
+            group["params"].append(parameter)
+            group["names"].append(name)
     return list(groups.values())
 
 

@@ -26,6 +26,7 @@ SIBLINGS = {
     "objects": {"resize"},
     "overlays": {"image_processing_segmentation"},
     "pretrained": {"layers"},
+    "published": {"variants"},
     "recipes": {"variants"},
     "reports": {"recipes"},
     "training": {"checkpointing", "data", "reports"},
@@ -35,6 +36,10 @@ SIBLINGS = {
         *("image_processing_segmentation", "label_maps", "metrics", "modeling_semantic_fpn", "overlays", "recipes"),
         *("resize", "sliding_window", "training_dense"),
     },
+    "training_detection": {
+        *("coco", "detr", "image_processing_detection", "metrics", "recipes", "training_dense", "visualization"),
+    },
+    "visualization": {"coco", "objects"},
     "detection": {"boxes"},
     "masks": {"boxes", "detection"},
     "rpn": {"boxes", "configuration_mask_rcnn", "detection"},

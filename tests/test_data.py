@@ -26,6 +26,7 @@ from pvt_hf.data import (
     label_names,
     load_images,
     seeded,
+    stored,
     training_transform,
 )
 from pvt_hf.recipes import ImageNetRecipe
@@ -107,6 +108,48 @@ def test_shards(shards, kind, streaming):
         with pytest.raises(ValueError, match="num_labels"):
             label_names(data, column)
         assert epoch_length(data, "train") is None
+
+
+def test_data_sets_in_a_folder(shards, folder):
+    """Parquet files in a folder are a data set of theirs, and not images."""
+    (shards / "set").mkdir()
+    for number in range(2):
+        (shards / f"{number}.parquet").rename(shards / "set" / f"train-0000{number}.parquet")
+    assert label_names(load_images(str(shards / "set"), "train"))[1] == [str(value) for value in range(8)]
+
+
+def test_stream_is_stored(shards):
+    """For evaluation: the same rows, with a length, and any of them again."""
+    data = stored(load_images(f"{shards}/*.tar", "train", streaming=True))
+    assert len(data) == 16 and sorted(data["cls"]) == list(range(16))
+    assert decode(data[3]["image"], "x").getpixel((0, 0))[0] == data[3]["cls"]
+
+
+def test_labels_that_are_no_classes():
+    """Words, and another number of classes than the names say, before any image is read."""
+    images, words = (
+        [{"bytes": png(1)}] * 2,
+        datasets.Features({"image": datasets.Image(), "kind": datasets.Value("string")}),
+    )
+    data = datasets.Dataset.from_dict({"image": images, "kind": ["cat", "dog"]}, features=words)
+    with pytest.raises(ValueError, match=r"`label_column` must hold class indices, but 'kind' holds .*string"):
+        label_names(data, "kind")
+    with pytest.raises(ValueError, match=r"Found: \[\]"):
+        label_names(data)
+    named = data.class_encode_column("kind")
+    assert label_names(named) == ("kind", ["cat", "dog"])
+    with pytest.raises(ValueError, match="`num_labels` is 3, but 'kind' names 2 classes"):
+        label_names(named, num_labels=3)
+
+
+@pytest.mark.parametrize("label", [-1, 2, "dog", None])
+def test_wrong_label(label):
+    """The image is named."""
+    data = [{"image": {"bytes": png(1), "path": "a.png"}, "label": label}]
+    with pytest.raises(ImageError, match=rf"label of a\.png must be a class in \[0, 2\), got {label!r}"):
+        TrainingImages(data, "label", 2, value_of)[0, 0, 0, 0]
+    with pytest.raises(ImageError, match=rf"must be a class in \[0, 2\), got {label!r}"):
+        EvaluationImages(data, "label", 2, pvt_hf.PvtImageProcessorPil())[0]
 
 
 def test_two_columns_of_images(tmp_path):

@@ -19,6 +19,7 @@ from training_run import build
 from transformers import AutoModelForImageClassification
 
 from pvt_hf.checkpointing import CheckpointError, incompleteness, last_complete_checkpoint
+from pvt_hf.data import ImageError
 from pvt_hf.recipes import freeze_stages, imagenet_recipe, scheduled_learning_rate
 
 RICH = {"mixup": 0.8, "cutmix": 1.0, "repeats": 3, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
@@ -105,11 +106,114 @@ def test_two_processes_are_one(tmp_path):
     assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], rel=1e-4)
 
 
-def test_resuming_another_run(tmp_path):
+def test_fsdp2_is_one_process(tmp_path):
+    """Sharded over two processes: the same losses and weights, whole in every file, also after a resume."""
+    settings = {"adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 6}
+    one = run(tmp_path / "one", per_device_train_batch_size=8, **settings)
+    settings |= {"per_device_train_batch_size": 4, "sharded": True}
+    two = run(tmp_path / "two", processes=2, **settings)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    assert two["metrics"]["eval_accuracy"] == one["metrics"]["eval_accuracy"] and two["metrics"]["eval_images"] == 13
+    resumed = run(tmp_path / "two", processes=2, resume=str(tmp_path / "two" / "checkpoint-12"), **settings)
+    assert resumed["losses"] == two["losses"]
+    assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"))
+
+
+def test_sharding_that_accelerate_would_ignore(tmp_path):
+    """On CPUs it does, and every process would have the whole model."""
+    result = subprocess.run(
+        command(tmp_path, {"fsdp": True}, processes=2), capture_output=True, text=True, env=environment(), timeout=200
+    )
+    assert result.returncode != 0 and "`fsdp` is set, but accelerate does not shard here" in result.stderr
+
+
+def test_two_processes_resumed(tmp_path):
+    """With accumulation, workers and everything random: the same weights, bit by bit; each process draws its own."""
+    settings = {"recipe": RICH, "model": {"drop_path_rate": 0.2}, "images": 144, "dataloader_num_workers": 1}
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
+    settings |= {"save_steps": 2}
+    whole = run(tmp_path, processes=2, **settings)
+    final, seeds = weights(tmp_path), [json.loads((tmp_path / f"seed-{rank}.json").read_text()) for rank in (0, 1)]
+    resumed = run(tmp_path, processes=2, resume=str(tmp_path / "checkpoint-4"), **settings)
+    assert resumed["losses"] == whole["losses"] and len(whole["losses"]) == 18
+    assert all(torch.equal(value, weights(tmp_path)[key]) for key, value in final.items())
+    assert seeds == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"per_device_train_batch_size": 16}, "images per batch is 16, not 8"),
+        ({"trainer": {"ema_decay": 0.9}}, "decay of the averaged weights is 0.9, not None"),
+        ({"data_seed": 7}, "seed of the data is 7, not None"),
+    ],
+)
+def test_resuming_another_run(settings, message, tmp_path):
     """Another batch size would skip images, or end at once."""
-    build(tmp_path, save_strategy="steps", save_steps=4, max_steps=4).train()
-    with pytest.raises(CheckpointError, match="images per step is 16, not 8"):
-        build(tmp_path, per_device_train_batch_size=16).train(True)
+    build(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    with pytest.raises(CheckpointError, match=message):
+        build(tmp_path, **settings).train(True)
+
+
+def test_seed_of_the_data(tmp_path):
+    """It changes the order of the images, and nothing else."""
+    orders = []
+    for seed in (None, 5, 5):
+        sampler = build(tmp_path, data_seed=seed).build_sampler()
+        orders.append([key[0] for key in sampler])
+    assert orders[0] != orders[1] == orders[2] and sorted(orders[0]) == sorted(orders[1])
+
+
+def test_skipped_step_does_not_shift_the_schedule(tmp_path, monkeypatch):
+    """fp16 skips a step whose gradients overflow; the rate of the next epoch still begins with that epoch."""
+    trainer = build(tmp_path, recipe={"warmup_epochs": 1}, num_train_epochs=3)
+    skipped = property(lambda accelerator: trainer.state.global_step in (2, 3))
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", skipped)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([scheduled_learning_rate(step // 8, 3, 1, 1e-3, 1e-6, 1e-5) for step in range(24)])
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    """A stream of the first `damaged_at` images of a data set, and then an error."""
+
+    def __init__(self, images, damaged_at=10**9):
+        self.images, self.damaged_at, self.epoch = images, damaged_at, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.images)
+
+    def __iter__(self):
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        for position, index in enumerate(order):
+            if self.epoch * len(order) + position == self.damaged_at:
+                raise ImageError("A shard of the stream cannot be read: train-3.tar")
+            yield self.images[index, 0, self.epoch, position]
+
+
+def test_stream_resumed_and_damaged(tmp_path):
+    """A resumed stream has the same images; an unreadable shard ends the run, with the last checkpoint intact."""
+    settings = {"save_strategy": "steps", "save_steps": 3}
+
+    def streamed(folder, **options):
+        trainer = build(folder, **settings)
+        trainer.train_dataset = Streamed(trainer.train_dataset, **options)
+        return trainer
+
+    whole = streamed(tmp_path / "whole")
+    whole.train()
+    damaged = streamed(tmp_path / "damaged", damaged_at=64 + 5 * 8)
+    with pytest.raises(ImageError, match=r"train-3\.tar"):
+        damaged.train()
+    assert last_complete_checkpoint(tmp_path / "damaged") == str(tmp_path / "damaged" / "checkpoint-12")
+    repaired = streamed(tmp_path / "damaged")
+    repaired.train(True)
+    final = whole.model.state_dict()
+    assert all(torch.equal(value, final[key]) for key, value in repaired.model.state_dict().items())
 
 
 def test_resumed_at_the_end_of_an_epoch(tmp_path):
@@ -166,8 +270,10 @@ def test_checkpoint_that_was_interrupted(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(transformers.utils.logging._get_library_root_logger(), "propagate", True)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert "checkpoint-8 is not used: it was interrupted while it was written" in caplog.text
-    with pytest.raises(CheckpointError, match="checkpoint-8 is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="checkpoint-8 is not a whole checkpoint: it was interrupted"):
         build(tmp_path).train(str(tmp_path / "checkpoint-8"))
+    with pytest.raises(CheckpointError, match="checkpoint-7 is not a whole checkpoint: there is no such folder"):
+        build(tmp_path).train(str(tmp_path / "checkpoint-7"))
     optimizer = tmp_path / "checkpoint-4" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     assert incompleteness(tmp_path / "checkpoint-4") == "optimizer.pt is missing or has another size"
@@ -249,6 +355,9 @@ def test_mixup(tmp_path):
     [
         ({"recipe": RICH, "per_device_train_batch_size": 7}, "must be even for mixup"),
         ({"recipe": {"warmup_epochs": 2}}, "`warmup_epochs` must be less than the 2 epochs"),
+        ({"recipe": {"warmup_epochs": 1}, "max_steps": 8}, "`warmup_epochs` must be less than the 1 epochs"),
+        ({"warmup_steps": 5}, "`warmup_steps` .* has no effect"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no effect"),
         ({"per_device_train_batch_size": 100}, r"`per_device_train_batch_size` \(100\) is larger than the 64 images"),
     ],
 )
@@ -266,8 +375,12 @@ def test_damaged_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
     data.data = rows
     monkeypatch.setattr(transformers.utils.logging._get_library_root_logger(), "propagate", True)
     monkeypatch.setattr(transformers.utils.logging.get_logger("pvt_hf.data"), "propagate", True)
+    trainer.args.save_strategy = "epoch"
     trainer.train()
     assert trainer.skipped == trainer.skipped_images() == 2
+    resumed = build(tmp_path, num_train_epochs=2)
+    resumed.train(True)
+    assert resumed.skipped == 0 and resumed.skipped_images() == 2
     assert "broken.png cannot be read" in caplog.text and "image 9 cannot be read" in caplog.text
 
 

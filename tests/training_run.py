@@ -6,6 +6,8 @@ import sys
 import time
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from models import small_config
 from transformers import AutoModelForImageClassification, TrainingArguments, set_seed
 
@@ -59,23 +61,57 @@ def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, rec
     )
 
 
+SHARDED = {
+    "fsdp": True,
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "transformer_layer_cls_to_wrap": ["PvtV2BlockLayer"],
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_ram_efficient_loading": False,
+    },
+}
+
+
+def shard_on_cpus() -> None:
+    """accelerate shards on accelerators only; torch's FSDP2 itself works on CPUs too."""
+    start = PartialState.__init__
+
+    def start_as_if_on_gpus(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = start_as_if_on_gpus
+
+
 def main() -> None:
     output_dir, settings = sys.argv[1], json.loads(sys.argv[2])
     resume, slow = settings.pop("resume", None), settings.pop("slow", 0)
     torch.set_num_threads(1)
+    if settings.pop("sharded", False):
+        shard_on_cpus()
+        settings |= SHARDED
     trainer = build(output_dir, **settings)
+    mixed = trainer.mix
+    # What this process draws for its first batch.
+    trainer.mix = lambda *batch: (draws.append(torch.initial_seed()), mixed(*batch))[1]
+    draws = []
     step = trainer.training_step
     if slow:  # so that there is time to be killed
         trainer.training_step = lambda *args: (time.sleep(slow), step(*args))[1]
     trainer.train(resume)
     metrics = trainer.evaluate()
     trainer.save_model()
+    with open(os.path.join(output_dir, f"seed-{trainer.args.process_index}.json"), "w") as file:
+        json.dump(draws[0], file)
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         with open(os.path.join(output_dir, "result.json"), "w") as file:
             json.dump({"losses": losses, "metrics": metrics}, file)
         if trainer.ema is not None:
             torch.save(trainer.ema.module.state_dict(), os.path.join(output_dir, "ema.pt"))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,189 @@
+"""Trains RetinaNet, Mask R-CNN or DETR on PVT with the papers' recipes, on one process or many, and measures COCO's AP.
+
+    accelerate launch examples/train_detection.py --recipe retinanet_1x --backbone_checkpoint converted/pvt_small \\
+        --train_annotations coco/annotations/instances_train2017.json --train_images coco/train2017 \\
+        --eval_annotations coco/annotations/instances_val2017.json --eval_images coco/val2017       # a table row
+    python examples/train_detection.py --smoke --output_dir runs/smoke             # all of it in a minute, offline
+    python examples/train_detection.py --recipe mask_rcnn_1x --model_name_or_path converted/mask_rcnn_pvt_s ...
+    python examples/train_detection.py --recipe detr_50ep --dataset_name cppe-5 --eval_split test ...
+    python examples/train_detection.py --output_dir runs/x --resume_from_checkpoint true ...           # goes on exactly
+
+Every argument of TrainingArguments works too. Without data, it draws digits on canvases. The learning rate is that of
+the recipe for the real number of images per step; a short run needs a short --warmup_iterations.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, TrainingArguments, set_seed
+
+import pvt_hf
+from pvt_hf.arguments import parse, training_arguments, training_parser
+from pvt_hf.augmentation import DetectionAugmentation
+from pvt_hf.canvases import canvas_files
+from pvt_hf.coco import DetectionData, EvaluationDetections, TrainingDetections, read_coco, read_hub
+from pvt_hf.data import load_images
+from pvt_hf.metrics import COCO_METRICS
+from pvt_hf.recipes import DETECTION_RECIPES, detection_recipe, freeze_stages
+from pvt_hf.training_detection import DetectionTrainer
+from pvt_hf.variants import find_variant
+
+SMOKE = {"canvases": 16, "num_train_epochs": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+SMOKE |= {"short_sides": [96, 128], "longest_side": 160, "warmup_iterations": 2, "learning_rate": 2e-4}
+SMOKE |= {"dataloader_num_workers": 0, "logging_steps": 1}
+SMALL = {  # what `--smoke` trains
+    "retinanet": {"neck_channels": 64},
+    "mask_rcnn": {"neck_channels": 64, "box_head_size": 128, "roi_num_samples": 64},
+    "detr": {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2},
+}
+# The backbone's stages that each system works on.
+STAGES = {
+    "retinanet": ["stage2", "stage3", "stage4"],
+    "mask_rcnn": ["stage1", "stage2", "stage3", "stage4"],
+    "detr": ["stage4"],
+}
+CLASSES = {
+    "retinanet": (pvt_hf.RetinaNetConfig, pvt_hf.RetinaNetForObjectDetection),
+    "mask_rcnn": (pvt_hf.MaskRCNNConfig, pvt_hf.MaskRCNNForInstanceSegmentation),
+}
+
+
+def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
+    parser = training_parser(
+        __doc__, output_dir="runs/detection", num_train_epochs=None, per_device_train_batch_size=2,
+        per_device_eval_batch_size=2, dataloader_num_workers=4,
+    )  # fmt: skip
+    parser.add_argument("--recipe", choices=list(DETECTION_RECIPES), default="retinanet_1x")
+    parser.add_argument("--variant", choices=list(pvt_hf.VARIANTS), help="of the backbone; pvt_v2_b0 if missing")
+    parser.add_argument("--backbone_checkpoint", help="a classifier whose weights the backbone starts from")
+    for split in ("train", "eval"):
+        parser.add_argument(f"--{split}_annotations", help="COCO json")
+        parser.add_argument(f"--{split}_images", help="the folder of its images")
+    parser.add_argument("--canvases", type=int, default=1000, help="how many are drawn for training, without data")
+    parser.add_argument("--keep_empty", action="store_true", help="train on images without objects too")
+    parser.add_argument("--short_sides", type=int, nargs="+", help="pixels, one of them by chance; official if missing")
+    for name in ("longest_side", "warmup_iterations"):
+        parser.add_argument(f"--{name}", type=int, help="official if missing")
+    parser.add_argument("--drop_path_rate", type=float, help="official if missing")
+    parser.add_argument(
+        "--config_overrides",
+        type=json.loads,
+        help="of the detector, as '{\"neck_channels\": 64}'; not with a checkpoint",
+    )
+    options = parse(parser, SMOKE)
+    if bool(options.train_annotations) != bool(options.eval_annotations):
+        raise SystemExit("--train_annotations and --eval_annotations go together")
+    options.backbone = read_backbone_config(options)
+    found = find_variant(options.backbone)
+    if options.variant and (found is None or found.name != options.variant):
+        raise SystemExit(f"The checkpoint is not a {options.variant}")
+    options.variant = found.name if found else None
+    recipe = detection_recipe(options.recipe, options.variant)
+    given = {name: getattr(options, name) for name in ("short_sides", "longest_side", "warmup_iterations")}
+    given |= {"drop_path_rate": options.drop_path_rate}
+    given = {name: value for name, value in given.items() if value is not None}
+    options.recipe = recipe = dataclasses.replace(recipe, **given)
+    if options.config_overrides is None:
+        options.config_overrides = SMALL[recipe.system] if options.smoke else {}
+    official = {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm}
+    official |= {"num_train_epochs": recipe.epochs}
+    rate = recipe.learning_rate / recipe.reference_batch_size
+    return options, training_arguments(options, official, lambda images: rate * images)
+
+
+def read_backbone_config(options: argparse.Namespace) -> PreTrainedConfig:
+    """Of the checkpoint, the detector's or the classifier's, or of the variant."""
+    if options.model_name_or_path:
+        return AutoConfig.from_pretrained(options.model_name_or_path).backbone_config
+    if options.backbone_checkpoint:
+        return AutoConfig.from_pretrained(options.backbone_checkpoint)
+    return pvt_hf.build_config(options.variant or "pvt_v2_b0")
+
+
+def load_data(options: argparse.Namespace, args: TrainingArguments) -> tuple[DetectionData, DetectionData]:
+    """To train on, and to evaluate on."""
+    if options.train_annotations:
+        train = read_coco(options.train_annotations, options.train_images)
+        return train, read_coco(options.eval_annotations, options.eval_images)
+    if options.dataset_name:
+        name, config = options.dataset_name, options.dataset_config_name
+        return tuple(read_hub(load_images(name, split, config)) for split in (options.train_split, options.eval_split))
+    folder = Path(args.output_dir).parent / f"canvases-{options.canvases}"
+    with args.main_process_first(desc="drawing canvases"):
+        canvas_files(folder, options.canvases, held_out=max(8, options.canvases // 5))
+    splits = (folder / split for split in ("train", "validation"))
+    return tuple(read_coco(split / "annotations.json", split / "images") for split in splits)
+
+
+def build_detector(system: str, backbone: PreTrainedConfig, fields: dict[str, Any]):
+    if system == "detr":
+        return pvt_hf.build_detr(pvt_hf.build_detr_config(backbone, **fields))
+    config_class, model_class = CLASSES[system]
+    if unknown := fields.keys() - {field.name for field in dataclasses.fields(config_class)}:
+        raise SystemExit(f"--config_overrides: a {config_class.__name__} has no fields {sorted(unknown)}")
+    return model_class(config_class(backbone_config=backbone, **fields))
+
+
+def load_model(options: argparse.Namespace, names: list[str]):
+    fields = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    recipe, backbone = options.recipe, options.backbone
+    if options.model_name_or_path:
+        model = AutoModelForObjectDetection.from_pretrained(
+            options.model_name_or_path, ignore_mismatched_sizes=True, **fields
+        )
+    else:
+        backbone.out_features, backbone.drop_path_rate = STAGES[recipe.system], recipe.drop_path_rate
+        model = build_detector(recipe.system, backbone, fields | options.config_overrides)
+    if options.backbone_checkpoint:
+        count = pvt_hf.load_pretrained_backbone(model, options.backbone_checkpoint)
+        print(f"all {count} tensors of the backbone are from {options.backbone_checkpoint}")
+    freeze_stages(model, options.freeze_stages)
+    return model
+
+
+def main() -> None:
+    options, args = parse_arguments()
+    set_seed(args.seed)
+    train, held_out = load_data(options, args)
+    model, recipe = load_model(options, train.label_names), options.recipe
+    limits = {"shortest_edge": max(recipe.short_sides), "longest_edge": recipe.longest_side}
+    image_processor = pvt_hf.PvtDetectionImageProcessor(size=limits, num_labels=len(train.label_names))
+    augment = DetectionAugmentation(recipe.short_sides, recipe.longest_side, crop_short_sides=recipe.crop_short_sides)
+    masks = getattr(model.config, "use_masks", False)
+    trainer = DetectionTrainer(
+        model=model,
+        args=args,
+        recipe=recipe,
+        official_schedule=options.lr_scheduler_type is None,
+        ema_decay=options.ema_decay,
+        channels_last=options.channels_last,
+        train_dataset=TrainingDetections(
+            train.for_training(empty=options.keep_empty), augment, masks, options.skip_damaged
+        ),
+        eval_dataset=EvaluationDetections(held_out),
+        processing_class=image_processor,
+        dataset_name=options.dataset_name or options.train_annotations,
+        initial_weights=options.model_name_or_path or options.backbone_checkpoint,
+        settings={key: getattr(options, key) for key in ("variant", "config_overrides", "freeze_stages")},
+    )
+    trainer.train(args.resume_from_checkpoint)
+    metrics = trainer.evaluate() | (trainer.evaluate_average() if trainer.ema else {})
+    trainer.save_model()
+    trainer.create_model_card()
+    skipped = trainer.skipped_images()
+    if trainer.is_world_process_zero():
+        for prefix in [f"{name}_{part}" for name in ("eval", "ema") for part in ("", "mask_")]:
+            if f"{prefix}AP" in metrics:
+                numbers = ", ".join(f"{name} {metrics[prefix + name]:.3f}" for name in COCO_METRICS)
+                print(f"{prefix.rstrip('_')}: {numbers}")
+        print(f"{metrics['eval_images']} images evaluated; {skipped} damaged images were left out of training")
+        print(f"everything is in {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()
