@@ -30,7 +30,7 @@ from pvt_hf.recipes import SEGMENTATION_RECIPES, freeze_stages
 from pvt_hf.training_segmentation import SegmentationTrainer
 from pvt_hf.variants import find_variant
 
-SMOKE = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "canvases": (48, 12), "flip": 0.0}
+SMOKE = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "canvases": 48, "flip": 0.0}
 SMOKE |= {"shortest_edge": 64, "longest_edge": 256, "crop_size": 64, "neck_channels": 64, "head_channels": 32}
 SMOKE |= {"eval_steps": 6, "save_steps": 6, "logging_steps": 2, "dataloader_num_workers": 0}
 FOLDERS = ("train_images", "train_maps", "eval_images", "eval_maps")
@@ -52,7 +52,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     parser.add_argument("--map_column", help="of --dataset_name, if it has more than two columns of images")
     parser.add_argument("--reduce_labels", action="store_true", help="label 0 is no class, the others count from 0")
     parser.add_argument("--class_names", help="a json file: a list, or a dictionary from labels to names")
-    parser.add_argument("--canvases", type=int, nargs=2, default=(1000, 200), help="digits: to train on, held out")
+    parser.add_argument("--canvases", type=int, default=1000, help="how many are drawn for training, without data")
     parser.add_argument("--window", type=int, help="evaluate in windows of this many pixels of the network's input")
     parser.add_argument("--stride", type=int, help="from one window to the next")
     for name in ("shortest_edge", "longest_edge", "crop_size"):
@@ -84,8 +84,8 @@ def load_data(options: argparse.Namespace, args: TrainingArguments, names: list[
     folders = [getattr(options, name) for name in FOLDERS]
     if not any(folders):
         with args.main_process_first(desc="drawing canvases"):
-            count, held_out = options.canvases
-            root = canvas_files(Path(args.output_dir).parent / f"canvases-{count}-{held_out}", count, held_out)
+            root = Path(args.output_dir).parent / f"canvases-{options.canvases}"
+            canvas_files(root, options.canvases, held_out=max(8, options.canvases // 5))
         folders = [root / split / kind for split in ("train", "validation") for kind in ("images", "maps")]
     return [read_folders(*pair, **settings) for pair in (folders[:2], folders[2:])]
 

@@ -17,7 +17,7 @@ from .label_maps import MapCollator
 from .metrics import ConfusionMatrix
 from .modeling_semantic_fpn import semantic_loss
 from .overlays import draw_overlays
-from .recipes import SegmentationRecipe, polynomial_factor, uniform_parameter_groups
+from .recipes import SegmentationRecipe, polynomial_factor, segmentation_parameter_groups
 from .resize import resize_nearest
 from .sliding_window import sliding_window_logits
 from .training_dense import DensePredictionTrainer
@@ -92,7 +92,7 @@ class SegmentationTrainer(DensePredictionTrainer):
             recipe=recipe,
             processing_class=processing_class,
             data_collator=MapCollator(processing_class, (recipe.crop_size, recipe.crop_size), ignored),
-            parameter_groups=lambda model: uniform_parameter_groups(
+            parameter_groups=lambda model: segmentation_parameter_groups(
                 model, self.args.learning_rate, self.args.weight_decay
             ),
             schedule=(lambda *steps: polynomial_factor(recipe.power, *steps)) if official_schedule else None,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from huggingface_hub import ModelCard
 from models import ROOT, STAGES, randomize, small_config
 from PIL import Image
 from safetensors.torch import load_file
-from segmentation_run import build, losses
+from segmentation_run import build, losses, read
 from test_train import assert_close, environment, weights
 from transformers import AutoModelForSemanticSegmentation, UperNetConfig, UperNetForSemanticSegmentation, pipeline
 
@@ -26,7 +27,7 @@ import pvt_hf
 from pvt_hf.canvases import canvas_files
 from pvt_hf.metrics import mean_iou_metric
 from pvt_hf.overlays import draw_overlays, overlay, palette
-from pvt_hf.recipes import SEGMENTATION_RECIPES, freeze_stages, polynomial_factor, uniform_parameter_groups
+from pvt_hf.recipes import SEGMENTATION_RECIPES, freeze_stages, polynomial_factor, segmentation_parameter_groups
 from pvt_hf.training_segmentation import EvaluationShare
 
 PROGRAM = ROOT / "examples" / "train_segmentation.py"
@@ -102,12 +103,12 @@ def test_every_parameter_is_decayed(data, tmp_path):
     """Norms, biases and position embeddings too, as officially; frozen stages are left out."""
     backbone = small_config("v1", out_features=STAGES)
     model = pvt_hf.SemanticFPNForSemanticSegmentation(pvt_hf.SemanticFPNConfig(backbone_config=backbone))
-    (group,) = uniform_parameter_groups(model, 2e-4, 1e-4)
+    (group,) = segmentation_parameter_groups(model, 2e-4, 1e-4)
     assert group["names"] == [name for name, _ in model.named_parameters()]
     assert (group["lr"], group["weight_decay"]) == (2e-4, 1e-4)
     assert any("position_embeddings" in name for name in group["names"])
     frozen = freeze_stages(model, 1)
-    (group,) = uniform_parameter_groups(model, 2e-4, 1e-4)
+    (group,) = segmentation_parameter_groups(model, 2e-4, 1e-4)
     assert frozen and set(frozen).isdisjoint(group["names"]) and len(group["params"]) == len(group["names"])
 
 
@@ -296,7 +297,7 @@ def test_program(data, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(PROGRAM), run_name="__main__")
     output = capsys.readouterr().out
     assert f"all {len(classifier.pvt_v2.state_dict())} tensors of the backbone are from" in output
-    miou = re.search(r"eval: mIoU ([\d.]+), .* on 12 images", output)[1]
+    miou = re.search(r"eval: mIoU ([\d.]+), .* on 9 images", output)[1]
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert f"**{100 * float(miou):.1f}" in card.content and card.data.pipeline_tag == "image-segmentation"
     assert "![predictions](predictions.png)" in card.content and "digits on canvases" in card.content
@@ -361,3 +362,29 @@ def test_official_run_of_the_program(monkeypatch, tmp_path):
     options, args = parse_arguments()
     assert (args.max_steps, args.num_train_epochs, args.learning_rate) == (-1, 3, 0.5)
     assert (options.recipe.crop_size, options.recipe.flip, options.recipe.max_share) == (96, 0.0, 0.75)
+
+
+def test_data_of_the_program(data, monkeypatch, tmp_path):
+    """A data set of the Hub with the columns `image` and `annotation` gives what the folders give."""
+    for split in ("train", "validation"):
+        paths = {name: sorted(map(str, (data / split / name).glob("*.png"))) for name in ("images", "maps")}
+        rows = {"image": paths["images"], "annotation": paths["maps"]}
+        features = datasets.Features(dict.fromkeys(rows, datasets.Image()))
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.map(lambda row: row).to_parquet(tmp_path / "hub" / f"{split}-00000.parquet")
+    (tmp_path / "names.json").write_text(json.dumps(list("abcdefghijk")))
+    arguments = ["--dataset_name", tmp_path / "hub", "--class_names", tmp_path / "names.json", "--output_dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", program(*arguments))
+    module = runpy.run_path(str(PROGRAM))
+    options, args = module["parse_arguments"]()
+    names = module["class_names"](options)
+    assert names == list("abcdefghijk")
+    for found, split in zip(module["load_data"](options, args, names), ("train", "validation"), strict=True):
+        expected = read(data, split)
+        assert len(found) == len(expected)
+        assert all(torch.equal(*pair) for pair in zip(found.read(3), expected.read(3), strict=True))
+    options.class_names = tmp_path / "few.json"
+    options.class_names.write_text(json.dumps({"0": "background", "1": "zero"}))
+    few = module["load_data"](options, args, module["class_names"](options))[0]
+    with pytest.raises(ValueError, match=r"label map .* has the labels \[.*10\], the classes are 0 to 1"):
+        [few.read(index) for index in range(len(few))]
