@@ -20,6 +20,7 @@ from pathlib import Path
 
 import datasets
 from transformers import AutoConfig, AutoModelForSemanticSegmentation, TrainingArguments, set_seed
+from transformers.hf_argparser import string_to_bool
 
 import pvt_hf
 from pvt_hf.arguments import parse, training_arguments, training_parser
@@ -58,8 +59,9 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     for name in ("shortest_edge", "longest_edge", "crop_size"):
         parser.add_argument(f"--{name}", type=int, help="in pixels; official if missing")
     parser.add_argument("--scales", type=float, nargs=2, help="lowest and highest; official if missing")
-    for name in ("flip", "drop_path_rate"):
+    for name in ("flip", "max_share", "drop_path_rate"):
         parser.add_argument(f"--{name}", type=float, help="official if missing")
+    parser.add_argument("--distortion", type=string_to_bool, help="of colours; official (true) if missing")
     options = parse(parser, SMOKE)
     if len({bool(getattr(options, name)) for name in FOLDERS}) > 1:
         raise SystemExit("--train_images, --train_maps, --eval_images and --eval_maps go together")
