@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,10 +54,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def command(output_dir, data, settings: dict, processes: int = 1) -> list[str]:
+def started(output_dir, data, settings: dict, **variables: object) -> subprocess.Popen:
     program = [str(ROOT / "tests" / "segmentation_run.py"), str(output_dir), str(data), json.dumps(settings)]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *launch, *program]
+    variables = {name: str(value) for name, value in variables.items()}
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *program], env=environment() | variables, **output)
 
 
 def slow_metrics(trainer, windows=None, num_labels: int = 11) -> tuple[dict, list[float], list[torch.Tensor]]:
@@ -198,9 +200,14 @@ def test_two_processes(data, tmp_path):
     one = build(tmp_path / "one", data, per_device_train_batch_size=8, **settings)
     one.train()
     expected = one.evaluate()
-    arguments = command(tmp_path / "two", data, settings | {"per_device_train_batch_size": 4}, processes=2)
-    result = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=200)
-    assert result.returncode == 0, result.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 2}
+    settings |= {"per_device_train_batch_size": 4}
+    processes = [started(tmp_path / "two", data, settings, RANK=rank, LOCAL_RANK=rank, **group) for rank in (0, 1)]
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors[-3000:]
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["losses"] == pytest.approx(losses(one), rel=1e-4)
     assert_close(weights(tmp_path / "two"), one.model.state_dict())
@@ -217,15 +224,12 @@ def test_killed_and_resumed(data, tmp_path):
     whole = build(tmp_path / "whole", data, **settings)
     whole.train()
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(killed, data, settings | {"slow": 0.5}),
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = started(killed, data, settings | {"slow": 0.5})
     while not (killed / "checkpoint-8" / "complete.json").exists():  # the epoch has 6
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (killed / "result.json").exists()
     resumed = build(killed, data, **settings)
     resumed.train(True)
