@@ -72,7 +72,8 @@ def build_detector(library: str, name: str) -> torch.nn.Module:
         backbone = pvt_hf.build_config(name, out_features=STAGES[1:])
         model = pvt_hf.RetinaNetForObjectDetection(pvt_hf.RetinaNetConfig(backbone_config=backbone, num_labels=80))
         layer = model.head.class_predictor
-    torch.nn.init.zeros_(layer.bias)  # so that as many candidates are left as in a trained detector, or more
+    with torch.no_grad():  # one class everywhere, so that every level has its 1000 candidates for the suppression
+        layer.bias.view(9, -1)[:, 0] = 0
     forward, image_processor = model.forward, pvt_hf.PvtDetectionImageProcessor()
     corners = torch.rand(10, 2) * 0.7
     boxes, classes = torch.cat([corners, corners + 0.05 + 0.2 * torch.rand(10, 2)], dim=1), torch.arange(10)
