@@ -38,8 +38,8 @@ def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
     result = python(EVALUATE, "--model_name_or_path", "me/digits", "--output_dir", "measured", "--num_workers", "0")
     assert result.returncode == 0, result.stderr[-3000:]
     measured = json.loads((tmp_path / "measured" / "results.json").read_text())["me/digits"]
-    assert measured["top1"] == pytest.approx(100 * accuracy) and measured["images"] == 360
-    assert re.search(rf"\| me/digits \| +\| {100 * accuracy:.2f} \|", result.stdout)
+    assert measured["accuracy"] == pytest.approx(100 * accuracy) and measured["images"] == 360
+    assert f"| me/digits | accuracy |  | {100 * accuracy:.2f} |  | 360 |" in result.stdout
 
     assert "The averaged weights (in `ema`) reach **" in card.content
 

@@ -28,7 +28,7 @@ def detector(system: str, version: str):
 
 
 def test_numbers():
-    """`detection/configs/` as the semantics list them: rate, images per step, decay, epochs, drops, warm-up, clipping."""
+    """`detection/configs/` as the semantics list them: rate, images per step, decay, epochs, drops, warm-up, clip."""
     table = {
         "retinanet_1x": (1e-4, 16, 1e-4, True, 12, (8, 11), 500, 0.0),
         "retinanet_3x_ms": (1e-4, 16, 1e-4, False, 36, (27, 33), 500, 0.0),
