@@ -17,7 +17,6 @@ CLASSES = tuple("0123456789")
 _SIDES = (112, 192)
 _DIGIT_SIDES = (20, 64)
 _CONTRAST = 90
-_CROP_SIDE = 64
 
 
 @dataclass
@@ -45,9 +44,7 @@ def canvas_files(folder: str | Path, images: int = 1000, held_out: int = 200, se
 
     Each split has `annotations.json` in COCO's format (boxes, and masks as RLE), the pictures in `images` and the label
     maps for semantic segmentation in `maps` (background and ten digits). The digits of the two splits, and of
-    those on which the classifiers are trained and evaluated, are the same two sets of scikit-learn's. `digits` has a
-    folder for each split with one for each class, as `datasets` reads them: what is around every box, to pretrain a
-    classifier on what a detector or a segmenter will see.
+    those on which the classifiers are trained and evaluated, are the same two sets of scikit-learn's.
 
     Args:
         folder: To be written; it appears when it is complete.
@@ -70,7 +67,6 @@ def canvas_files(folder: str | Path, images: int = 1000, held_out: int = 200, se
         complete = Path(temporary) / folder.name
         for split, count in (("train", images), ("validation", held_out)):
             _write_split(complete / split, split, count, seed)
-            _write_digits(complete / split, complete / "digits" / split, seed)
         (complete / about.name).write_text(json.dumps(contents))
         os.rename(complete, folder)
     return folder
@@ -94,21 +90,6 @@ def _write_split(folder: Path, split: str, images: int, seed: int) -> None:
             records["annotations"].append(annotation)
     records["categories"] = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
     (folder / "annotations.json").write_text(json.dumps(records))
-
-
-def _write_digits(source: Path, folder: Path, seed: int) -> None:
-    """Squares around the boxes of a split, with margins by chance."""
-    records, generator = json.loads((source / "annotations.json").read_text()), np.random.default_rng(seed)
-    files = {image["id"]: source / "images" / image["file_name"] for image in records["images"]}
-    for annotation in records["annotations"]:
-        left, top, width, height = annotation["bbox"]
-        half = max(width, height) * generator.uniform(0.55, 0.85)
-        x, y = (np.array([left + width / 2, top + height / 2]) + half * generator.uniform(-0.2, 0.2, 2)).tolist()
-        file = folder / CLASSES[annotation["category_id"] - 1] / f"{annotation['id']:06}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with Image.open(files[annotation["image_id"]]) as image:
-            box = max(x - half, 0), max(y - half, 0), min(x + half, image.width), min(y + half, image.height)
-            image.resize((_CROP_SIDE, _CROP_SIDE), box=box).save(file)
 
 
 def _box(mask: np.ndarray) -> list[int]:

@@ -2,14 +2,12 @@
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pvt_hf.canvases import CLASSES, canvas_files, digit_images, draw_canvas
-from pvt_hf.data import load_images
 from pvt_hf.objects import rasterize
 
 
@@ -44,19 +42,6 @@ def test_files_agree(folder):
             np.testing.assert_array_equal(labels, expected)
 
 
-def test_crops_for_a_classifier(folder):
-    """One for every annotation, in the folder of its class; of another brightness in the middle than at the border."""
-    for split in ("train", "validation"):
-        records = json.loads((folder / split / "annotations.json").read_text())
-        crops = load_images(str(folder / "digits"), split)
-        names = crops.features["label"].names
-        assert sorted(names) == sorted(CLASSES) and len(crops) == len(records["annotations"])
-        found = [(names[row["label"]], int(Path(row["image"]["path"]).stem)) for row in crops]
-        expected = [(CLASSES[a["category_id"] - 1], a["id"]) for a in records["annotations"]]
-        assert sorted(found) == sorted(expected)
-        assert Image.open(crops[0]["image"]["path"]).size == (64, 64)
-
-
 def test_what_is_on_them():
     glyphs, labels = digit_images("train")
     canvases = [draw_canvas(glyphs, labels, np.random.default_rng(seed)) for seed in range(200)]
@@ -85,8 +70,7 @@ def test_no_digit_is_in_both_splits():
 def test_same_seed_same_bytes(folder, tmp_path):
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.*"))
     again = canvas_files(tmp_path / "again", images=60, held_out=30, seed=3)
-    crops = [file for file in files if file.parts[0] == "digits"]
-    assert len(files) == 2 * 90 + 3 + len(crops) and len(crops) > 180
+    assert len(files) == 2 * 90 + 3
     assert all((folder / file).read_bytes() == (again / file).read_bytes() for file in files)
     other = canvas_files(tmp_path / "other", images=2, held_out=2, seed=4)
     first = "train/images/000001.png"
