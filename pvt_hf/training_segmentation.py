@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers.modeling_outputs import SemanticSegmenterOutput
@@ -81,8 +80,6 @@ class SegmentationTrainer(DensePredictionTrainer):
     ):
         if (window is None) != (stride is None):
             raise ValueError(f"`window` and `stride` go together, got {window} and {stride}.")
-        if dist.is_initialized() and dist.get_world_size() > 1 and torch.cuda.is_available():
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Trainer counts the labels other than -100, and a loss is divided by what is counted.
         by_valid_pixels = getattr(model.config, "loss_normalization", None) == "valid"
         ignored = -100 if by_valid_pixels else getattr(model.config, "semantic_loss_ignore_index", IGNORED)
@@ -98,6 +95,8 @@ class SegmentationTrainer(DensePredictionTrainer):
             schedule=(lambda *steps: polynomial_factor(recipe.power, *steps)) if official_schedule else None,
             **kwargs,
         )
+        if self.args.world_size > 1 and self.args.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # in place, with the same parameters
         self.window, self.stride = window, stride
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
@@ -150,9 +149,8 @@ class SegmentationTrainer(DensePredictionTrainer):
     def evaluation_metrics(self) -> dict[str, float]:
         self.matrix.reduce()
         metrics = self.matrix.metrics()
-        self.classes = list(
-            zip(metrics.pop("IoU"), metrics.pop("Acc"), self.matrix.counts.sum(1).tolist(), strict=True)
-        )
+        counts = self.matrix.counts.sum(dim=1).tolist()
+        self.classes = list(zip(metrics.pop("IoU"), metrics.pop("Acc"), counts, strict=True))
         # As float32, which is what every device can add up; pixels are too many for it to be exact.
         loss, pixels, images = self.accelerator.reduce(self.sums.float().to(self.args.device)).tolist()
         return metrics | {"loss": loss / max(pixels, 1), "images": round(images)}

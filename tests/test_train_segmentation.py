@@ -303,7 +303,9 @@ def test_program(data, tmp_path, monkeypatch, capsys):
     assert f"all {len(classifier.pvt_v2.state_dict())} tensors of the backbone are from" in output
     miou = re.search(r"eval: mIoU ([\d.]+), .* on 9 images", output)[1]
     card = ModelCard.load(tmp_path / "run" / "README.md")
-    assert f"**{100 * float(miou):.1f}" in card.content and card.data.pipeline_tag == "image-segmentation"
+    shown = re.search(r"\*\*([\d.]+) %\*\* mIoU", card.content)[1]
+    assert float(shown) == pytest.approx(100 * float(miou), abs=0.011)
+    assert card.data.pipeline_tag == "image-segmentation"
     assert "![predictions](predictions.png)" in card.content and "digits on canvases" in card.content
     for picture in ("predictions.png", "curves.png"):
         with Image.open(tmp_path / "run" / picture) as opened:
