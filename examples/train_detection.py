@@ -4,6 +4,7 @@
         --train_annotations coco/annotations/instances_train2017.json --train_images coco/train2017 \\
         --eval_annotations coco/annotations/instances_val2017.json --eval_images coco/val2017       # a table row
     python examples/train_detection.py --smoke --output_dir runs/smoke             # all of it in a minute, offline
+    python examples/train_detection.py --demo --backbone_checkpoint runs/quickstart       # learns digits in minutes
     python examples/train_detection.py --recipe mask_rcnn_1x --model_name_or_path converted/mask_rcnn_pvt_s ...
     python examples/train_detection.py --recipe detr_50ep --dataset_name cppe-5 --eval_split test ...
     python examples/train_detection.py --output_dir runs/x --resume_from_checkpoint true ...           # goes on exactly
@@ -31,14 +32,23 @@ from pvt_hf.recipes import DETECTION_RECIPES, detection_recipe, freeze_stages
 from pvt_hf.training_detection import DetectionTrainer
 from pvt_hf.variants import find_variant
 
-SMOKE = {"canvases": 16, "num_train_epochs": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
-SMOKE |= {"short_sides": [96, 128], "longest_side": 160, "warmup_iterations": 2, "learning_rate": 2e-4}
-SMOKE |= {"dataloader_num_workers": 0, "logging_steps": 1}
-SMALL = {  # what `--smoke` trains
+# Of the embedded data: digits have no mirror images, and canvases are small.
+CANVASES = {"short_sides": [128], "longest_side": 192, "flip": 0.0, "drop_path_rate": 0.0, "learning_rate": 5e-4}
+CANVASES |= {"per_device_train_batch_size": 4, "dataloader_num_workers": 0, "max_grad_norm": 1.0}
+DEMO = CANVASES | {"num_train_epochs": 8, "warmup_iterations": 100, "logging_steps": 20, "save_strategy": "no"}
+DEMO |= {"eval_strategy": "steps", "eval_steps": 480}
+SMOKE = CANVASES | {"num_train_epochs": 2, "warmup_iterations": 2, "logging_steps": 1, "canvases": 16}
+SMALL = {
     "retinanet": {"neck_channels": 64},
-    "mask_rcnn": {"neck_channels": 64, "box_head_size": 128, "roi_num_samples": 64},
-    "detr": {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2},
-}
+    "mask_rcnn": {
+        "neck_channels": 64, "box_head_size": 256, "roi_num_samples": 64,
+        "num_candidates": 200, "num_candidates_train": 200, "num_proposals": 200,
+    },
+    "detr": {
+        "d_model": 128, "num_queries": 20, "encoder_layers": 2, "decoder_layers": 3,
+        "encoder_ffn_dim": 512, "decoder_ffn_dim": 512,
+    },
+}  # fmt: skip
 # The backbone's stages that each system works on.
 STAGES = {
     "retinanet": ["stage2", "stage3", "stage4"],
@@ -54,7 +64,7 @@ CLASSES = {
 def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     parser = training_parser(
         __doc__, output_dir="runs/detection", num_train_epochs=None, per_device_train_batch_size=2,
-        per_device_eval_batch_size=2, dataloader_num_workers=4,
+        per_device_eval_batch_size=1, dataloader_num_workers=4,
     )  # fmt: skip
     parser.add_argument("--recipe", choices=list(DETECTION_RECIPES), default="retinanet_1x")
     parser.add_argument("--variant", choices=list(pvt_hf.VARIANTS), help="of the backbone; pvt_v2_b0 if missing")
@@ -67,27 +77,31 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     parser.add_argument("--short_sides", type=int, nargs="+", help="pixels, one of them by chance; official if missing")
     for name in ("longest_side", "warmup_iterations"):
         parser.add_argument(f"--{name}", type=int, help="official if missing")
-    parser.add_argument("--drop_path_rate", type=float, help="official if missing")
+    for name in ("flip", "drop_path_rate"):
+        parser.add_argument(f"--{name}", type=float, help="official if missing")
     parser.add_argument(
         "--config_overrides",
         type=json.loads,
         help="of the detector, as '{\"neck_channels\": 64}'; not with a checkpoint",
     )
+    parser.add_argument("--demo", action="store_true", help="a small detector that learns the canvases in minutes")
+    if parser.parse_known_args()[0].demo:
+        parser.set_defaults(**DEMO)
     options = parse(parser, SMOKE)
-    if bool(options.train_annotations) != bool(options.eval_annotations):
-        raise SystemExit("--train_annotations and --eval_annotations go together")
+    files = [getattr(options, f"{split}_{kind}") for split in ("train", "eval") for kind in ("annotations", "images")]
+    if any(files) and not all(files):
+        raise SystemExit("--train_annotations, --train_images, --eval_annotations and --eval_images go together")
     options.backbone = read_backbone_config(options)
     found = find_variant(options.backbone)
     if options.variant and (found is None or found.name != options.variant):
         raise SystemExit(f"The checkpoint is not a {options.variant}")
     options.variant = found.name if found else None
     recipe = detection_recipe(options.recipe, options.variant)
-    given = {name: getattr(options, name) for name in ("short_sides", "longest_side", "warmup_iterations")}
-    given |= {"drop_path_rate": options.drop_path_rate}
+    given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(recipe)}
     given = {name: value for name, value in given.items() if value is not None}
     options.recipe = recipe = dataclasses.replace(recipe, **given)
     if options.config_overrides is None:
-        options.config_overrides = SMALL[recipe.system] if options.smoke else {}
+        options.config_overrides = SMALL[recipe.system] if options.smoke or options.demo else {}
     official = {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm}
     official |= {"num_train_epochs": recipe.epochs}
     rate = recipe.learning_rate / recipe.reference_batch_size
@@ -97,7 +111,10 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
 def read_backbone_config(options: argparse.Namespace) -> PreTrainedConfig:
     """Of the checkpoint, the detector's or the classifier's, or of the variant."""
     if options.model_name_or_path:
-        return AutoConfig.from_pretrained(options.model_name_or_path).backbone_config
+        config = AutoConfig.from_pretrained(options.model_name_or_path)
+        if not config.model_type.endswith(DETECTION_RECIPES[options.recipe].system):
+            raise SystemExit(f"--recipe {options.recipe} is not for a {config.model_type}")
+        return config.backbone_config
     if options.backbone_checkpoint:
         return AutoConfig.from_pretrained(options.backbone_checkpoint)
     return pvt_hf.build_config(options.variant or "pvt_v2_b0")
@@ -148,10 +165,12 @@ def main() -> None:
     options, args = parse_arguments()
     set_seed(args.seed)
     train, held_out = load_data(options, args)
+    if train.label_names != held_out.label_names:
+        raise SystemExit(f"Training has the classes {train.label_names}, evaluation {held_out.label_names}")
     model, recipe = load_model(options, train.label_names), options.recipe
     limits = {"shortest_edge": max(recipe.short_sides), "longest_edge": recipe.longest_side}
     image_processor = pvt_hf.PvtDetectionImageProcessor(size=limits, num_labels=len(train.label_names))
-    augment = DetectionAugmentation(recipe.short_sides, recipe.longest_side, crop_short_sides=recipe.crop_short_sides)
+    augment = DetectionAugmentation(recipe.short_sides, recipe.longest_side, recipe.flip, recipe.crop_short_sides)
     masks = getattr(model.config, "use_masks", False)
     trainer = DetectionTrainer(
         model=model,
@@ -170,7 +189,8 @@ def main() -> None:
         settings={key: getattr(options, key) for key in ("variant", "config_overrides", "freeze_stages")},
     )
     trainer.train(args.resume_from_checkpoint)
-    metrics = trainer.evaluate() | (trainer.evaluate_average() if trainer.ema else {})
+    # The last evaluation leaves predictions and pictures: those of the model that is saved.
+    metrics = (trainer.evaluate_average() if trainer.ema else {}) | trainer.evaluate()
     trainer.save_model()
     trainer.create_model_card()
     skipped = trainer.skipped_images()

@@ -108,7 +108,7 @@ class DetectionRecipe:
         decays_norms: Whether parameters with `norm` in their names are decayed as all others (officially biases too).
         max_grad_norm: Gradients are clipped to it; 0 for no clipping.
         drop_path_rate: Stochastic depth of the backbone's last block.
-        short_sides, longest_side, crop_short_sides: Of a [`~pvt_hf.augmentation.DetectionAugmentation`], in pixels.
+        short_sides, longest_side, crop_short_sides, flip: Of a [`~pvt_hf.augmentation.DetectionAugmentation`].
     """
 
     system: str
@@ -126,6 +126,7 @@ class DetectionRecipe:
     short_sides: Sequence[int] = (800,)
     longest_side: int = 1333
     crop_short_sides: Sequence[int] = ()
+    flip: float = 0.5
 
 
 _LONG = {"epochs": 36, "decay_epochs": (27, 33), "decays_norms": False}
@@ -314,13 +315,15 @@ def freeze_stages(model: nn.Module, stages: int) -> list[str]:
     Raises:
         ValueError: If the model does not have that many stages.
     """
-    config = getattr(model.config, "backbone_config", None) or model.config
+    backbone_config = getattr(model.config, "backbone_config", None)
+    config = backbone_config or model.config
     if not 0 <= stages <= len(config.depths):
         raise ValueError(f"`stages` must be between 0 and {len(config.depths)}, got {stages}.")
     frozen = []
     for name, parameter in model.named_parameters():
         match = re.search(r"encoder\.(?:block|layers|patch_embeddings)\.(\d+)\.", name)
-        if match and int(match[1]) < stages:
+        # DETR has an encoder of its own, behind the backbone.
+        if match and int(match[1]) < stages and (backbone_config is None or "backbone" in name):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen

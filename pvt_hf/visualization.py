@@ -1,7 +1,6 @@
 """Pictures of images with the objects in them: truth beside detections."""
 
 import colorsys
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from .coco import DetectionData
 from .objects import rasterize, read_objects
 
-_MARGIN = 8  # pixels between and around pictures
+# In pixels: around pairs of pictures, within a pair, and above them all.
+_MARGIN, _GAP, _TITLE = 8, 4, 32
 
 
 def class_color(label: int) -> tuple[int, int, int]:
@@ -27,7 +27,7 @@ def draw_objects(
     class_labels: Sequence[int],
     label_names: Sequence[str],
     scores: Sequence[float] | None = None,
-    masks: np.ndarray | torch.Tensor | None = None,
+    masks: Sequence[np.ndarray] | torch.Tensor | None = None,
     height: int | None = None,
 ) -> Image.Image:
     """An image with boxes, names and scores, and translucent masks with an outline.
@@ -38,7 +38,7 @@ def draw_objects(
         class_labels: Of the objects; they choose name and colour.
         label_names: The name of each class.
         scores: Of the objects, where there are any.
-        masks: Bool `(objects, height, width)`.
+        masks: Bool `(height, width)` each, of the image.
         height: Of the picture in pixels, at the same ratio; by default that of the image.
 
     Returns:
@@ -48,8 +48,8 @@ def draw_objects(
         image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     factor = (height or image.height) / image.height
     picture = image.convert("RGB").resize((round(image.width * factor), round(image.height * factor)))
-    for mask, label in zip([] if masks is None else np.asarray(masks), class_labels, strict=masks is not None):
-        picture = _tinted(picture, mask, class_color(int(label)))
+    for mask, label in zip(masks, class_labels, strict=True) if masks is not None else ():
+        picture = _tinted(picture, np.asarray(mask), class_color(int(label)))
     canvas = ImageDraw.Draw(picture)
     size = max(11, round(min(picture.size) / 24))
     font, width = ImageFont.load_default(size), max(1, round(size / 7))
@@ -65,7 +65,8 @@ def draw_objects(
 
 
 def _tinted(picture: Image.Image, mask: np.ndarray, color: tuple[int, int, int]) -> Image.Image:
-    enlarged = Image.fromarray(np.asarray(mask, dtype=np.uint8) * 255).resize(picture.size)
+    """The picture with a mask of any size over it: translucent, its outline opaque."""
+    enlarged = Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size)
     inside = np.asarray(enlarged) >= 128
     padded = np.pad(inside, 1)
     surrounded = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -97,7 +98,7 @@ def draw_detections(
     results: Mapping[int, Sequence[Mapping[str, Any]]],
     images: int = 8,
     threshold: float = 0.3,
-    height: int = 320,
+    size: tuple[int, int] = (280, 360),
 ) -> Image.Image:
     """A sheet of images, each with its annotations on the left and its detections on the right.
 
@@ -106,39 +107,41 @@ def draw_detections(
         results: For each image id its detections, from [`~pvt_hf.metrics.coco_results`].
         images: How many of the first images are shown.
         threshold: Detections with a larger score are drawn.
-        height: Of each image, in pixels.
+        size: Each image has this height in pixels, or less where it would be wider than the second number.
     """
-    pairs = [_pair(data, index, results, threshold, height) for index in range(min(images, len(data)))]
-    columns = 2 if len(pairs) > 1 else 1
-    widest = max(pair.width for pair in pairs)
-    title = ImageFont.load_default(16)
-    size = (columns * (widest + 2 * _MARGIN), math.ceil(len(pairs) / columns) * (height + _MARGIN) + 32)
-    sheet = Image.new("RGB", size, "white")
-    text = f"left: annotations; right: detections with a score above {threshold:g}"
-    ImageDraw.Draw(sheet).text((_MARGIN, 6), text, font=title, fill="black")
+    pairs = [_pair(data, index, results, threshold, size) for index in range(min(images, len(data)))]
+    columns = [pairs[0::2], pairs[1::2]] if len(pairs) > 1 else [pairs]
+    widths = [max(pair.width for pair in column) + 2 * _MARGIN for column in columns]
+    heights = [
+        max(pair.height for pair in row) + _MARGIN for row in (pairs[i : i + 2] for i in range(0, len(pairs), 2))
+    ]
+    title, font = f"left: annotations; right: detections with a score above {threshold:g}", ImageFont.load_default(16)
+    sheet = Image.new("RGB", (max(sum(widths), 480), sum(heights) + _TITLE), "white")
+    ImageDraw.Draw(sheet).text((_MARGIN, 6), title, font=font, fill="black")
     for number, pair in enumerate(pairs):
-        row, column = divmod(number, columns)
-        sheet.paste(pair, (column * (widest + 2 * _MARGIN) + _MARGIN, row * (height + _MARGIN) + 32))
+        row, column = divmod(number, 2)
+        sheet.paste(pair, (sum(widths[:column]) + _MARGIN, sum(heights[:row]) + _TITLE))
     return sheet
 
 
-def _pair(data: DetectionData, index: int, results: Mapping[int, Any], threshold: float, height: int) -> Image.Image:
+def _pair(
+    data: DetectionData, index: int, results: Mapping[int, Any], threshold: float, size: tuple[int, int]
+) -> Image.Image:
+    """Annotations and detections of one image, side by side."""
     record, image = data.records[index], data.image(index)
+    height = round(min(size[0], size[1] * record.size[0] / record.size[1]))
     found = [result for result in results[record.image_id] if result["score"] > threshold]
-    has_masks = any("segmentation" in result for result in results[record.image_id])
+    has_masks = any("segmentation" in result for image_results in results.values() for result in image_results)
     truth = read_objects(data.target(index), record.size, has_masks)
-    left = draw_objects(
-        image, truth.boxes, truth.class_labels.tolist(), data.label_names, masks=truth.masks, height=height
-    )
+    labels = truth.class_labels.tolist()
+    left = draw_objects(image, truth.boxes, labels, data.label_names, masks=truth.masks, height=height)
     boxes = torch.tensor([result["bbox"] for result in found]).reshape(-1, 4)
-    boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+    boxes[:, 2:] += boxes[:, :2]
     labels = [data.category_ids.index(result["category_id"]) for result in found]
-    masks = np.array([rasterize(result["segmentation"], record.size) for result in found]) if has_masks else None
-    if masks is not None:
-        masks = masks.reshape(-1, *record.size)
     scores = [result["score"] for result in found]
+    masks = [rasterize(result["segmentation"], record.size) for result in found] if has_masks else None
     right = draw_objects(image, boxes, labels, data.label_names, scores, masks, height)
-    pair = Image.new("RGB", (left.width + 4 + right.width, height), "white")
+    pair = Image.new("RGB", (left.width + _GAP + right.width, height), "white")
     pair.paste(left, (0, 0))
-    pair.paste(right, (left.width + 4, 0))
+    pair.paste(right, (left.width + _GAP, 0))
     return pair

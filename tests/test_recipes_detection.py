@@ -1,6 +1,7 @@
 """The official recipes of the detectors: numbers, schedule against mmcv's formulas, parameter groups name by name."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -129,9 +130,13 @@ def test_groups_by_official_name(name, version):
     assert seen == set(range(len(names)))
 
 
-def test_frozen_parameters_are_left_out():
-    model = detector("retinanet", "v2")
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_frozen_parameters_are_left_out(system):
+    """Those of the backbone's first stages; DETR's own encoder has layers too."""
+    model = detector(system, "v2")
     frozen = set(recipes.freeze_stages(model, 2))
+    stages = {re.search(r"backbone.*encoder\.layers\.(\d)", name)[1] for name in frozen}
+    assert stages == {"0", "1"} and all("backbone" in name for name in frozen)
     recipe = recipes.DETECTION_RECIPES["retinanet_1x"]
     names = {name for group in recipes.detection_parameter_groups(model, recipe, 1, 1) for name in group["names"]}
-    assert frozen and names == {name for name, _ in model.named_parameters()} - frozen
+    assert names == {name for name, _ in model.named_parameters()} - frozen
