@@ -156,23 +156,14 @@ def main() -> None:
         train_dataset=TrainingMaps(train, augment, options.skip_damaged),
         eval_dataset=EvaluationMaps(held_out, image_processor),
         processing_class=image_processor,
-        dataset_name=options.dataset_name or options.train_images or "digits on canvases",
+        dataset_name=options.dataset_name or options.train_images,
         initial_weights=options.model_name_or_path or options.backbone_checkpoint,
         settings={key: getattr(options, key) for key in ("variant", "backbone_checkpoint", "freeze_stages")},
     )
     trainer.train(args.resume_from_checkpoint)
-    metrics = trainer.evaluate() | (trainer.evaluate_average() if trainer.ema else {})
-    trainer.save_model()
-    trainer.draw_predictions()
-    trainer.create_model_card()
-    skipped = trainer.skipped_images()
+    summary = trainer.finish()
     if trainer.is_world_process_zero():
-        for prefix in ("eval", "ema") if trainer.ema else ("eval",):
-            values = ", ".join(f"{key} {metrics[f'{prefix}_{key}']:.4f}" for key in trainer.metric_names)
-            print(f"{prefix}: {values} on {metrics[f'{prefix}_images']} images")
-        print(f"{skipped} damaged images were left out; everything is in {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub()
+        print(summary)
 
 
 if __name__ == "__main__":

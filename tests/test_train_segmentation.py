@@ -306,7 +306,7 @@ def test_program(data, tmp_path, monkeypatch, capsys):
     shown = re.search(r"\*\*([\d.]+) %\*\* mIoU", card.content)[1]
     assert float(shown) == pytest.approx(100 * float(miou), abs=0.011)
     assert card.data.pipeline_tag == "image-segmentation"
-    assert "![predictions](predictions.png)" in card.content and "digits on canvases" in card.content
+    assert "![predictions](predictions.png)" in card.content and "scikit-learn digits" in card.content
     for picture in ("predictions.png", "curves.png"):
         with Image.open(tmp_path / "run" / picture) as opened:
             assert len(opened.convert("RGB").getcolors(10**6)) > 100
