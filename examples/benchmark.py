@@ -2,11 +2,13 @@
 
     python examples/benchmark.py --peers transformers timm
     python examples/benchmark.py --peers bf16 compile checkpointing channels_last --modes training   # our own settings
+    python examples/benchmark.py --tasks detection --variants pvt_small --peers torchvision   # image to boxes
     python examples/benchmark.py --input_pipeline          # how many workers it takes to feed the model
 
 A ratio above 1 in "speed" means that pvt_hf is faster; below 1 in "memory" that it needs less, over what the process
 holds before the step (on Linux the resident set, on a GPU the allocated memory). Training is forward, backward and
-gradients.
+gradients. Detection is RetinaNet: inference with decoding and suppression of 1000 candidates per level, training with
+losses of ten objects, beside torchvision's `retinanet_resnet50_fpn_v2`, another model of about the same size.
 """
 
 import argparse
@@ -22,6 +24,8 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torchvision.models.detection import retinanet_resnet50_fpn_v2
+from torchvision.ops import box_convert
 from tqdm import tqdm
 from transformers import AutoBackbone, AutoModelForImageClassification
 
@@ -30,12 +34,17 @@ from pvt_hf.data import EpochSampler, TrainingImages, collate, training_transfor
 from pvt_hf.recipes import imagenet_recipe
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-WORKLOADS = {"classification": (8, 224, 224), "backbone": (1, 800, 1216)}  # batch, height, width
+# batch, height, width
+WORKLOADS = {"classification": (8, 224, 224), "backbone": (1, 800, 1216), "detection": (1, 800, 1216)}
 SETTINGS = ("bf16", "fp16", "compile", "checkpointing", "channels_last")
 
 
 def build(library: str, task: str, name: str) -> Callable | None:
     """The model of one library, or None where it has none."""
+    if task == "detection":
+        return (
+            apply_setting(build_detector(library, name), library) if library not in ("transformers", "timm") else None
+        )
     config = pvt_hf.build_config(name, out_features=STAGES)
     if library in ("pvt_hf", *SETTINGS):
         model = (AutoBackbone if task == "backbone" else AutoModelForImageClassification).from_config(config)
@@ -45,11 +54,48 @@ def build(library: str, task: str, name: str) -> Callable | None:
         suffix = "Backbone" if task == "backbone" else "ForImageClassification"
         model_class = getattr(transformers, f"{prefix}{suffix}", None)
         return model_class and model_class(getattr(transformers, f"{prefix}Config")(**config.to_diff_dict()))
+    if library == "torchvision":
+        return None
     import timm
 
     if name not in timm.list_models("pvt_v2_*"):
         return None
     return timm.create_model(name, features_only=True) if task == "backbone" else timm.create_model(name)
+
+
+def build_detector(library: str, name: str) -> torch.nn.Module:
+    """A RetinaNet from images to detections, or in training to losses."""
+    if library == "torchvision":
+        model = retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None)
+        layer = model.head.classification_head.cls_logits
+    else:
+        backbone = pvt_hf.build_config(name, out_features=STAGES[1:])
+        model = pvt_hf.RetinaNetForObjectDetection(pvt_hf.RetinaNetConfig(backbone_config=backbone, num_labels=80))
+        layer = model.head.class_predictor
+    with torch.no_grad():  # one class everywhere, so that every level has its 1000 candidates for the suppression
+        layer.bias.view(9, -1)[:, 0] = 0
+    forward, image_processor = model.forward, pvt_hf.PvtDetectionImageProcessor()
+    corners = torch.rand(10, 2) * 0.7
+    boxes, classes = torch.cat([corners, corners + 0.05 + 0.2 * torch.rand(10, 2)], dim=1), torch.arange(10)
+
+    def detect(pixels: torch.Tensor) -> list[torch.Tensor]:
+        height, width = pixels.shape[2:]
+        if library == "torchvision":
+            absolute = (boxes * torch.tensor([width, height, width, height])).to(pixels.device)
+            targets = [{"boxes": absolute, "labels": classes.to(pixels.device)}] * len(pixels)
+            found = forward(list(pixels), targets if model.training else None)
+            return list(found.values()) if model.training else [image["boxes"] for image in found]
+        if not model.training:
+            found = image_processor.post_process_object_detection(
+                forward(pixels), 0.05, [(height, width)] * len(pixels)
+            )
+            return [image["boxes"] for image in found]
+        centered = box_convert(boxes, "xyxy", "cxcywh").to(pixels.device)
+        labels = [{"boxes": centered, "class_labels": classes.to(pixels.device)}] * len(pixels)
+        return [forward(pixels, labels=labels).loss]
+
+    model.forward = detect
+    return model
 
 
 def apply_setting(model: torch.nn.Module, setting: str) -> torch.nn.Module:
@@ -164,12 +210,15 @@ def input_pipeline(name: str, args: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--peers", nargs="+", default=["transformers", "timm"], choices=["transformers", "timm", *SETTINGS]
+        "--peers",
+        nargs="+",
+        default=["transformers", "timm"],
+        choices=["transformers", "timm", "torchvision", *SETTINGS],
     )
     parser.add_argument("--variants", nargs="+", default=["pvt_v2_b2"], choices=list(pvt_hf.VARIANTS))
-    parser.add_argument("--tasks", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--tasks", nargs="+", default=["classification", "backbone"], choices=list(WORKLOADS))
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
-    parser.add_argument("--batch_size", type=int, help="instead of 8 for classification and 1 for the backbone")
+    parser.add_argument("--batch_size", type=int, help="instead of 8 for classification and 1 for the others")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--input_pipeline", action="store_true", help="measure the loading of images instead")

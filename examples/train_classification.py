@@ -151,18 +151,9 @@ def main() -> None:
     if options.lora_rank:  # the adapter for itself, and the whole model with it for everybody
         trainer.save_model(Path(args.output_dir) / "adapter")
         trainer.model = trainer.model_wrapped = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-    metrics = trainer.evaluate() | (trainer.evaluate_average() if trainer.ema else {})
-    trainer.save_model()
-    trainer.create_model_card()
-    skipped = trainer.skipped_images()
+    summary = trainer.finish()
     if trainer.is_world_process_zero():
-        for prefix in ("eval", "ema") if trainer.ema else ("eval",):
-            top1, top5, images = (metrics[f"{prefix}_{key}"] for key in ("accuracy", "top5_accuracy", "images"))
-            print(f"{prefix}: top-1 {top1:.4f}, top-5 {top5:.4f} on {images} images")
-        print(f"{skipped} damaged images were left out; everything is in {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.end_training()
+        print(summary)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from pvt_hf.augmentation import DetectionAugmentation
 from pvt_hf.canvases import canvas_files
 from pvt_hf.coco import DetectionData, EvaluationDetections, TrainingDetections, read_coco, read_hub
 from pvt_hf.data import load_images
-from pvt_hf.metrics import COCO_METRICS
 from pvt_hf.recipes import DETECTION_RECIPES, detection_recipe, freeze_stages
 from pvt_hf.training_detection import DetectionTrainer
 from pvt_hf.variants import find_variant
@@ -191,20 +190,9 @@ def main() -> None:
         settings={key: getattr(options, key) for key in ("variant", "config_overrides", "freeze_stages")},
     )
     trainer.train(args.resume_from_checkpoint)
-    # The last evaluation leaves predictions and pictures: those of the model that is saved.
-    metrics = (trainer.evaluate_average() if trainer.ema else {}) | trainer.evaluate()
-    trainer.save_model()
-    trainer.create_model_card()
-    skipped = trainer.skipped_images()
+    summary = trainer.finish()
     if trainer.is_world_process_zero():
-        for prefix in [f"{name}_{part}" for name in ("eval", "ema") for part in ("", "mask_")]:
-            if f"{prefix}AP" in metrics:
-                numbers = ", ".join(f"{name} {metrics[prefix + name]:.3f}" for name in COCO_METRICS)
-                print(f"{prefix.rstrip('_')}: {numbers}")
-        print(f"{metrics['eval_images']} images evaluated; {skipped} damaged images were left out of training")
-        print(f"everything is in {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub()
+        print(summary)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import datasets
 from transformers import AutoConfig, AutoModelForSemanticSegmentation, TrainingArguments, set_seed
+from transformers.hf_argparser import string_to_bool
 
 import pvt_hf
 from pvt_hf.arguments import parse, training_arguments, training_parser
@@ -30,7 +31,7 @@ from pvt_hf.recipes import SEGMENTATION_RECIPES, freeze_stages
 from pvt_hf.training_segmentation import SegmentationTrainer
 from pvt_hf.variants import find_variant
 
-SMOKE = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "canvases": (48, 12), "flip": 0.0}
+SMOKE = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "canvases": 48, "flip": 0.0}
 SMOKE |= {"shortest_edge": 64, "longest_edge": 256, "crop_size": 64, "neck_channels": 64, "head_channels": 32}
 SMOKE |= {"eval_steps": 6, "save_steps": 6, "logging_steps": 2, "dataloader_num_workers": 0}
 FOLDERS = ("train_images", "train_maps", "eval_images", "eval_maps")
@@ -52,15 +53,18 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     parser.add_argument("--map_column", help="of --dataset_name, if it has more than two columns of images")
     parser.add_argument("--reduce_labels", action="store_true", help="label 0 is no class, the others count from 0")
     parser.add_argument("--class_names", help="a json file: a list, or a dictionary from labels to names")
-    parser.add_argument("--canvases", type=int, nargs=2, default=(1000, 200), help="digits: to train on, held out")
+    parser.add_argument("--canvases", type=int, default=1000, help="how many are drawn for training, without data")
     parser.add_argument("--window", type=int, help="evaluate in windows of this many pixels of the network's input")
     parser.add_argument("--stride", type=int, help="from one window to the next")
     for name in ("shortest_edge", "longest_edge", "crop_size"):
         parser.add_argument(f"--{name}", type=int, help="in pixels; official if missing")
     parser.add_argument("--scales", type=float, nargs=2, help="lowest and highest; official if missing")
-    for name in ("flip", "drop_path_rate"):
+    for name in ("flip", "max_share", "drop_path_rate"):
         parser.add_argument(f"--{name}", type=float, help="official if missing")
+    parser.add_argument("--distortion", type=string_to_bool, help="of colours; official (true) if missing")
     options = parse(parser, SMOKE)
+    if len({bool(getattr(options, name)) for name in FOLDERS}) > 1:
+        raise SystemExit("--train_images, --train_maps, --eval_images and --eval_maps go together")
     recipe = SEGMENTATION_RECIPES[options.recipe]
     given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(recipe)}
     given = {name: value for name, value in given.items() if value is not None and name != "learning_rate"}
@@ -82,8 +86,8 @@ def load_data(options: argparse.Namespace, args: TrainingArguments, names: list[
     folders = [getattr(options, name) for name in FOLDERS]
     if not any(folders):
         with args.main_process_first(desc="drawing canvases"):
-            count, held_out = options.canvases
-            root = canvas_files(Path(args.output_dir).parent / f"canvases-{count}-{held_out}", count, held_out)
+            root = Path(args.output_dir).parent / f"canvases-{options.canvases}"
+            canvas_files(root, options.canvases, held_out=max(8, options.canvases // 5))
         folders = [root / split / kind for split in ("train", "validation") for kind in ("images", "maps")]
     return [read_folders(*pair, **settings) for pair in (folders[:2], folders[2:])]
 
@@ -152,23 +156,14 @@ def main() -> None:
         train_dataset=TrainingMaps(train, augment, options.skip_damaged),
         eval_dataset=EvaluationMaps(held_out, image_processor),
         processing_class=image_processor,
-        dataset_name=options.dataset_name or options.train_images or "digits on canvases",
+        dataset_name=options.dataset_name or options.train_images,
         initial_weights=options.model_name_or_path or options.backbone_checkpoint,
         settings={key: getattr(options, key) for key in ("variant", "backbone_checkpoint", "freeze_stages")},
     )
     trainer.train(args.resume_from_checkpoint)
-    metrics = trainer.evaluate() | (trainer.evaluate_average() if trainer.ema else {})
-    trainer.save_model()
-    trainer.draw_predictions()
-    trainer.create_model_card()
-    skipped = trainer.skipped_images()
+    summary = trainer.finish()
     if trainer.is_world_process_zero():
-        for prefix in ("eval", "ema") if trainer.ema else ("eval",):
-            values = ", ".join(f"{key} {metrics[f'{prefix}_{key}']:.4f}" for key in trainer.metric_names)
-            print(f"{prefix}: {values} on {metrics[f'{prefix}_images']} images")
-        print(f"{skipped} damaged images were left out; everything is in {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub()
+        print(summary)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,47 @@ def detection_factor(recipe: DetectionRecipe, step: int, steps_per_epoch: int, s
     return factor
 
 
+@dataclass(frozen=True)
+class SegmentationRecipe:
+    """The official training of Semantic FPN on ADE20K (v1 section 5.3; `segmentation/configs/sem_fpn/PVT`).
+
+    Attributes:
+        steps: Length of the run.
+        learning_rate: At the first step, for `reference_batch_size` images per step; it grows with the batch.
+        power: The rate falls to 0 as this power of what is left of the run, from step to step and without a warm-up.
+        weight_decay: Of AdamW, for every parameter: biases, norms and position embeddings too.
+        max_grad_norm: Gradients are clipped to it; 0 for no clipping.
+        drop_path_rate: Stochastic depth of the backbone's last block, the same for every variant.
+        loss_normalization: See [`SemanticFPNConfig`](configuration_semantic_fpn.py).
+        shortest_edge, longest_edge: Limits of the sides in pixels at the scale 1, also in evaluation.
+        crop_size, scales, max_share, flip, distortion: See [`~pvt_hf.augmentation.SegmentationAugmentation`].
+    """
+
+    steps: int = 40_000
+    learning_rate: float = 2e-4
+    reference_batch_size: int = 32
+    power: float = 0.9
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 0.0
+    drop_path_rate: float = 0.1
+    loss_normalization: str = "all"
+    shortest_edge: int = 512
+    longest_edge: int = 2048
+    crop_size: int = 512
+    scales: tuple[float, float] = (0.5, 2.0)
+    max_share: float = 0.75
+    flip: float = 0.5
+    distortion: bool = True
+
+
+SEGMENTATION_RECIPES = {"semantic_fpn_40k": SegmentationRecipe()}
+
+
+def polynomial_factor(power: float, step: int, steps_per_epoch: int, steps: int) -> float:
+    """The factor of every learning rate at a step of a run that ends at 0 (mmcv's `PolyLrUpdaterHook`)."""
+    return (1 - min(step, steps) / steps) ** power
+
+
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Whether the official code decays a parameter: v1's position embeddings yes; biases, norms and CLS token no."""
     return parameter.ndim > 1 and not name.endswith("cls_token")
@@ -248,6 +289,11 @@ def detection_parameter_groups(
     return _grouped(model, settings)
 
 
+def segmentation_parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """As [`parameter_groups`], of a segmenter: one group, since everything is decayed, norms and biases too."""
+    return _grouped(model, lambda name, parameter: (learning_rate, weight_decay))
+
+
 def _grouped(model: nn.Module, settings: Callable[[str, nn.Parameter], tuple[float, float]]) -> list[dict[str, Any]]:
     """The trainable parameters by what `settings` gives for them, learning rate and weight decay."""
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -281,51 +327,3 @@ def freeze_stages(model: nn.Module, stages: int) -> list[str]:
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
-
-
-@dataclass(frozen=True)
-class SegmentationRecipe:
-    """The official training of Semantic FPN on ADE20K (v1 section 5.3; `segmentation/configs/sem_fpn/PVT`).
-
-    Attributes:
-        steps: Length of the run.
-        learning_rate: At the first step, for `reference_batch_size` images per step; it grows with the batch.
-        power: The rate falls to 0 as this power of what is left of the run, from step to step and without a warm-up.
-        weight_decay: Of AdamW, for every parameter: biases, norms and position embeddings too.
-        max_grad_norm: Gradients are clipped to it; 0 for no clipping.
-        drop_path_rate: Stochastic depth of the backbone's last block, the same for every variant.
-        loss_normalization: See [`SemanticFPNConfig`](configuration_semantic_fpn.py).
-        shortest_edge, longest_edge: Limits of the sides in pixels at the scale 1, also in evaluation.
-        crop_size, scales, max_share, flip, distortion: See [`~pvt_hf.augmentation.SegmentationAugmentation`].
-    """
-
-    steps: int = 40_000
-    learning_rate: float = 2e-4
-    reference_batch_size: int = 32
-    power: float = 0.9
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 0.0
-    drop_path_rate: float = 0.1
-    loss_normalization: str = "all"
-    shortest_edge: int = 512
-    longest_edge: int = 2048
-    crop_size: int = 512
-    scales: tuple[float, float] = (0.5, 2.0)
-    max_share: float = 0.75
-    flip: float = 0.5
-    distortion: bool = True
-
-
-SEGMENTATION_RECIPES = {"semantic_fpn_40k": SegmentationRecipe()}
-
-
-def polynomial_factor(power: float, step: int, steps_per_epoch: int, steps: int) -> float:
-    """The factor of every learning rate at a step of a run that ends at 0 (mmcv's `PolyLrUpdaterHook`)."""
-    return (1 - min(step, steps) / steps) ** power
-
-
-def uniform_parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """One group of all parameters that are not frozen, like those of [`parameter_groups`]."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    group = {"params": list(trained.values()), "names": list(trained), "lr": learning_rate}
-    return [group | {"weight_decay": weight_decay}]

@@ -313,6 +313,33 @@ class VisionTrainer(Trainer):
         if checkpoint is not None and self.ema is not None:
             self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
 
+    def finish(self) -> str:
+        """The end of a training program, called by every process: evaluates the model (and its averaged weights), saves
+        it with `eval_results.json`, pictures, curves and card, and pushes everything to the Hub if `args` says so.
+
+        Returns:
+            What was reached, in words.
+        """
+        average = self.evaluate_average() if self.ema is not None else {}
+        metrics = average | self.evaluate()  # whose predictions are the ones that are kept
+        self.save_model()
+        self.save_metrics("eval", metrics)
+        self.draw_predictions()
+        self.create_model_card()
+        lines = []
+        for prefix in ("eval", "ema") if self.ema is not None else ("eval",):
+            values = (f"{name} {metrics[f'{prefix}_{key}']:.4f}" for key, name in self.metric_names.items())
+            lines.append(f"{prefix}: {', '.join(values)} on {metrics[f'{prefix}_images']} images")
+        skipped = self.skipped_images()
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        lines.append(f"{skipped} damaged images were left out; everything is in {self.args.output_dir}")
+        self.accelerator.end_training()
+        return "\n".join(lines)
+
+    def draw_predictions(self) -> None:
+        """Writes the pictures of held-out images that the card shows: none, unless a subclass says so."""
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Curves and a card with the numbers of the run, in place of `Trainer`'s with its gaps to fill in."""
         if not self.is_world_process_zero():

@@ -116,8 +116,7 @@ class DetectionTrainer(DensePredictionTrainer):
         incomplete.write_text(json.dumps([result for image in self.results.values() for result in image]))
         os.replace(incomplete, file)
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """As in `VisionTrainer`, with a picture of the last evaluation's detections."""
-        if self.is_world_process_zero() and self.results:
+    def draw_predictions(self) -> None:
+        """`predictions.png` in `output_dir`: images of the last evaluation, annotations beside detections."""
+        if self.is_world_process_zero():
             draw_detections(self.evaluated, self.results).save(Path(self.args.output_dir) / "predictions.png")
-        super().create_model_card(*args, **kwargs)

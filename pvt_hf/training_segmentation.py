@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers.modeling_outputs import SemanticSegmenterOutput
@@ -17,7 +16,7 @@ from .label_maps import MapCollator
 from .metrics import ConfusionMatrix
 from .modeling_semantic_fpn import semantic_loss
 from .overlays import draw_overlays
-from .recipes import SegmentationRecipe, polynomial_factor, uniform_parameter_groups
+from .recipes import SegmentationRecipe, polynomial_factor, segmentation_parameter_groups
 from .resize import resize_nearest
 from .sliding_window import sliding_window_logits
 from .training_dense import DensePredictionTrainer
@@ -81,8 +80,6 @@ class SegmentationTrainer(DensePredictionTrainer):
     ):
         if (window is None) != (stride is None):
             raise ValueError(f"`window` and `stride` go together, got {window} and {stride}.")
-        if dist.is_initialized() and dist.get_world_size() > 1 and torch.cuda.is_available():
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Trainer counts the labels other than -100, and a loss is divided by what is counted.
         by_valid_pixels = getattr(model.config, "loss_normalization", None) == "valid"
         ignored = -100 if by_valid_pixels else getattr(model.config, "semantic_loss_ignore_index", IGNORED)
@@ -92,12 +89,14 @@ class SegmentationTrainer(DensePredictionTrainer):
             recipe=recipe,
             processing_class=processing_class,
             data_collator=MapCollator(processing_class, (recipe.crop_size, recipe.crop_size), ignored),
-            parameter_groups=lambda model: uniform_parameter_groups(
+            parameter_groups=lambda model: segmentation_parameter_groups(
                 model, self.args.learning_rate, self.args.weight_decay
             ),
             schedule=(lambda *steps: polynomial_factor(recipe.power, *steps)) if official_schedule else None,
             **kwargs,
         )
+        if self.args.world_size > 1 and self.args.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # in place, with the same parameters
         self.window, self.stride = window, stride
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
@@ -150,9 +149,8 @@ class SegmentationTrainer(DensePredictionTrainer):
     def evaluation_metrics(self) -> dict[str, float]:
         self.matrix.reduce()
         metrics = self.matrix.metrics()
-        self.classes = list(
-            zip(metrics.pop("IoU"), metrics.pop("Acc"), self.matrix.counts.sum(1).tolist(), strict=True)
-        )
+        counts = self.matrix.counts.sum(dim=1).tolist()
+        self.classes = list(zip(metrics.pop("IoU"), metrics.pop("Acc"), counts, strict=True))
         # As float32, which is what every device can add up; pixels are too many for it to be exact.
         loss, pixels, images = self.accelerator.reduce(self.sums.float().to(self.args.device)).tolist()
         return metrics | {"loss": loss / max(pixels, 1), "images": round(images)}

@@ -4,11 +4,14 @@ pictures, bad input, and the program as a user starts it."""
 import csv
 import json
 import re
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,7 +20,7 @@ from huggingface_hub import ModelCard
 from models import ROOT, STAGES, randomize, small_config
 from PIL import Image
 from safetensors.torch import load_file
-from segmentation_run import build, losses
+from segmentation_run import build, losses, read
 from test_train import assert_close, environment, weights
 from transformers import AutoModelForSemanticSegmentation, UperNetConfig, UperNetForSemanticSegmentation, pipeline
 
@@ -25,7 +28,7 @@ import pvt_hf
 from pvt_hf.canvases import canvas_files
 from pvt_hf.metrics import mean_iou_metric
 from pvt_hf.overlays import draw_overlays, overlay, palette
-from pvt_hf.recipes import SEGMENTATION_RECIPES, freeze_stages, polynomial_factor, uniform_parameter_groups
+from pvt_hf.recipes import SEGMENTATION_RECIPES, freeze_stages, polynomial_factor, segmentation_parameter_groups
 from pvt_hf.training_segmentation import EvaluationShare
 
 PROGRAM = ROOT / "examples" / "train_segmentation.py"
@@ -51,10 +54,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def command(output_dir, data, settings: dict, processes: int = 1) -> list[str]:
+def started(output_dir, data, settings: dict, **variables: object) -> subprocess.Popen:
     program = [str(ROOT / "tests" / "segmentation_run.py"), str(output_dir), str(data), json.dumps(settings)]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *launch, *program]
+    variables = {name: str(value) for name, value in variables.items()}
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *program], env=environment() | variables, **output)
 
 
 def slow_metrics(trainer, windows=None, num_labels: int = 11) -> tuple[dict, list[float], list[torch.Tensor]]:
@@ -101,12 +105,12 @@ def test_every_parameter_is_decayed(data, tmp_path):
     """Norms, biases and position embeddings too, as officially; frozen stages are left out."""
     backbone = small_config("v1", out_features=STAGES)
     model = pvt_hf.SemanticFPNForSemanticSegmentation(pvt_hf.SemanticFPNConfig(backbone_config=backbone))
-    (group,) = uniform_parameter_groups(model, 2e-4, 1e-4)
+    (group,) = segmentation_parameter_groups(model, 2e-4, 1e-4)
     assert group["names"] == [name for name, _ in model.named_parameters()]
     assert (group["lr"], group["weight_decay"]) == (2e-4, 1e-4)
     assert any("position_embeddings" in name for name in group["names"])
     frozen = freeze_stages(model, 1)
-    (group,) = uniform_parameter_groups(model, 2e-4, 1e-4)
+    (group,) = segmentation_parameter_groups(model, 2e-4, 1e-4)
     assert frozen and set(frozen).isdisjoint(group["names"]) and len(group["params"]) == len(group["names"])
 
 
@@ -196,9 +200,14 @@ def test_two_processes(data, tmp_path):
     one = build(tmp_path / "one", data, per_device_train_batch_size=8, **settings)
     one.train()
     expected = one.evaluate()
-    arguments = command(tmp_path / "two", data, settings | {"per_device_train_batch_size": 4}, processes=2)
-    result = subprocess.run(arguments, capture_output=True, text=True, env=environment(), timeout=200)
-    assert result.returncode == 0, result.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 2}
+    settings |= {"per_device_train_batch_size": 4}
+    processes = [started(tmp_path / "two", data, settings, RANK=rank, LOCAL_RANK=rank, **group) for rank in (0, 1)]
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors[-3000:]
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["losses"] == pytest.approx(losses(one), rel=1e-4)
     assert_close(weights(tmp_path / "two"), one.model.state_dict())
@@ -215,15 +224,12 @@ def test_killed_and_resumed(data, tmp_path):
     whole = build(tmp_path / "whole", data, **settings)
     whole.train()
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(killed, data, settings | {"slow": 0.5}),
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = started(killed, data, settings | {"slow": 0.5})
     while not (killed / "checkpoint-8" / "complete.json").exists():  # the epoch has 6
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (killed / "result.json").exists()
     resumed = build(killed, data, **settings)
     resumed.train(True)
@@ -282,22 +288,25 @@ def test_pictures(tmp_path):
     assert ((shown == colors[150].numpy()).all(1)).sum() > 50  # the legend
 
 
-def start(*arguments, **options) -> subprocess.CompletedProcess:
-    program = [sys.executable, str(PROGRAM), "--use_cpu", "true", "--disable_tqdm", "true", *map(str, arguments)]
-    return subprocess.run(program, capture_output=True, text=True, env=environment(), timeout=200, **options)
+def program(*arguments) -> list[str]:
+    return [str(PROGRAM), "--use_cpu", "true", "--disable_tqdm", "true", *map(str, arguments)]
 
 
-def test_program(data, tmp_path):
+def test_program(data, tmp_path, monkeypatch, capsys):
     """Everything from embedded data; then fine-tuning of the result on folders of palette maps with other classes."""
     classifier = pvt_hf.PvtV2ForImageClassification(pvt_hf.build_config("pvt_v2_b0", num_labels=10))
     classifier.save_pretrained(tmp_path / "classifier")
-    result = start("--smoke", "--output_dir", tmp_path / "run", "--backbone_checkpoint", tmp_path / "classifier")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert f"all {len(classifier.pvt_v2.state_dict())} tensors of the backbone are from" in result.stdout
-    miou = re.search(r"eval: mIoU ([\d.]+), .* on 12 images", result.stdout)[1]
+    arguments = ["--smoke", "--output_dir", tmp_path / "run", "--backbone_checkpoint", tmp_path / "classifier"]
+    monkeypatch.setattr(sys, "argv", program(*arguments))
+    runpy.run_path(str(PROGRAM), run_name="__main__")
+    output = capsys.readouterr().out
+    assert f"all {len(classifier.pvt_v2.state_dict())} tensors of the backbone are from" in output
+    miou = re.search(r"eval: mIoU ([\d.]+), .* on 9 images", output)[1]
     card = ModelCard.load(tmp_path / "run" / "README.md")
-    assert f"**{100 * float(miou):.1f}" in card.content and card.data.pipeline_tag == "image-segmentation"
-    assert "![predictions](predictions.png)" in card.content and "digits on canvases" in card.content
+    shown = re.search(r"\*\*([\d.]+) %\*\* mIoU", card.content)[1]
+    assert float(shown) == pytest.approx(100 * float(miou), abs=0.011)
+    assert card.data.pipeline_tag == "image-segmentation"
+    assert "![predictions](predictions.png)" in card.content and "scikit-learn digits" in card.content
     for picture in ("predictions.png", "curves.png"):
         with Image.open(tmp_path / "run" / picture) as opened:
             assert len(opened.convert("RGB").getcolors(10**6)) > 100
@@ -321,10 +330,67 @@ def test_program(data, tmp_path):
     arguments = [value for pair in zip(names, folders, strict=True) for value in pair]
     arguments += ["--smoke", "--max_steps", "2", "--reduce_labels", "--class_names", tmp_path / "names.json"]
     arguments += ["--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "tuned", "--window", 48]
-    result = start(*arguments, "--stride", 32)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "on 5 images" in result.stdout
+    monkeypatch.setattr(sys, "argv", program(*arguments, "--stride", 32))
+    runpy.run_path(str(PROGRAM), run_name="__main__")
+    assert "on 5 images" in capsys.readouterr().out
     tuned, before = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "run"))
     assert tuned["head.classifier.weight"].shape == (2, 32, 1, 1)
     name = "neck.lateral_convs.0.weight"
     assert 0 < (tuned[name] - before[name]).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_images", "images"], "--train_images, --train_maps, --eval_images and --eval_maps go together"),
+        (["--dataset_name", "me/maps"], "--class_names is missing"),
+        (["--backbone_checkpoint", "classifier", "--variant", "pvt_tiny"], "classifier is not a pvt_tiny"),
+    ],
+)
+def test_wrong_arguments_of_the_program(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pvt_hf.build_config("pvt_v2_b0").save_pretrained("classifier")
+    monkeypatch.setattr(sys, "argv", program("--smoke", "--output_dir", "runs/x", *arguments))
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+
+
+def test_official_run_of_the_program(monkeypatch, tmp_path):
+    """Without arguments it is the recipe, with the rate for as many images as there are; and a choice is kept."""
+    monkeypatch.setattr(sys, "argv", program("--output_dir", tmp_path))
+    parse_arguments = runpy.run_path(str(PROGRAM))["parse_arguments"]
+    options, args = parse_arguments()
+    assert options.recipe == SEGMENTATION_RECIPES["semantic_fpn_40k"] and args.max_steps == 40_000
+    assert args.learning_rate == pytest.approx(2e-4 * 4 / 32) and args.weight_decay == 1e-4 and not args.fp16
+    assert (args.max_grad_norm, args.optim, args.adam_epsilon) == (0.0, "adamw_torch_fused", 1e-8)
+    chosen = ["--output_dir", tmp_path, "--num_train_epochs", 3, "--learning_rate", 0.5, "--crop_size", 96, "--flip", 0]
+    monkeypatch.setattr(sys, "argv", program(*chosen))
+    options, args = parse_arguments()
+    assert (args.max_steps, args.num_train_epochs, args.learning_rate) == (-1, 3, 0.5)
+    assert (options.recipe.crop_size, options.recipe.flip, options.recipe.max_share) == (96, 0.0, 0.75)
+
+
+def test_data_of_the_program(data, monkeypatch, tmp_path):
+    """A data set of the Hub with the columns `image` and `annotation` gives what the folders give."""
+    for split in ("train", "validation"):
+        paths = {name: sorted(map(str, (data / split / name).glob("*.png"))) for name in ("images", "maps")}
+        rows = {"image": paths["images"], "annotation": paths["maps"]}
+        features = datasets.Features(dict.fromkeys(rows, datasets.Image()))
+        table = datasets.Dataset.from_dict(rows, features=features)
+        table.map(lambda row: row).to_parquet(tmp_path / "hub" / f"{split}-00000.parquet")
+    (tmp_path / "names.json").write_text(json.dumps(list("abcdefghijk")))
+    arguments = ["--dataset_name", tmp_path / "hub", "--class_names", tmp_path / "names.json", "--output_dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", program(*arguments))
+    module = runpy.run_path(str(PROGRAM))
+    options, args = module["parse_arguments"]()
+    names = module["class_names"](options)
+    assert names == list("abcdefghijk")
+    for found, split in zip(module["load_data"](options, args, names), ("train", "validation"), strict=True):
+        expected = read(data, split)
+        assert len(found) == len(expected)
+        assert all(torch.equal(*pair) for pair in zip(found.read(3), expected.read(3), strict=True))
+    options.class_names = tmp_path / "few.json"
+    options.class_names.write_text(json.dumps({"0": "background", "1": "zero"}))
+    few = module["load_data"](options, args, module["class_names"](options))[0]
+    with pytest.raises(ValueError, match=r"label map .* has the labels \[.*10\], the classes are 0 to 1"):
+        [few.read(index) for index in range(len(few))]
