@@ -48,13 +48,13 @@ def draw_objects(
         image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     factor = (height or image.height) / image.height
     picture = image.convert("RGB").resize((round(image.width * factor), round(image.height * factor)))
-    for mask, label in zip(masks, class_labels, strict=True) if masks is not None else ():
+    # The best detection comes first and is drawn last, on top.
+    for mask, label in reversed(list(zip(masks, class_labels, strict=True))) if masks is not None else ():
         picture = _tinted(picture, np.asarray(mask), class_color(int(label)))
     canvas = ImageDraw.Draw(picture)
     size = max(11, round(min(picture.size) / 24))
     font, width = ImageFont.load_default(size), max(1, round(size / 7))
     corners = (torch.as_tensor(boxes).reshape(-1, 4) * factor).tolist()
-    # The best detection comes first and is drawn last, on top.
     for index in reversed(range(len(corners))):
         label = int(class_labels[index])
         color = class_color(label)
