@@ -34,7 +34,7 @@ from pvt_hf.variants import find_variant
 # Of the embedded data: digits have no mirror images, and canvases are small.
 CANVASES = {"short_sides": [128], "longest_side": 192, "flip": 0.0, "drop_path_rate": 0.0, "learning_rate": 5e-4}
 CANVASES |= {"per_device_train_batch_size": 4, "dataloader_num_workers": 0, "max_grad_norm": 1.0}
-DEMO = CANVASES | {"num_train_epochs": 8, "warmup_iterations": 100, "logging_steps": 20, "save_strategy": "no"}
+DEMO = CANVASES | {"num_train_epochs": 12, "warmup_iterations": 100, "logging_steps": 20, "save_strategy": "no"}
 DEMO |= {"eval_strategy": "steps", "eval_steps": 480}
 SMOKE = CANVASES | {"num_train_epochs": 2, "warmup_iterations": 2, "logging_steps": 1, "canvases": 16}
 SMALL = {

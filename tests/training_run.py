@@ -85,10 +85,10 @@ def shard_on_cpus() -> None:
     PartialState.__init__ = start_as_if_on_gpus
 
 
-def main() -> None:
-    output_dir, settings = sys.argv[1], json.loads(sys.argv[2])
+def main(output_dir: str, settings: dict) -> None:
+    """A run whose losses and metrics are in `result.json` afterwards."""
+    settings = dict(settings)
     resume, slow = settings.pop("resume", None), settings.pop("slow", 0)
-    torch.set_num_threads(1)
     if settings.pop("sharded", False):
         shard_on_cpus()
         settings |= SHARDED
@@ -115,4 +115,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    main(sys.argv[1], json.loads(sys.argv[2]))
