@@ -68,7 +68,11 @@ def canvas_files(folder: str | Path, images: int = 1000, held_out: int = 200, se
         for split, count in (("train", images), ("validation", held_out)):
             _write_split(complete / split, split, count, seed)
         (complete / about.name).write_text(json.dumps(contents))
-        os.rename(complete, folder)
+        try:
+            os.rename(complete, folder)
+        except OSError:  # another program was faster; what it wrote is the same
+            if not about.is_file() or json.loads(about.read_text()) != contents:
+                raise
     return folder
 
 

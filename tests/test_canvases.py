@@ -92,3 +92,18 @@ def test_written_once_and_whole(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         canvas_files(tmp_path / "new", images=1, held_out=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_programs_at_once(tmp_path, monkeypatch):
+    """The one that is late takes what the other has written."""
+    rename, others = os.rename, []
+
+    def late(source, target):
+        if not others:
+            others.append(True)
+            canvas_files(target, images=1, held_out=1)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    folder = canvas_files(tmp_path / "canvases", images=1, held_out=1)
+    assert others and len(list(folder.rglob("*.png"))) == 4
