@@ -117,7 +117,8 @@ def read_backbone_config(options: argparse.Namespace) -> PreTrainedConfig:
             raise SystemExit(f"--recipe {options.recipe} is not for a {config.model_type}")
         return config.backbone_config
     if options.backbone_checkpoint:
-        return AutoConfig.from_pretrained(options.backbone_checkpoint)
+        saved = AutoConfig.from_pretrained(options.backbone_checkpoint)
+        return getattr(saved, "backbone_config", None) or saved
     return pvt_hf.build_config(options.variant or "pvt_v2_b0")
 
 

@@ -45,7 +45,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     )  # fmt: skip
     parser.add_argument("--recipe", default="semantic_fpn_40k", choices=list(SEGMENTATION_RECIPES))
     parser.add_argument("--variant", choices=list(pvt_hf.VARIANTS), help="the backbone; pvt_v2_b0 if missing")
-    parser.add_argument("--backbone_checkpoint", help="a classifier to start the backbone from")
+    parser.add_argument("--backbone_checkpoint", help="a classifier or a detector to start the backbone from")
     parser.add_argument("--neck_channels", type=int, default=256)
     parser.add_argument("--head_channels", type=int, default=128)
     for name in FOLDERS:
@@ -115,7 +115,9 @@ def load_model(options: argparse.Namespace, names: list[str]):
         )
     changes = {"out_features": STAGES, "drop_path_rate": options.recipe.drop_path_rate}
     if options.backbone_checkpoint:
-        backbone = AutoConfig.from_pretrained(options.backbone_checkpoint, **changes)
+        saved = AutoConfig.from_pretrained(options.backbone_checkpoint)
+        backbone = getattr(saved, "backbone_config", None) or saved
+        backbone.out_features, backbone.drop_path_rate = STAGES, options.recipe.drop_path_rate
         found = find_variant(backbone)
         if options.variant and (found is None or found.name != options.variant):
             raise SystemExit(f"--backbone_checkpoint {options.backbone_checkpoint} is not a {options.variant}")

@@ -81,7 +81,8 @@ def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: st
 
     Args:
         model: Any model with one [`~transformers.BackboneMixin`] in it: those of pvt_hf, DETR, UperNet, Mask2Former.
-        pretrained_model_name_or_path: Folder or repository of a classifier or a backbone of the same architecture.
+        pretrained_model_name_or_path: Folder or repository of a classifier or a backbone of the same architecture, or of
+            a detector or segmenter with such a `backbone`: RetinaNet, Mask R-CNN, Semantic FPN, UperNet.
         kwargs: As for `from_pretrained`: `revision`, `token`, `cache_dir`, ...
 
     Returns:
@@ -97,6 +98,8 @@ def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: st
     (backbone,) = backbones
     source = f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path})"
     saved = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+    whole = getattr(saved, "backbone_config", None) is not None
+    saved = saved.backbone_config if whole else saved
     wrong = [
         f"{field} is {getattr(saved, field, None)}, not {getattr(backbone.config, field, None)}"
         for field in ("model_type", *_UNSEEN_FIELDS)
@@ -109,6 +112,7 @@ def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: st
         config=copy.deepcopy(backbone.config),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # to list them all
+        key_mapping={r"^backbone\.": ""} if whole else None,
         **kwargs,
     )
     lost = set(loading_info["missing_keys"]) | {key for key, *_ in loading_info["mismatched_keys"]}

@@ -121,6 +121,31 @@ def test_pretrained_backbone(head, version, tmp_path):
 
 
 @VERSIONS
+def test_backbone_of_a_detector(version, tmp_path):
+    """A segmenter may start from what a detector has learnt, if the backbones are the same."""
+    config = pvt_hf.RetinaNetConfig(
+        backbone_config=small_config(version, out_features=STAGES[1:]), num_labels=3, neck_channels=16
+    )
+    detector = randomize(pvt_hf.RetinaNetForObjectDetection(config))
+    detector.save_pretrained(tmp_path / "detector")
+    config = pvt_hf.SemanticFPNConfig(backbone_config=small_config(version, out_features=STAGES), num_labels=4)
+    segmenter = pvt_hf.SemanticFPNForSemanticSegmentation(config)
+    backbone, weights = segmenter.backbone, detector.backbone.state_dict()
+    assert pvt_hf.load_pretrained_backbone(segmenter, tmp_path / "detector") == len(weights)
+    assert all(torch.equal(value, weights[key]) for key, value in backbone.state_dict().items())
+
+    detector.config.backbone_config.num_attention_heads = [1, 1, 1, 1]
+    detector.save_pretrained(tmp_path / "heads")
+    with pytest.raises(ValueError, match=r"num_attention_heads is \[1, 1, 1, 1\]"):
+        pvt_hf.load_pretrained_backbone(segmenter, tmp_path / "heads")
+    lost = {key: value for key, value in detector.state_dict().items() if "backbone.encoder" not in key}
+    detector.config.backbone_config.num_attention_heads = config.backbone_config.num_attention_heads
+    detector.save_pretrained(tmp_path / "lost", state_dict=lost)
+    with pytest.raises(ValueError, match="does not fill the backbone"):
+        pvt_hf.load_pretrained_backbone(segmenter, tmp_path / "lost")
+
+
+@VERSIONS
 def test_hooks_of_dpt_are_not_doubled(version):
     """DPT captures hidden states with hooks of its own; the backbone's maps must not depend on hooks."""
     model, _ = dpt(version)
