@@ -4,6 +4,7 @@ works too.
     accelerate launch examples/train_segmentation.py --variant pvt_small --backbone_checkpoint converted/pvt_small \\
         --dataset_name zhoubolei/scene_parse_150 --reduce_labels --class_names ade20k.json
     python examples/train_segmentation.py --smoke --output_dir runs/smoke          # all of it in a minute, offline
+    python examples/train_segmentation.py --demo --backbone_checkpoint runs/detection    # learns digits in minutes
     python examples/train_segmentation.py --model_name_or_path my_segmenter --max_steps 2000 --class_names names.json \\
         --train_images data/images --train_maps data/maps --eval_images held_out/images --eval_maps held_out/maps
     python examples/train_segmentation.py --output_dir runs/x --resume_from_checkpoint true ...    # goes on exactly
@@ -31,6 +32,11 @@ from pvt_hf.recipes import SEGMENTATION_RECIPES, freeze_stages
 from pvt_hf.training_segmentation import SegmentationTrainer
 from pvt_hf.variants import find_variant
 
+# Of the embedded data: digits have no mirror images, and canvases are small.
+DEMO = {"shortest_edge": 128, "longest_edge": 192, "crop_size": 160, "scales": (1.0, 1.0), "flip": 0.0}
+DEMO |= {"distortion": False, "drop_path_rate": 0.0, "neck_channels": 64, "head_channels": 64, "max_steps": 2000}
+DEMO |= {"learning_rate": 5e-4, "max_grad_norm": 1.0, "bf16": True, "channels_last": True, "eval_steps": 500}
+DEMO |= {"save_strategy": "no", "dataloader_num_workers": 0}
 SMOKE = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "canvases": 48, "flip": 0.0}
 SMOKE |= {"shortest_edge": 64, "longest_edge": 256, "crop_size": 64, "neck_channels": 64, "head_channels": 32}
 SMOKE |= {"eval_steps": 6, "save_steps": 6, "logging_steps": 2, "dataloader_num_workers": 0}
@@ -62,6 +68,9 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     for name in ("flip", "max_share", "drop_path_rate"):
         parser.add_argument(f"--{name}", type=float, help="official if missing")
     parser.add_argument("--distortion", type=string_to_bool, help="of colours; official (true) if missing")
+    parser.add_argument("--demo", action="store_true", help="digits on canvases, at their size, for some minutes")
+    if parser.parse_known_args()[0].demo:
+        parser.set_defaults(**DEMO)
     options = parse(parser, SMOKE)
     if len({bool(getattr(options, name)) for name in FOLDERS}) > 1:
         raise SystemExit("--train_images, --train_maps, --eval_images and --eval_maps go together")
