@@ -81,8 +81,8 @@ def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: st
 
     Args:
         model: Any model with one [`~transformers.BackboneMixin`] in it: those of pvt_hf, DETR, UperNet, Mask2Former.
-        pretrained_model_name_or_path: Folder or repository of a classifier or a backbone of the same architecture, or of
-            a detector or segmenter with such a `backbone`: RetinaNet, Mask R-CNN, Semantic FPN, UperNet.
+        pretrained_model_name_or_path: Folder or repository of a classifier or a backbone of the same architecture,
+            or of a detector or segmenter with such a `backbone`: RetinaNet, Mask R-CNN, Semantic FPN, UperNet.
         kwargs: As for `from_pretrained`: `revision`, `token`, `cache_dir`, ...
 
     Returns:

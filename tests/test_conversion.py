@@ -49,7 +49,12 @@ def test_counts_of_official_tensors():
     assert counts["pvt_v2_b2_li"] == 346
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+LARGE = ("pvt_medium", "pvt_large", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in VARIANTS]
+)
 def test_every_variant(name, tmp_path, monkeypatch):
     """The official format, and timm's for v2, of the real shapes: verified, loadable, and back bit for bit."""
     source = official_weights(VARIANTS[name])

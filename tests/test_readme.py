@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from models import ROOT
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -38,9 +39,11 @@ def test_python_examples_run():
     assert namespace["logits"].shape == (2, 10)
 
 
+@pytest.mark.timeout(900)
 def test_quickstart(tmp_path):
     """The first command as it stands: accuracy, checkpoint, reload in another process, picture."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # Two threads that other tests keep from running wait for each other most of the time.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "examples/quickstart.py", "--output_dir", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 0, result.stderr
