@@ -29,6 +29,7 @@ def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
     files |= {"last-checkpoint/model.safetensors", "last-checkpoint/complete.json"}  # pushed when it was whole
     assert files <= hub.repos["me/digits"].keys() and (tmp_path / "run" / "ema" / "model.safetensors").exists()
     card = ModelCard(hub.repos["me/digits"]["README.md"].decode())
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
     accuracy = next(result.metric_value for result in card.data.eval_results if result.metric_type == "accuracy")
     assert "trained by pvt_hf on `scikit-learn digits`" in card.content and "| official |" in card.content
     assert f"**{100 * accuracy:.2f} %** top-1" in card.content and "More information" not in card.content
@@ -41,6 +42,7 @@ def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
     assert measured["accuracy"] == pytest.approx(100 * accuracy) and measured["images"] == 360
     assert f"| me/digits | accuracy |  | {100 * accuracy:.2f} |  | 360 |" in result.stdout
 
+    assert results["eval_accuracy"] == accuracy and results["ema_images"] == 360
     assert "The averaged weights (in `ema`) reach **" in card.content
 
     again = python(TRAIN, *SMOKE, "--output_dir", "run")
