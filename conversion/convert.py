@@ -34,13 +34,13 @@ from conversion import rename, systems
 from conversion.architecture import imagenet_labels, read_config
 from conversion.checkpoint import Checkpoint, load_file, read_checkpoint, read_json
 from conversion.folders import appearing_whole, check_output_dir
-from conversion.kinds import BACKBONE, CLASSIFIER, Kind, System, backbone_config, kind_of_checkpoint, kind_of_folder
+from conversion.kinds import BACKBONE, CLASSIFIER, Kind, System, kind_of_checkpoint, kind_of_folder
 from conversion.model_card import Conversion, render
 from conversion.publish import publish, saved_with_code
 from conversion.rename import ConversionError, StateDict
 from conversion.verify import largest_difference, reference_outputs, timm_outputs
 from pvt_hf import VARIANTS, PvtConfig, PvtImageProcessor
-from pvt_hf.variants import differences, find_variant
+from pvt_hf.variants import backbone_config, differences, find_variant
 
 OFFICIAL_EPS = PvtConfig().patch_layer_norm_eps
 

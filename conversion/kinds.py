@@ -80,11 +80,6 @@ class Kind(ABC):
         return read_image_processor(checkpoint, config)
 
 
-def backbone_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Of a system its backbone's; that of a classifier or a backbone as it is."""
-    return getattr(config, "backbone_config", config)
-
-
 def _reference_options(config: PreTrainedConfig) -> dict[str, Any]:
     image_size = config.image_shape if config.model_type == "pvt" else None
     return {

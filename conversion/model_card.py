@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from conversion.verify import TOLERANCE
-from pvt_hf.variants import Variant
+from pvt_hf.variants import Variant, backbone_config
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def render(conversion: Conversion, name: str) -> ModelCard:
 
     Its metadata has no `model-index`: a conversion measures no accuracy.
     """
-    model_type = getattr(conversion.config, "backbone_config", conversion.config).model_type
+    model_type = backbone_config(conversion.config).model_type
     known = {"license": "apache-2.0", "datasets": ["ILSVRC/imagenet-1k"]} if conversion.is_release else {}
     metadata = ModelCardData(
         **known,

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from conversion.kinds import Kind, backbone_config
+from conversion.kinds import Kind
 from conversion.rename import ConversionError, StateDict
+from pvt_hf.variants import backbone_config
 
 TOLERANCE = 1e-8
 

@@ -46,7 +46,7 @@ from pvt_hf.published import PUBLISHED
 from pvt_hf.recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES
 from pvt_hf.training_detection import DetectionTrainer
 from pvt_hf.training_segmentation import SegmentationTrainer
-from pvt_hf.variants import find_variant
+from pvt_hf.variants import backbone_config, find_variant
 
 Measured = tuple[Trainer, dict[str, float]]
 # How many images of a split are drawn where there are no others.
@@ -148,7 +148,7 @@ TASKS: dict[str, tuple[Task, str, Any]] = {
 
 def published(recipe: str, config: PreTrainedConfig) -> dict[str, float]:
     """The papers' numbers for an architecture with the classes of ImageNet, COCO or ADE20K, by metric, in percent."""
-    variant = find_variant(getattr(config, "backbone_config", None) or config)
+    variant = find_variant(backbone_config(config))
     if variant is None or config.num_labels != CLASSES.get(recipe, 80):
         return {}
     if recipe == "imagenet":

@@ -72,9 +72,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(recipe)}
     given = {name: value for name, value in given.items() if value is not None and name != "learning_rate"}
     options.recipe = recipe = dataclasses.replace(recipe, **given)
-    official = {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm, "fp16": True}
-    rate = recipe.learning_rate / recipe.reference_batch_size
-    return options, training_arguments(options, official, lambda images: rate * images)
+    return options, training_arguments(options, recipe, fp16=True)
 
 
 def load_model(options: argparse.Namespace, names: list[str]):

@@ -29,7 +29,7 @@ from pvt_hf.coco import DetectionData, EvaluationDetections, TrainingDetections,
 from pvt_hf.data import load_images
 from pvt_hf.recipes import DETECTION_RECIPES, detection_recipe, freeze_stages
 from pvt_hf.training_detection import DetectionTrainer
-from pvt_hf.variants import find_variant
+from pvt_hf.variants import backbone_config, find_variant
 
 # Of the embedded data: digits have no mirror images, and canvases are small.
 CANVASES = {"short_sides": [128], "longest_side": 192, "flip": 0.0, "drop_path_rate": 0.0, "learning_rate": 5e-4}
@@ -103,10 +103,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     options.recipe = recipe = dataclasses.replace(recipe, **given)
     if options.config_overrides is None:
         options.config_overrides = SMALL[recipe.system] if options.smoke or options.demo else {}
-    official = {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm}
-    official |= {"num_train_epochs": recipe.epochs}
-    rate = recipe.learning_rate / recipe.reference_batch_size
-    return options, training_arguments(options, official, lambda images: rate * images)
+    return options, training_arguments(options, recipe, num_train_epochs=recipe.epochs)
 
 
 def read_backbone_config(options: argparse.Namespace) -> PreTrainedConfig:
@@ -117,8 +114,7 @@ def read_backbone_config(options: argparse.Namespace) -> PreTrainedConfig:
             raise SystemExit(f"--recipe {options.recipe} is not for a {config.model_type}")
         return config.backbone_config
     if options.backbone_checkpoint:
-        saved = AutoConfig.from_pretrained(options.backbone_checkpoint)
-        return getattr(saved, "backbone_config", None) or saved
+        return backbone_config(AutoConfig.from_pretrained(options.backbone_checkpoint))
     return pvt_hf.build_config(options.variant or "pvt_v2_b0")
 
 

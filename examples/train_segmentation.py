@@ -30,7 +30,7 @@ from pvt_hf.canvases import CLASSES, canvas_files
 from pvt_hf.label_maps import EvaluationMaps, SegmentationData, TrainingMaps, read_folders, read_hub
 from pvt_hf.recipes import SEGMENTATION_RECIPES, freeze_stages
 from pvt_hf.training_segmentation import SegmentationTrainer
-from pvt_hf.variants import find_variant
+from pvt_hf.variants import backbone_config, find_variant
 
 # Of the embedded data: digits have no mirror images, and canvases are small.
 DEMO = {"shortest_edge": 128, "longest_edge": 192, "crop_size": 160, "scales": (1.0, 1.0), "flip": 0.0}
@@ -79,10 +79,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     given = {name: value for name, value in given.items() if value is not None and name != "learning_rate"}
     options.recipe = recipe = dataclasses.replace(recipe, **given)
     length = {"max_steps": recipe.steps} if options.num_train_epochs is None else {}
-    official = {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm} | length
-    return options, training_arguments(
-        options, official, lambda images: recipe.learning_rate * images / recipe.reference_batch_size
-    )
+    return options, training_arguments(options, recipe, **length)
 
 
 def load_data(options: argparse.Namespace, args: TrainingArguments, names: list[str]) -> list[SegmentationData]:
@@ -122,16 +119,14 @@ def load_model(options: argparse.Namespace, names: list[str]):
         return AutoModelForSemanticSegmentation.from_pretrained(
             options.model_name_or_path, config=config, ignore_mismatched_sizes=True
         )
-    changes = {"out_features": STAGES, "drop_path_rate": options.recipe.drop_path_rate}
     if options.backbone_checkpoint:
-        saved = AutoConfig.from_pretrained(options.backbone_checkpoint)
-        backbone = getattr(saved, "backbone_config", None) or saved
-        backbone.out_features, backbone.drop_path_rate = STAGES, options.recipe.drop_path_rate
+        backbone = backbone_config(AutoConfig.from_pretrained(options.backbone_checkpoint))
         found = find_variant(backbone)
         if options.variant and (found is None or found.name != options.variant):
             raise SystemExit(f"--backbone_checkpoint {options.backbone_checkpoint} is not a {options.variant}")
     else:
-        backbone = pvt_hf.build_config(options.variant or "pvt_v2_b0", **changes)
+        backbone = pvt_hf.build_config(options.variant or "pvt_v2_b0")
+    backbone.out_features, backbone.drop_path_rate = STAGES, options.recipe.drop_path_rate
     config = pvt_hf.SemanticFPNConfig(
         backbone_config=backbone, loss_normalization=options.recipe.loss_normalization,
         neck_channels=options.neck_channels, head_channels=options.head_channels, **labels,

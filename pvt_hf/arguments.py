@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,16 +60,15 @@ def parse(parser: HfArgumentParser, smoke: dict[str, Any]) -> argparse.Namespace
     return parser.parse_args()
 
 
-def training_arguments(
-    options: argparse.Namespace, official: dict[str, Any], learning_rate: Callable[[int], float]
-) -> TrainingArguments:
+def training_arguments(options: argparse.Namespace, recipe: Any, **official: Any) -> TrainingArguments:
     """The `TrainingArguments` among the options. What the command line left open is as in the recipe.
 
     Args:
         options: From [`parse`].
-        official: Values for fields that are `None`, for example `{"weight_decay": 0.05}`. An official `fp16` holds
+        recipe: One of [`~pvt_hf.recipes`]: weight decay, clipping, and the learning rate for its number of images per
+            step, with which the real one grows.
+        **official: Values for other fields that are `None`, for example `num_train_epochs=12`. An official `fp16` holds
             where there is a GPU and the user chose no other precision, here or for accelerate.
-        learning_rate: From the number of images per step to the recipe's learning rate.
 
     Raises:
         SystemExit: If `output_dir` has checkpoints, and `resume_from_checkpoint` does not say what to do with them.
@@ -78,12 +76,13 @@ def training_arguments(
     fields = TrainingArguments.__dataclass_fields__
     given = {key: value for key, value in vars(options).items() if key in fields and value is not None}
     elsewhere = options.bf16 or options.use_cpu or "ACCELERATE_MIXED_PRECISION" in os.environ
-    official = official | {"fp16": official.get("fp16", False) and torch.cuda.is_available() and not elsewhere}
+    official |= {"fp16": official.get("fp16", False) and torch.cuda.is_available() and not elsewhere}
+    official |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm}
     args = TrainingArguments(**official | given)
     if str(args.resume_from_checkpoint).lower() in ("true", "false"):
         args.resume_from_checkpoint = args.resume_from_checkpoint.lower() == "true"
     if not args.resume_from_checkpoint and last_complete_checkpoint(args.output_dir):
         raise SystemExit(f"{args.output_dir} has checkpoints: --resume_from_checkpoint true goes on from them")
     if options.learning_rate is None:
-        args.learning_rate = learning_rate(images_per_step(args))
+        args.learning_rate = recipe.learning_rate * images_per_step(args) / recipe.reference_batch_size
     return args

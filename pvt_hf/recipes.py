@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .variants import get_variant
+from .variants import backbone_config, get_variant
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -268,7 +268,7 @@ def parameter_groups(
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"`layer_decay` must be above 0 and at most 1, got {layer_decay}.")
-    config = getattr(model.config, "backbone_config", None) or model.config
+    config = backbone_config(model.config)
 
     def settings(name: str, parameter: nn.Parameter) -> tuple[float, float]:
         depth = sum(config.depths) + 1 - block_index(name, config.depths) if layer_decay < 1 else 0
@@ -315,15 +315,14 @@ def freeze_stages(model: nn.Module, stages: int) -> list[str]:
     Raises:
         ValueError: If the model does not have that many stages.
     """
-    backbone_config = getattr(model.config, "backbone_config", None)
-    config = backbone_config or model.config
+    config = backbone_config(model.config)
     if not 0 <= stages <= len(config.depths):
         raise ValueError(f"`stages` must be between 0 and {len(config.depths)}, got {stages}.")
     frozen = []
     for name, parameter in model.named_parameters():
         match = re.search(r"encoder\.(?:block|layers|patch_embeddings)\.(\d+)\.", name)
         # DETR has an encoder of its own, behind the backbone.
-        if match and int(match[1]) < stages and (backbone_config is None or "backbone" in name):
+        if match and int(match[1]) < stages and (config is model.config or "backbone" in name):
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
