@@ -30,7 +30,9 @@ from tqdm import tqdm
 from transformers import AutoBackbone, AutoModelForImageClassification
 
 import pvt_hf
-from pvt_hf.data import EpochSampler, TrainingImages, collate, training_transform
+from pvt_hf.data.augmentation import training_transform
+from pvt_hf.data.classification import TrainingImages, collate
+from pvt_hf.data.samplers import EpochSampler
 from pvt_hf.recipes import imagenet_recipe
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]

@@ -35,17 +35,17 @@ from transformers import (
 )
 
 from pvt_hf import VARIANTS
-from pvt_hf.canvases import canvas_files
-from pvt_hf.coco import EvaluationDetections, read_coco
-from pvt_hf.coco import read_hub as read_objects
-from pvt_hf.data import EvaluationImages, collate, label_names, load_images
-from pvt_hf.label_maps import EvaluationMaps, read_folders
-from pvt_hf.label_maps import read_hub as read_maps
-from pvt_hf.metrics import COCO_METRICS, classification_metrics, classification_statistics
-from pvt_hf.published import PUBLISHED
+from pvt_hf.data.classification import EvaluationImages, collate, label_names, load_images
+from pvt_hf.data.detection import EvaluationDetections, read_coco
+from pvt_hf.data.detection import read_hub as read_objects
+from pvt_hf.data.digits import canvas_files
+from pvt_hf.data.segmentation import EvaluationMaps, read_folders
+from pvt_hf.data.segmentation import read_hub as read_maps
+from pvt_hf.evaluation.metrics import COCO_METRICS, classification_metrics, classification_statistics
+from pvt_hf.paper_results import PUBLISHED
 from pvt_hf.recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES
-from pvt_hf.training_detection import DetectionTrainer
-from pvt_hf.training_segmentation import SegmentationTrainer
+from pvt_hf.training.detection import DetectionTrainer
+from pvt_hf.training.segmentation import SegmentationTrainer
 from pvt_hf.variants import backbone_config, find_variant
 
 Measured = tuple[Trainer, dict[str, float]]

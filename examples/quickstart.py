@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import pvt_hf
-from pvt_hf.data import digits
+from pvt_hf.data.digits import digits
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)

@@ -18,8 +18,8 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForImageClassification, TrainingArguments, set_seed
 
 import pvt_hf
-from pvt_hf.arguments import parse, training_arguments, training_parser
-from pvt_hf.data import (
+from pvt_hf.data.augmentation import training_transform
+from pvt_hf.data.classification import (
     EvaluationImages,
     StreamedImages,
     TrainingImages,
@@ -27,10 +27,11 @@ from pvt_hf.data import (
     label_names,
     load_images,
     stored,
-    training_transform,
 )
-from pvt_hf.recipes import freeze_stages, imagenet_recipe
-from pvt_hf.training_classification import ImageClassificationTrainer
+from pvt_hf.recipes import imagenet_recipe
+from pvt_hf.training.arguments import parse, training_arguments, training_parser
+from pvt_hf.training.classification import ImageClassificationTrainer
+from pvt_hf.training.optimization import freeze_stages
 from pvt_hf.variants import find_variant
 
 SMOKE = {"image_size": 32, "num_train_epochs": 2, "per_device_train_batch_size": 32, "learning_rate": 2e-4}

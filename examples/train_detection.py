@@ -22,13 +22,14 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, TrainingArguments, set_seed
 
 import pvt_hf
-from pvt_hf.arguments import parse, training_arguments, training_parser
-from pvt_hf.augmentation import DetectionAugmentation
-from pvt_hf.canvases import canvas_files
-from pvt_hf.coco import DetectionData, EvaluationDetections, TrainingDetections, read_coco, read_hub
-from pvt_hf.data import load_images
-from pvt_hf.recipes import DETECTION_RECIPES, detection_recipe, freeze_stages
-from pvt_hf.training_detection import DetectionTrainer
+from pvt_hf.data.augmentation import DetectionAugmentation
+from pvt_hf.data.classification import load_images
+from pvt_hf.data.detection import DetectionData, EvaluationDetections, TrainingDetections, read_coco, read_hub
+from pvt_hf.data.digits import canvas_files
+from pvt_hf.recipes import DETECTION_RECIPES, detection_recipe
+from pvt_hf.training.arguments import parse, training_arguments, training_parser
+from pvt_hf.training.detection import DetectionTrainer
+from pvt_hf.training.optimization import freeze_stages
 from pvt_hf.variants import backbone_config, find_variant
 
 # Of the embedded data: digits have no mirror images, and canvases are small.

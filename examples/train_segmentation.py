@@ -24,12 +24,13 @@ from transformers import AutoConfig, AutoModelForSemanticSegmentation, TrainingA
 from transformers.hf_argparser import string_to_bool
 
 import pvt_hf
-from pvt_hf.arguments import parse, training_arguments, training_parser
-from pvt_hf.augmentation import SegmentationAugmentation
-from pvt_hf.canvases import CLASSES, canvas_files
-from pvt_hf.label_maps import EvaluationMaps, SegmentationData, TrainingMaps, read_folders, read_hub
-from pvt_hf.recipes import SEGMENTATION_RECIPES, freeze_stages
-from pvt_hf.training_segmentation import SegmentationTrainer
+from pvt_hf.data.augmentation import SegmentationAugmentation
+from pvt_hf.data.digits import CLASSES, canvas_files
+from pvt_hf.data.segmentation import EvaluationMaps, SegmentationData, TrainingMaps, read_folders, read_hub
+from pvt_hf.recipes import SEGMENTATION_RECIPES
+from pvt_hf.training.arguments import parse, training_arguments, training_parser
+from pvt_hf.training.optimization import freeze_stages
+from pvt_hf.training.segmentation import SegmentationTrainer
 from pvt_hf.variants import backbone_config, find_variant
 
 # Of the embedded data: digits have no mirror images, and canvases are small.

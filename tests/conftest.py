@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from hub import TOKEN, LocalHub
-from models import ROOT
+
+from tests.support.hub import TOKEN, LocalHub
+from tests.support.small_models import ROOT
 
 # The workers of pytest-xdist share the cores.
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))

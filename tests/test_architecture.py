@@ -1,114 +1,107 @@
-"""The rules that keep the packages apart: who imports whom, the size of a file, what stays out of the library."""
+"""The rules that keep the rooms of the house apart: who imports whom, and what is imported only where it is used."""
 
 import ast
+import sys
+from pathlib import Path
 
 import pytest
-from models import ROOT
 
-LIBRARY = sorted((ROOT / "pvt_hf").glob("*.py"))
-ALL = LIBRARY + sorted((ROOT / "conversion").glob("*.py")) + sorted((ROOT / "examples").glob("*.py"))
+from tests.support.small_models import ROOT
 
-# The siblings that each file of pvt_hf may import. A file that is not here may import none.
-SIBLINGS = {
-    "__init__": {"variants"},
-    "configuration_pvt_v2": {"configuration_pvt"},
-    "arguments": {"checkpointing", "recipes"},
-    "augmentation": {"colors", "objects", "resize"},
-    "canvases": {"data", "objects"},
-    "coco": {"data", "objects"},
-    "image_processing_dense": {"resize"},
-    "image_processing_detection": {
-        *("detection", "detr", "image_processing_dense", "masks", "objects", "resize"),
-    },
-    "image_processing_segmentation": {"image_processing_dense", "resize"},
-    "label_maps": {"data", "image_processing_segmentation"},
-    "metrics": {"objects"},
-    "objects": {"resize"},
-    "overlays": {"image_processing_segmentation"},
-    "pretrained": {"layers"},
-    "published": {"variants"},
+FILES = sorted(path for folder in ("pvt_hf", "conversion", "examples") for path in (ROOT / folder).rglob("*.py"))
+LIBRARY = [path for path in FILES if path.relative_to(ROOT).parts[0] == "pvt_hf"]
+REGISTRIES = {"variants", "recipes", "paper_results"}
+BELOW_TRAINING = {"models", "data", "evaluation", *REGISTRIES}
+# By room of pvt_hf: the rooms that its files may import. (A registry is a room of one file.)
+MAY_IMPORT = {
+    "__init__": {"models", *REGISTRIES},
+    "models": {"models"},
+    "variants": set(),
     "recipes": {"variants"},
-    "reports": {"recipes"},
-    "training": {"checkpointing", "data", "reports"},
-    "training_classification": {"data", "metrics", "recipes", "training"},
-    "training_dense": {"training"},
-    "training_segmentation": {
-        *("image_processing_segmentation", "label_maps", "metrics", "modeling_semantic_fpn", "overlays", "recipes"),
-        *("resize", "sliding_window", "training_dense"),
-    },
-    "training_detection": {
-        *("coco", "detr", "image_processing_detection", "metrics", "recipes", "training_dense", "visualization"),
-    },
-    "visualization": {"coco", "objects"},
-    "detection": {"boxes"},
-    "masks": {"boxes", "detection"},
-    "rpn": {"boxes", "configuration_mask_rcnn", "detection"},
-    "modeling_mask_rcnn": {"boxes", "configuration_mask_rcnn", "dense_prediction", "detection", "fpn", "rpn"},
-    "modeling_retinanet": {"boxes", "configuration_retinanet", "dense_prediction", "detection", "fpn"},
-    "modeling_pvt": {"configuration_pvt", "layers", "pretrained"},
-    "modeling_pvt_v2": {"configuration_pvt_v2", "layers", "pretrained"},
-    "modeling_semantic_fpn": {"configuration_semantic_fpn", "dense_prediction", "fpn", "layers"},
+    "paper_results": {"variants"},
+    "data": {"data", "models", "variants", "recipes"},
+    "evaluation": {"evaluation", "data", "models"},
+    "training": {"training", *BELOW_TRAINING},
+    "commands": {"commands", "training", "conversion", *BELOW_TRAINING},
+    "conversion": {"conversion", "models", "variants", "paper_results"},
 }
+OPTIONAL = {"accelerate", "datasets", "evaluate", "faster_coco_eval", "matplotlib", "peft", "scipy", "sklearn", "timm"}
 
 
-def imports(path) -> tuple[set[str], set[str]]:
-    """The siblings (from `.name import`) and the top-level packages that run time imports from a file."""
-    siblings, packages = set(), set()
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    """`models` of `pvt_hf.models.boxes`, `variants` of `pvt_hf.variants`, `__init__` of `pvt_hf` itself."""
+    return (module.split(".")[1:] or ["__init__"])[0]
+
+
+def read_imports(path: Path, top_level: bool = False) -> list[tuple[int, str]]:
+    """The level and the absolute name of all modules that a file imports at run time, or while it is imported."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
             node.body = []
-    for node in ast.walk(tree):
+    package = module_name(path).split(".")
+    package = package if path.stem == "__init__" else package[:-1]
+    found = []
+    for node in tree.body if top_level else ast.walk(tree):
         if isinstance(node, ast.Import):
-            packages |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1 and node.module, f"{path.name}: only `from .name import` can be published to the Hub"
-            siblings.add(node.module.split(".")[0])
+            found += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            packages.add(node.module.split(".")[0])
-    return siblings, packages
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            # `from . import name` and `from ..conversion import name` name modules.
+            is_package = (ROOT / module.replace(".", "/")).is_dir()
+            found += [(node.level, f"{module}.{alias.name}" if is_package else module) for alias in node.names]
+    return found
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
-def test_library_imports_downwards(path):
-    siblings, packages = imports(path)
-    assert siblings <= SIBLINGS.get(path.stem, set())
-    assert not packages & {"conversion", "examples", "tests", "pvt_hf"}
+def test_models_are_flat():
+    """`save_pretrained` ships only what `from .name import` reaches."""
+    assert not [path for path in (ROOT / "pvt_hf" / "models").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    for path in (ROOT / "pvt_hf" / "models").glob("*.py"):
+        own = [(level, name) for level, name in read_imports(path) if name.split(".")[0] == "pvt_hf"]
+        assert all(level == 1 and (ROOT / f"{name.replace('.', '/')}.py").is_file() for level, name in own), path
 
 
-@pytest.mark.parametrize("path", [path for path in ALL if path not in LIBRARY], ids=lambda path: path.stem)
-def test_programs_do_not_import_each_other(path):
-    _, packages = imports(path)
-    forbidden = {"conversion": {"examples", "tests"}, "examples": {"conversion", "tests"}}[path.parent.name]
-    assert not packages & forbidden
+@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
+def test_each_room_imports_only_what_it_may(path):
+    modules = {name for _, name in read_imports(path)}
+    assert not {name for name in modules if name.split(".")[0] in ("conversion", "examples", "tests")}
+    rooms = {room(name) for name in modules if name.split(".")[0] == "pvt_hf"}
+    assert rooms <= MAY_IMPORT[room(module_name(path))]
 
 
-@pytest.mark.parametrize("name", ["reference", "reference_systems"])
-def test_reference_is_independent(name):
-    assert imports(ROOT / "conversion" / f"{name}.py") == (set(), {"collections", "torch"})
+def test_every_room_has_a_rule():
+    assert {room(module_name(path)) for path in LIBRARY} <= MAY_IMPORT.keys()
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in FILES if path not in LIBRARY], ids=module_name)
+def test_programs_import_the_library_only(path):
+    assert not {name for _, name in read_imports(path) if name.split(".")[0] in ("conversion", "examples", "tests")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pvt_hf" / "conversion").glob("reference*.py")), ids=module_name)
+def test_references_are_independent(path):
+    assert {name.split(".")[0] for _, name in read_imports(path)} <= {"collections", "torch"}
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRIES))
+def test_registries_need_the_standard_library_only(name):
+    path = ROOT / "pvt_hf" / f"{name}.py"
+    packages = {module.split(".")[0] for _, module in read_imports(path, top_level=True)} - {"pvt_hf"}
+    assert packages <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
 def test_optional_packages_are_imported_where_they_are_used(path):
-    top_level = {
-        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name) or ""
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    }
-    heavy = (
-        "torchvision",
-        "datasets",
-        "accelerate",
-        "timm",
-        "sklearn",
-        "scipy",
-        "matplotlib",
-        "evaluate",
-        "faster_coco_eval",
-    )
-    assert not [name for name in top_level if name.startswith(heavy)]
+    if room(module_name(path)) == "commands":  # programs need them at once
+        return
+    assert not {name.split(".")[0] for _, name in read_imports(path, top_level=True)} & OPTIONAL
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.parent.name}.{path.stem}")
-def test_files_stay_small(path):
-    assert len(path.read_text().splitlines()) <= 450
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 500

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
-from models import ROOT
 from PIL import Image
 
 from pvt_hf import build_config
-from pvt_hf.checkpointing import CheckpointError
+from pvt_hf.training.run_checkpoints import CheckpointError
+from tests.support.small_models import ROOT
 
 TRAIN, EVALUATE = (str(ROOT / "examples" / name) for name in ("train_classification.py", "evaluate.py"))
 SMOKE = ["--smoke", "--disable_tqdm", "true", "--num_train_epochs", "1"]

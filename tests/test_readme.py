@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from models import ROOT
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from pvt_hf.variants import markdown_table
+from tests.support.small_models import ROOT
 
 README = (ROOT / "README.md").read_text()
 

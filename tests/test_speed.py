@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from models import ROOT
+
+from tests.support.small_models import ROOT
 
 
 @pytest.mark.slow

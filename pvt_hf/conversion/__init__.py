@@ -1,0 +1,1 @@
+"""Checkpoints of the official code, timm, mmdetection and mmsegmentation to safetensors, and back."""

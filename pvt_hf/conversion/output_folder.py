@@ -1,0 +1,62 @@
+"""The folder that a conversion writes: it appears when it is whole, and nothing of others is deleted for it."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from .publish import CODE
+from .rename import ConversionError, quote
+
+# What a conversion writes, and therefore all that `--overwrite` deletes.
+_WRITTEN = ("config.json", "model.safetensors", "preprocessor_config.json", "README.md")
+
+
+def _is_former_conversion(folder: Path) -> bool:
+    """Whether the files are those that a conversion writes, and the card says that one wrote them."""
+    if any(path.name not in (*_WRITTEN, *CODE) for path in folder.iterdir()):
+        return False
+    try:
+        return "conversion" in ModelCard.load(folder / "README.md").data.to_dict()
+    except (OSError, ValueError):
+        return False
+
+
+def check_output_dir(output_dir: Path, overwrite: bool) -> None:
+    """Raises a `ConversionError` if `output_dir` holds what a conversion must not replace."""
+    if not output_dir.exists():
+        return
+    if not output_dir.is_dir() or output_dir.resolve() == Path.cwd():
+        raise ConversionError(
+            f"`OUTPUT_DIR` must be a new or an empty directory with a name of its own, got {output_dir}."
+        )
+    if any(output_dir.iterdir()):
+        if not overwrite:
+            raise ConversionError(f"`OUTPUT_DIR` {output_dir} is not empty; use --overwrite to replace a conversion.")
+        if not _is_former_conversion(output_dir):
+            raise ConversionError(
+                f"`OUTPUT_DIR` {output_dir} is not what a conversion left, and --overwrite would delete it: "
+                f"{quote(path.name for path in output_dir.iterdir())}."
+            )
+
+
+@contextmanager
+def appearing_whole(output_dir: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write to. If all goes well it takes the place of `output_dir`, else it disappears."""
+    target = output_dir.resolve()  # through links
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        folder, former = Path(temporary) / "new", Path(temporary) / "former"
+        folder.mkdir()
+        yield folder
+        check_output_dir(output_dir, overwrite)  # again: this took a while
+        if target.exists():
+            target.rename(former)
+        try:
+            folder.rename(target)
+        except BaseException:
+            if former.exists():
+                former.rename(target)
+            raise

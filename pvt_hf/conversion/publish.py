@@ -1,0 +1,71 @@
+"""Uploads a converted folder to the Hub, and saves the package's code along with a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shlex import quote
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from .. import models
+from .rename import ConversionError
+
+CODE = frozenset(path.name for path in Path(models.__file__).parent.glob("*.py"))  # what --with-code may write
+_REASONS = {
+    401: "the Hub does not know you: run `hf auth login`, or set HF_TOKEN",
+    403: "your token may not write there",
+    409: "the repository is in conflict with this upload: somebody changes it at this moment, or the name is taken",
+}
+
+
+def publish(folder: Path, repo: str, private: bool) -> str:
+    """Uploads the files of `folder` in one commit: the repository has all of them or none.
+
+    Args:
+        folder: A converted folder. It is only read.
+        repo: `owner/name`, or `name` in one's own namespace. Created unless it exists. The Hub is that of
+            `HF_ENDPOINT`.
+        private: Whether the repository must be private.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConversionError: If the upload fails, or the repository exists and is public although `private` is set.
+    """
+    api = HfApi()
+    try:
+        repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+        if private and not api.repo_info(repo).private:
+            raise ConversionError(f"{repo} exists and is public, and `--private` is set: nothing was uploaded.")
+        files = {path.name: path for path in sorted(folder.iterdir())}
+        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        # Code that a former upload had and this one has not would be run with other weights.
+        operations += [CommitOperationDelete(name) for name in api.list_repo_files(repo) if name in CODE - files.keys()]
+        return api.create_commit(repo, operations, commit_message="Checkpoint converted by pvt_hf").commit_url
+    except ConversionError:
+        raise
+    except Exception as error:  # HTTP errors, cut connections, offline mode: whatever it is, the folder is whole
+        if isinstance(error, HfHubHTTPError):
+            reason = _REASONS.get(error.response.status_code, str(error))
+            outcome = "Nothing was committed there"
+        else:
+            reason = f"the connection failed ({type(error).__name__}: {error})"
+            outcome = "Whether the commit arrived is not known"
+        raise ConversionError(
+            f"The upload to {repo} at {api.endpoint} failed: {reason}. {outcome}; everything is in {folder}. To try "
+            f"again: hf upload {repo} {quote(str(folder))}"
+        ) from error
+
+
+@contextmanager
+def saved_with_code(**auto_classes: type) -> Iterator[None]:
+    """While it lasts, `save_pretrained` of these classes saves their code too, for `trust_remote_code=True`."""
+    try:
+        for auto_class, registered in auto_classes.items():
+            registered.register_for_auto_class(auto_class)
+        yield
+    finally:
+        for registered in auto_classes.values():
+            registered._auto_class = None

@@ -1,0 +1,1 @@
+"""What is trained and evaluated on: reading, augmenting, batching."""

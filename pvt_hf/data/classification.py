@@ -1,0 +1,290 @@
+"""Images for training: where they come from, how they are augmented, in an order that a resumed run repeats."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from transformers.utils import logging
+
+from .digits import digits
+from .images import ImageError, decode, seeded
+
+if TYPE_CHECKING:
+    import datasets
+
+
+logger = logging.get_logger(__name__)
+
+
+def load_images(
+    source: str | None, split: str, config_name: str | None = None, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Loads images from wherever they are.
+
+    Args:
+        source: A data set of the Hub; a folder with one of images per class, or of such folders per split; or a pattern
+            of parquet files or WebDataset shards (`data/train-*.parquet`, `shards/{0000..0146}.tar`, as `datasets`
+            expands it). `None` is scikit-learn's digits, four fifths in `train` and the others in every other split.
+        split: For example `train` or `validation`.
+        config_name: Of a data set of the Hub.
+        streaming: Whether images are read when they are needed instead of being prepared first.
+
+    Returns:
+        The split, with images that are not decoded yet: see [`TrainingImages`].
+
+    Raises:
+        ImageError: If there is no such data, with what `datasets` says about it.
+    """
+    import datasets
+
+    try:
+        if source is None:
+            data = digits(split)
+        elif Path(source).is_dir() and not any(Path(source).rglob("*.parquet")):
+            data = datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
+        elif source.endswith((".parquet", ".tar")):
+            kind = "parquet" if source.endswith(".parquet") else "webdataset"
+            # The files are the split, whatever they are called.
+            data = datasets.load_dataset(kind, data_files={split: source}, split=split, streaming=streaming)
+        else:
+            data = datasets.load_dataset(source, config_name, split=split, streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ImageError(f"Split {split!r} of {source!r} cannot be loaded: {error}") from error
+    if data.features is None:
+        data = data._resolve_features()
+    image_columns = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
+    if len(image_columns) != 1:
+        raise ImageError(f"{source!r} must have one column of images, got {image_columns} of {list(data.features)}.")
+    if streaming and isinstance(data, datasets.Dataset):
+        length = datasets.SplitInfo(split, num_examples=len(data))
+        data = data.to_iterable_dataset(num_shards=min(8, len(data)))
+        data.info.splits = datasets.SplitDict({split: length})
+    if image_columns != ["image"]:
+        data = data.rename_column(image_columns[0], "image")
+    return data.cast_column("image", datasets.Image(decode=False))
+
+
+def stored(stream: datasets.IterableDataset) -> datasets.Dataset:
+    """A stream written to the cache of `datasets`, as a data set with a length: for evaluation, where loading a split
+    without streaming would prepare all the others too."""
+    import datasets
+
+    def rows(stream):
+        yield from stream
+
+    return datasets.Dataset.from_generator(rows, features=stream.features, gen_kwargs={"stream": stream})
+
+
+def label_names(
+    data: datasets.Dataset | datasets.IterableDataset, column: str | None = None, num_labels: int | None = None
+) -> tuple[str, list[str]]:
+    """The column of labels, and the names of the classes.
+
+    Args:
+        data: From [`load_images`].
+        column: Its name; without it, the only column of class labels, or of integers.
+        num_labels: The number of classes, for labels without names that are not all at hand (streams).
+
+    Raises:
+        ValueError: If there is no such column, or more than one.
+    """
+    import datasets
+
+    classes = [name for name, feature in data.features.items() if isinstance(feature, datasets.ClassLabel)]
+    integers = [name for name, feature in data.features.items() if "int" in str(getattr(feature, "dtype", ""))]
+    found = [column] if column else classes or integers
+    if len(found) != 1 or found[0] not in data.features:
+        raise ValueError(
+            f"`label_column` must be one of the columns {list(data.features)}, got {column}. Found: {found}."
+        )
+    feature = data.features[found[0]]
+    if isinstance(feature, datasets.ClassLabel):
+        if num_labels not in (None, len(feature.names)):
+            raise ValueError(f"`num_labels` is {num_labels}, but {found[0]!r} names {len(feature.names)} classes.")
+        return found[0], feature.names
+    if "int" not in str(getattr(feature, "dtype", "")):
+        raise ValueError(
+            f"`label_column` must hold class indices, but {found[0]!r} holds {feature}. "
+            "`datasets.Dataset.class_encode_column` turns names into them."
+        )
+    if num_labels is None and isinstance(data, datasets.IterableDataset):
+        raise ValueError(f"The labels in {found[0]!r} have no names: give their number with `num_labels`.")
+    return found[0], [str(label) for label in range(num_labels or max(data.unique(found[0])) + 1)]
+
+
+def check_label(label: Any, num_labels: int, name: str) -> int:
+    """Raises an `ImageError` that names the image unless its label is a class."""
+    if not isinstance(label, int) or not 0 <= label < num_labels:
+        raise ImageError(f"The label of {name} must be a class in [0, {num_labels}), got {label!r}.")
+    return label
+
+
+class _Prepared:
+    """What both kinds of training data share: a row becomes `pixel_values`, `labels` and `names`, or is skipped."""
+
+    def prepare(self, row: dict[str, Any], seed: tuple[int, ...], position: int) -> dict[str, Any] | None:
+        stored = row["image"] or {}
+        name = stored.get("path") or row.get("__key__") or f"image {position}"
+        try:
+            image = decode(stored, name)
+        except ImageError as error:
+            if not self.skip_damaged:
+                raise
+            logger.warning(f"{error} It is left out.")
+            return None
+        label = check_label(row[self.label_column], self.num_labels, name)
+        with seeded(*seed):
+            return {"pixel_values": self.transform(image), "labels": label, "names": name}
+
+
+class TrainingImages(_Prepared, Dataset):
+    """Augmented images of a data set that is on the disk.
+
+    Args:
+        data: From [`load_images`].
+        label_column, num_labels: From [`label_names`].
+        transform: From a PIL image to a tensor.
+        skip_damaged: Whether a damaged image is left out of its batch (and counted) instead of being an error.
+
+    Items are asked for with `(index, *seed)`, as [`EpochSampler`] gives them. The augmentation depends on nothing else.
+    """
+
+    def __init__(self, data, label_column: str, num_labels: int, transform: Callable, skip_damaged: bool = False):
+        self.data, self.label_column, self.num_labels = data, label_column, num_labels
+        self.transform, self.skip_damaged = transform, skip_damaged
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any] | None:
+        index, *seed = key
+        return self.prepare(self.data[index], seed, index)
+
+
+class StreamedImages(_Prepared, IterableDataset):
+    """Augmented images of a stream, split by process and worker, shuffled in a buffer, in epochs of a fixed length.
+
+    A part of the stream that is shorter than its share of an epoch begins again; a longer one is cut. Both, and the
+    shuffling, depend on seed, epoch, process and worker only, so that a resumed run sees the same images.
+
+    Args:
+        data: A streamed data set from [`load_images`].
+        label_column, num_labels, transform, skip_damaged: As in [`TrainingImages`].
+        samples_per_epoch: Images of an epoch, over all processes.
+        seed, rank, world_size: Of the run and of the process.
+        buffer_size: How many images each worker shuffles at a time, encoded as they are stored.
+
+    Raises:
+        ImageError: While iterating, if a shard cannot be read, or a worker gets no shard.
+    """
+
+    def __init__(
+        self,
+        data,
+        label_column: str,
+        num_labels: int,
+        transform: Callable,
+        samples_per_epoch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        buffer_size: int = 10_000,
+        skip_damaged: bool = False,
+    ):
+        from datasets.distributed import split_dataset_by_node
+
+        # Newer `datasets` mix shards in threads, which hold a worker back for five seconds at the end of each epoch.
+        one_shard = {"max_buffer_input_shards": 1}
+        options = one_shard if one_shard.keys() <= inspect.signature(data.shuffle).parameters.keys() else {}
+        self.data = split_dataset_by_node(data.shuffle(seed, buffer_size=buffer_size, **options), rank, world_size)
+        if data.num_shards % world_size:
+            logger.warning(
+                f"{data.num_shards} shards cannot be dealt to {world_size} processes: each of them reads all of the "
+                "stream and keeps its share. A multiple of the processes would be faster."
+            )
+        self.label_column, self.num_labels = label_column, num_labels
+        self.transform, self.skip_damaged = transform, skip_damaged
+        self.samples, self.seed, self.rank, self.epoch = samples_per_epoch // world_size, seed, rank, 0
+        self.batch_size = 1  # of the loader, which the trainer sets: an epoch has whole batches only
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        worker = get_worker_info()
+        index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # Closed at once: a reader of parquet that is left open holds its worker back for seconds at the end.
+        with closing(self._rows()) as rows:
+            # Whole batches are dealt to the workers: each drops its own incomplete last one.
+            for batch in range(index, self.samples // self.batch_size, workers):
+                for position in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                    yield self.prepare(next(rows), (self.seed, self.epoch, self.rank, position), position)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for lap in range(2**31):
+            self.data.set_epoch(self.epoch + 100_003 * lap)
+            row = None
+            try:
+                for row in self.data:
+                    yield row
+            except Exception as error:  # from the libraries that read parquet, tar, HTTP
+                raise ImageError(f"A shard of the stream cannot be read: {type(error).__name__}: {error}") from error
+            if row is None:
+                raise ImageError(
+                    "A worker has no shard to read. Use at most as many workers and processes as there are shards "
+                    f"({self.data.num_shards} for this process)."
+                )
+
+
+def collate(rows: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
+    """A batch: `pixel_values` `(batch, 3, height, width)` and `labels` `(batch,)` int64; of images for training also
+    `names`, and `skipped`, the number of damaged ones that it lacks.
+
+    Raises:
+        ImageError: If all of them are damaged.
+    """
+    rows = list(rows)
+    whole = [row for row in rows if row is not None]
+    if not whole:
+        raise ImageError(f"All {len(rows)} images of a batch are damaged.")
+    batch = {
+        "pixel_values": torch.stack([row["pixel_values"] for row in whole]),
+        "labels": torch.tensor([row["labels"] for row in whole]),
+    }
+    if "names" in whole[0]:
+        batch |= {"names": [row["names"] for row in whole], "skipped": len(rows) - len(whole)}
+    return batch
+
+
+class EvaluationImages(Dataset):
+    """Images as an image processor prepares them, in their order; a damaged one is an error."""
+
+    def __init__(self, data, label_column: str, num_labels: int, image_processor: Callable):
+        self.data, self.label_column, self.num_labels = data, label_column, num_labels
+        self.image_processor = image_processor
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.data[index]
+        name = row["image"].get("path") or f"image {index}"
+        pixel_values = self.image_processor(decode(row["image"], name), return_tensors="pt").pixel_values[0]
+        return {"pixel_values": pixel_values, "labels": check_label(row[self.label_column], self.num_labels, name)}
+
+
+def epoch_length(data: datasets.IterableDataset, split: str) -> int | None:
+    """The number of images of a stream, where its data set says so."""
+    splits = getattr(data.info, "splits", None) or {}
+    count = splits[split].num_examples if split in splits else None
+    return count if count and math.isfinite(count) and count > 0 else None

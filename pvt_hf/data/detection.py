@@ -1,0 +1,332 @@
+"""Images and their objects for the detectors: COCO json with a folder of images, or a data set of the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from ..models.annotations import AnnotationError, checked, read_objects
+from .images import ImageError, decode
+
+if TYPE_CHECKING:
+    import datasets
+
+    from ..models.image_processing_detection import PvtDetectionImageProcessor
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """An image without its pixels.
+
+    Args:
+        image_id: As in the annotations; results name it.
+        name: For messages: the file, or the place in the data set.
+        size: (height, width) in pixels.
+        annotations: In COCO's format, with `category_id` already a class label in 0..n-1.
+        stored: Where the pixels are: a path, or the row of a data set.
+    """
+
+    image_id: int
+    name: str
+    size: tuple[int, int]
+    annotations: list[dict[str, Any]]
+    stored: str | int
+
+
+@dataclass(frozen=True)
+class DetectionData:
+    """Images with boxes, masks and classes.
+
+    Args:
+        label_names: The name of each class label.
+        category_ids: The id of each class label in the annotations, ascending.
+        records: Of the images.
+        rows: The data set of the Hub that has the pixels, or `None` where they are in files.
+    """
+
+    label_names: list[str]
+    category_ids: list[int]
+    records: list[ImageRecord]
+    rows: Any = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def image(self, index: int) -> torch.Tensor:
+        """uint8 `(3, height, width)`, RGB, turned as its EXIF orientation says unless the record has the size of the
+        stored pixels.
+
+        Raises:
+            ImageError: If the image cannot be read or has another size than its record; it names file and id.
+        """
+        record = self.records[index]
+        name = f"{record.name} (image {record.image_id})"
+        stored = self.rows[record.stored]["image"] if self.rows is not None else {"path": record.stored}
+        image = decode(stored or {}, name)
+        turned = ImageOps.exif_transpose(image)
+        fitting = [candidate for candidate in (turned, image) if candidate.size == record.size[::-1]]
+        if not fitting:
+            raise ImageError(
+                f"{name} has (height, width) {image.size[::-1]}, but {record.size} according to its annotations."
+            )
+        return torch.from_numpy(np.array(fitting[0])).permute(2, 0, 1)
+
+    def target(self, index: int) -> dict[str, Any]:
+        """What the image processor takes as annotations of an image."""
+        return {"image_id": self.records[index].image_id, "annotations": self.records[index].annotations}
+
+    def for_training(self, min_side: int = 32, empty: bool = False) -> DetectionData:
+        """The images on which the official detectors are trained: those with annotations and with sides of at least 32
+        pixels. How many are left out is logged, and how many annotations of the others will be.
+
+        Args:
+            min_side: In pixels.
+            empty: Whether images without annotations are kept.
+
+        Raises:
+            AnnotationError: If no image is left, or an annotation cannot be used; it names image and annotation.
+        """
+        large = [record for record in self.records if min(record.size) >= min_side]
+        kept = [record for record in large if record.annotations or empty]
+        if len(kept) < len(self):
+            logger.warning(
+                f"Training leaves out {len(self) - len(kept)} of {len(self)} images: {len(self) - len(large)} have a "
+                f"side of less than {min_side} pixels, {len(large) - len(kept)} others have no annotations."
+            )
+        if not kept:
+            raise AnnotationError(f"No image of {len(self)} is left to train on.")
+        reasons = Counter(
+            reason
+            for record in kept
+            for *_, reason in checked(record.annotations, record.image_id, record.size, len(self.label_names))
+        )
+        if left_out := {reason: count for reason, count in reasons.items() if reason}:
+            logger.warning(
+                f"Training leaves out {sum(left_out.values())} of {reasons.total()} annotations: {left_out}."
+            )
+        return replace(self, records=kept)
+
+    def ground_truth(self) -> dict[str, list[dict[str, Any]]]:
+        """The annotations as one COCO json, with the original category ids, for the evaluation."""
+        annotations = [
+            {"area": float(np.prod(annotation["bbox"][2:])), "iscrowd": 0}
+            | {name: value for name, value in annotation.items() if value is not None}
+            | {"image_id": record.image_id, "category_id": self.category_ids[annotation["category_id"]]}
+            for record in self.records
+            for annotation in record.annotations
+        ]
+        return {
+            "images": [
+                {"id": record.image_id, "file_name": record.name, "height": record.size[0], "width": record.size[1]}
+                for record in self.records
+            ],
+            # Numbered from 1: COCO's own code takes an annotation with the id 0 for none.
+            "annotations": [annotation | {"id": number} for number, annotation in enumerate(annotations, start=1)],
+            "categories": [
+                {"id": category_id, "name": name}
+                for category_id, name in zip(self.category_ids, self.label_names, strict=True)
+            ],
+        }
+
+
+def read_coco(annotation_file: str | Path, image_folder: str | Path) -> DetectionData:
+    """Reads and checks a COCO json. Class labels are the positions of the categories in the order of their ids.
+
+    Raises:
+        AnnotationError: If the file is not COCO json, or an annotation is of an image or a category that it does not
+            list; the message names the file and the ids.
+    """
+    try:
+        content = json.loads(Path(annotation_file).read_text())
+    except (OSError, ValueError) as error:
+        raise AnnotationError(f"{annotation_file} cannot be read: {error}") from error
+    parts = ("images", "annotations", "categories")
+    missing = [part for part in parts if not isinstance(content, dict) or not isinstance(content.get(part), list)]
+    if missing:
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise AnnotationError(f"{annotation_file} is not COCO json: it has no list {missing}, but {found}.")
+    fields = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name")}
+    for part, names in (*fields.items(), ("annotations", ("image_id", "category_id", "bbox"))):
+        for number, entry in enumerate(content[part]):
+            if lacking := [name for name in names if name not in entry]:
+                raise AnnotationError(f"{annotation_file}: number {number} of `{part}` has no {lacking}: {entry}.")
+        if part in fields:
+            counts = Counter(entry["id"] for entry in content[part])
+            if wrong := [entry for entry, count in counts.items() if count > 1 or not isinstance(entry, int)]:
+                raise AnnotationError(
+                    f"{annotation_file} has `{part}` whose ids are not different integers: {wrong[:5]}."
+                )
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    labels = {category["id"]: label for label, category in enumerate(categories)}
+    by_image: dict[int, list] = {image["id"]: [] for image in content["images"]}
+    for annotation in content["annotations"]:
+        for known, field in ((by_image, "image_id"), (labels, "category_id")):
+            if annotation[field] not in known:
+                raise AnnotationError(
+                    f"{annotation_file}: annotation {annotation.get('id')} of image {annotation['image_id']} has "
+                    f"`{field}` {annotation[field]}, which the file does not list."
+                )
+        by_image[annotation["image_id"]].append(annotation | {"category_id": labels[annotation["category_id"]]})
+    records = [
+        ImageRecord(
+            image["id"],
+            image["file_name"],
+            (image["height"], image["width"]),
+            by_image[image["id"]],
+            str(Path(image_folder) / image["file_name"]),
+        )
+        for image in content["images"]
+    ]
+    return DetectionData([category["name"] for category in categories], sorted(labels), records)
+
+
+def read_hub(data: datasets.Dataset) -> DetectionData:
+    """A data set with the columns `image` and `objects`, as those of the Hub for object detection (`cppe-5`) have them.
+
+    `objects` has for each image lists `bbox` (absolute xywh) and `category` (or `category_id`, `label`), and optionally
+    `id`, `area`, `iscrowd`, `segmentation`. Columns `image_id`, `height` and `width` are used where they exist.
+
+    Raises:
+        AnnotationError: If there are no such columns, or the lists of an image differ in length.
+    """
+    import datasets
+
+    if not {"image", "objects"} <= data.features.keys():
+        raise AnnotationError(f"The data set must have columns `image` and `objects`, got {list(data.features)}.")
+    feature = data.features["objects"]
+    feature = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
+    column = next((name for name in ("category", "category_id", "label") if name in feature), None)
+    if column is None or "bbox" not in feature:
+        raise AnnotationError(f"`objects` must have `bbox` and `category`, got {list(feature)}.")
+    rows = data.cast_column("image", datasets.Image(decode=False))
+    kept = [name for name in ("objects", "image_id", "height", "width") if name in data.features]
+    records = []
+    for index, row in enumerate(rows.select_columns(kept)):
+        image_id = row["image_id"] if isinstance(row.get("image_id"), int) else index
+        objects = row["objects"]
+        if not isinstance(objects, Mapping):
+            objects = {name: [entry[name] for entry in objects] for name in feature}
+        objects = {name: values for name, values in objects.items() if values is not None}
+        lengths = {name: len(values) for name, values in objects.items()}
+        if len(set(lengths.values())) > 1:
+            raise AnnotationError(f"`objects` of image {image_id} has lists of different lengths: {lengths}.")
+        annotations = [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]
+        annotations = [annotation | {"category_id": annotation[column]} for annotation in annotations]
+        size = (row.get("height"), row.get("width"))
+        records.append(
+            ImageRecord(image_id, f"row {index}", size if None not in size else _size(rows, index), annotations, index)
+        )
+    if len({record.image_id for record in records}) < len(records):
+        logger.warning("The column `image_id` has numbers twice: images are numbered in their order instead.")
+        records = [replace(record, image_id=index) for index, record in enumerate(records)]
+    names = _class_names(feature[column], records)
+    for record in records:
+        for annotation in record.annotations:
+            if not 0 <= annotation["category_id"] < len(names):
+                raise AnnotationError(
+                    f"An object of image {record.image_id} has `{column}` {annotation['category_id']}, the classes are "
+                    f"0 to {len(names) - 1}."
+                )
+    return DetectionData(names, list(range(len(names))), records, rows)
+
+
+def _class_names(feature: Any, records: list[ImageRecord]) -> list[str]:
+    feature = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
+    if hasattr(feature, "names"):
+        return list(feature.names)
+    labels = [annotation["category_id"] for record in records for annotation in record.annotations]
+    return [str(label) for label in range(max(labels, default=-1) + 1)]
+
+
+def _size(rows: datasets.Dataset, index: int) -> tuple[int, int]:
+    image: Image.Image = ImageOps.exif_transpose(decode(rows[index]["image"] or {}, f"row {index}"))
+    return image.size[::-1]
+
+
+class TrainingDetections(Dataset):
+    """Augmented images with their objects. Items are asked for with `(index, *seed)`, as [`OrientationSampler`]
+    and [`~pvt_hf.data.samplers.EpochSampler`] give them, and depend on nothing else.
+
+    Args:
+        data: Usually of [`~DetectionData.for_training`].
+        augment: From an image, its objects and a generator to both, such as a
+            [`~pvt_hf.data.augmentation.DetectionAugmentation`].
+        masks: Whether the objects have masks.
+        skip_damaged: Whether a damaged image is left out of its batch (and counted) instead of being an error.
+    """
+
+    def __init__(self, data: DetectionData, augment: Callable, masks: bool = False, skip_damaged: bool = False):
+        self.data, self.augment, self.masks, self.skip_damaged = data, augment, masks, skip_damaged
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any] | None:
+        index, *seed = key
+        record = self.data.records[index]
+        try:
+            image = self.data.image(index)
+        except ImageError as error:
+            if not self.skip_damaged:
+                raise
+            logger.warning(f"{error} It is left out.")
+            return None
+        objects = read_objects(self.data.target(index), record.size, self.masks, len(self.data.label_names))
+        image, objects = self.augment(image, objects, np.random.default_rng(seed))
+        return {
+            "image": image,
+            "target": {"objects": objects, "image_id": record.image_id, "orig_size": record.size},
+            "names": record.name,
+        }
+
+
+class EvaluationDetections(Dataset):
+    """All images as they are, in their order; a damaged one is an error."""
+
+    def __init__(self, data: DetectionData):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.data.image(index), "annotations": self.data.target(index)}
+
+
+@dataclass(frozen=True)
+class DetectionCollator:
+    """Rows of [`TrainingDetections`] or [`EvaluationDetections`] to what the detectors take: `pixel_values`,
+    `pixel_mask` and `labels`; for training also `names`, and `skipped`, the number of damaged images.
+
+    Args:
+        image_processor: Resizes images for evaluation, normalises and pads all of them.
+        masks: Whether labels for evaluation have masks.
+    """
+
+    image_processor: PvtDetectionImageProcessor
+    masks: bool = False
+
+    def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+        whole = [row for row in rows if row is not None]
+        if not whole:
+            raise ImageError(f"All {len(rows)} images of a batch are damaged.")
+        images = [row["image"] for row in whole]
+        if "annotations" in whole[0]:
+            annotations = [row["annotations"] for row in whole]
+            options = {"return_segmentation_masks": self.masks, "return_tensors": "pt"}
+            return dict(self.image_processor(images, annotations=annotations, **options))
+        batch = self.image_processor.batch(images, [row["target"] for row in whole])
+        return dict(batch) | {"names": [row["names"] for row in whole], "skipped": len(rows) - len(whole)}

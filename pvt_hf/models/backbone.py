@@ -1,0 +1,84 @@
+"""What the detectors and the segmenter do around their backbone: complete loading, checks, pretrained backbones."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import AutoBackbone, AutoConfig, BackboneMixin, PreTrainedConfig
+
+from .pretrained import _first
+
+# Fields of a backbone's configuration that change its outputs and that the shapes of its tensors do not show.
+_UNSEEN_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_layer_norm_eps", "linear_attention")
+
+
+def build_backbone(config: PreTrainedConfig, num_levels: int) -> nn.Module:
+    """The backbone of `config.backbone_config`, which must give `num_levels` feature maps.
+
+    Raises:
+        ValueError: If it gives another number of them.
+    """
+    features = config.backbone_config.out_features
+    if len(features) != num_levels:
+        raise ValueError(
+            f"`backbone_config` of a {type(config).__name__} must name {num_levels} `out_features`, got {features}."
+        )
+    return AutoBackbone.from_config(config.backbone_config)
+
+
+def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: str, **kwargs) -> int:
+    """Fills the backbone of a detector or segmenter from a checkpoint and proves that nothing of it is left at random.
+
+    Args:
+        model: Any model with one [`~transformers.BackboneMixin`] in it: those of pvt_hf, DETR, UperNet, Mask2Former.
+        pretrained_model_name_or_path: Folder or repository of a classifier or a backbone of the same architecture,
+            or of a detector or segmenter with such a `backbone`: RetinaNet, Mask R-CNN, Semantic FPN, UperNet.
+        kwargs: As for `from_pretrained`: `revision`, `token`, `cache_dir`, ...
+
+    Returns:
+        The number of tensors of the backbone, each of which came from the checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint is of another architecture, lacks tensors of the backbone, or has stages or blocks
+            that the backbone does not have.
+    """
+    backbones = [module for module in model.modules() if isinstance(module, BackboneMixin)]
+    if len(backbones) != 1:
+        raise ValueError(f"`model` must hold one backbone, got a {type(model).__name__} with {len(backbones)}.")
+    (backbone,) = backbones
+    source = f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path})"
+    saved = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+    whole = getattr(saved, "backbone_config", None) is not None
+    saved = saved.backbone_config if whole else saved
+    wrong = [
+        f"{field} is {getattr(saved, field, None)}, not {getattr(backbone.config, field, None)}"
+        for field in ("model_type", *_UNSEEN_FIELDS)
+        if _plain(getattr(saved, field, None)) != _plain(getattr(backbone.config, field, None))
+    ]
+    if wrong:
+        raise ValueError(f"{source} is not of the backbone's architecture: {'; '.join(wrong)}.")
+    loaded, loading_info = type(backbone).from_pretrained(
+        pretrained_model_name_or_path,
+        config=copy.deepcopy(backbone.config),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # to list them all
+        key_mapping={r"^backbone\.": ""} if whole else None,
+        **kwargs,
+    )
+    lost = set(loading_info["missing_keys"]) | {key for key, *_ in loading_info["mismatched_keys"]}
+    parts = tuple(f"{name}." for name, _ in backbone.named_children())
+    prefix = f"{backbone.base_model_prefix}."
+    unused = [key for key in loading_info["unexpected_keys"] if key.removeprefix(prefix).startswith(parts)]
+    if lost or unused:
+        raise ValueError(
+            f"{source} does not fill the backbone: it lacks, or has in another shape, {_first(lost)}, and has "
+            f"{_first(unused)} without a place."
+        )
+    tensors = loaded.state_dict()
+    with torch.no_grad():
+        backbone.load_state_dict(tensors)
+    return len(tensors)
+
+
+def _plain(value):
+    return list(value) if isinstance(value, list | tuple) else value

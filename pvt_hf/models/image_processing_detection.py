@@ -1,0 +1,244 @@
+"""Images, annotations and detections of the detectors, as the official systems (mmdetection 2.13) treat them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_utils import ImageInput, SizeDict
+from transformers.processing_utils import ImagesKwargs
+
+from .annotations import Objects, read_objects
+from .image_processing_dense import DensePreprocessing, check_finite, normalized, pad, padded_size, resized_size
+from .post_processing import detect_objects, segment_instances
+from .resize import resize_bilinear
+
+TargetSizes = torch.Tensor | Sequence[tuple[int, int]] | None
+
+
+class DetectionImagesKwargs(ImagesKwargs, total=False):
+    """What an image processor for detection takes beyond the arguments of every image processor."""
+
+    pad_size_divisor: int
+    num_labels: int | None
+
+
+class _DetectionPreprocessing(DensePreprocessing):
+    """The settings and everything that both backends share: they differ only in how they decode."""
+
+    valid_kwargs = DetectionImagesKwargs
+    size = {"shortest_edge": 800, "longest_edge": 1333}
+    do_pad = True
+    pad_size_divisor = 32
+    num_labels = None
+    model_input_names = ["pixel_values", "pixel_mask"]
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        annotations: dict[str, Any] | list[dict[str, Any]] | None = None,
+        return_segmentation_masks: bool = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Args:
+            images: One image or a list of images of any sizes: PIL of any mode (16 bits are cut to 8), or arrays and
+                tensors with values in [0, 255]. They are taken as they are stored: apply the orientation of EXIF
+                before (`PIL.ImageOps.exif_transpose`), as the official code does when it reads a file.
+            annotations: For each image `{"image_id": int, "annotations": [...]}` in COCO's format, see
+                [`~pvt_hf.models.annotations.read_objects`], which also says which annotations are left out.
+            return_segmentation_masks: Whether the labels have `masks`.
+            **kwargs: Any of the processor's settings, for this call only.
+
+        Returns:
+            `BatchFeature`: `pixel_values`, float32 `(batch, 3, height, width)`, RGB, normalised, then padded with zeros
+            on the right and at the bottom to the largest of the batch; `pixel_mask`, int64 `(batch, height, width)`,
+            1 where the image is. With annotations also `labels`, for each image a `BatchFeature` with `class_labels`
+            int64 `(objects,)`, `boxes` float32 `(objects, 4)`, cxcywh divided by the size of the resized image
+            *without* its padding, `area` in pixels of the resized image, `iscrowd`, `image_id` `(1,)`, `orig_size` and
+            `size` `(2,)`, (height, width) before and after the resize, and `masks` bool `(objects, height, width)` of
+            the padded size.
+
+        Raises:
+            AnnotationError: If an annotation cannot be used; it names the image and the annotation.
+            ValueError: If an image has pixels that are not finite, or there are not as many annotations as images.
+        """
+        return super().preprocess(images, annotations, return_segmentation_masks, **kwargs)
+
+    def _preprocess(
+        self,
+        images: list[torch.Tensor],
+        annotations: dict[str, Any] | list[dict[str, Any]] | None,
+        return_segmentation_masks: bool,
+        do_resize: bool,
+        size: SizeDict,
+        num_labels: int | None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        annotations = [annotations] if isinstance(annotations, dict) else annotations
+        if annotations is not None and len(annotations) != len(images):
+            raise ValueError(f"Got `annotations` of {len(annotations)} images for {len(images)} images.")
+        for index, image in enumerate(images):
+            image_id = annotations[index].get("image_id") if annotations is not None else f"number {index}"
+            check_finite(image, f"Image {image_id}")
+        original = [tuple(image.shape[-2:]) for image in images]
+        sizes = [resized_size(*given, size) if do_resize else given for given in original]
+        targets = None
+        if annotations is not None:
+            targets = []
+            for annotation, given, wanted in zip(annotations, original, sizes, strict=True):
+                objects = read_objects(annotation, given, return_segmentation_masks, num_labels).resize(given, wanted)
+                targets.append({"objects": objects, "image_id": annotation["image_id"], "orig_size": given})
+        images = [resize_bilinear(image, wanted) for image, wanted in zip(images, sizes, strict=True)]
+        return self._batch(images, targets, **kwargs)
+
+    def batch(
+        self, images: list[torch.Tensor], targets: list[dict[str, Any]] | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """The second half of the preprocessing, for images that were resized and augmented elsewhere: normalises, pads
+        and puts together what [`preprocess`] returns.
+
+        Args:
+            images: uint8 `(3, height, width)` each, RGB.
+            targets: For each image its `objects` (an [`Objects`] in pixels of that image), `image_id` and
+                `orig_size`.
+            **kwargs: Any of the processor's settings, for this call only.
+        """
+        settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        settings |= {"return_tensors": "pt"} | kwargs
+        return self._batch(images, targets, **self._standardize_kwargs(**settings))
+
+    def _batch(
+        self,
+        images: list[torch.Tensor],
+        targets: list[dict[str, Any]] | None,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...] | None,
+        image_std: tuple[float, ...] | None,
+        do_pad: bool,
+        pad_size: SizeDict | None,
+        pad_size_divisor: int,
+        return_tensors: str | None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        padded = padded_size(sizes, pad_size, pad_size_divisor) if do_pad else None
+        images = [
+            pad(normalized(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std), padded)
+            for image in images
+        ]
+        data = {"pixel_values": images}
+        if do_pad:
+            ones = (torch.ones(size, dtype=torch.int64, device=images[0].device) for size in sizes)
+            data["pixel_mask"] = [pad(mask, padded) for mask in ones]
+        batch = BatchFeature(data, tensor_type=return_tensors)
+        if targets is not None:
+            labels = (_labels(**target, size=size, padded=padded) for target, size in zip(targets, sizes, strict=True))
+            batch["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
+        return batch
+
+    def post_process_object_detection(
+        self, outputs: Any, threshold: float = 0.5, target_sizes: TargetSizes = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """The detections of RetinaNet, Mask R-CNN or DETR, as the official code makes them (of RetinaNet and Mask R-CNN
+        with a `threshold` of 0.05, of DETR with 0).
+
+        Args:
+            outputs: What the model returned.
+            threshold: Detections have a larger score.
+            target_sizes: Height and width in pixels of each image, `(batch, 2)`, usually the original one. Without them
+                boxes are relative to the image's size.
+
+        Returns:
+            For each image `scores` `(detections,)`, `labels` int64 `(detections,)` and `boxes` xyxy `(detections, 4)`
+            within the image, best first.
+
+        Raises:
+            ValueError: If there are not as many `target_sizes` as images.
+        """
+        if {"level_sizes", "scores"} & outputs.keys():
+            return detect_objects(outputs, threshold, target_sizes)
+        from .detr import detr_detections  # transformers' DETR may itself be what has this file imported
+
+        return detr_detections(outputs, threshold, target_sizes)
+
+    def post_process_instance_segmentation(
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float | None = None,
+        target_sizes: TargetSizes = None,
+        return_binary_maps: bool = False,
+    ) -> list[dict[str, Any]]:
+        """The instances of Mask R-CNN: see [`~pvt_hf.models.post_processing.segment_instances`].
+
+        Args:
+            outputs: What the model returned.
+            threshold: Instances have a larger score.
+            mask_threshold: Pixels of an instance have at least this probability.
+            overlap_mask_area_threshold: Without effect: the instances are those of the official code, which lets them
+                overlap. The pipeline gives it to every model.
+            target_sizes: Height and width in pixels of each image, `(batch, 2)`.
+            return_binary_maps: Whether each instance has a map of its own. Else a pixel belongs to the best instance.
+
+        Returns:
+            For each image `segmentation` and `segments_info`.
+        """
+        return segment_instances(outputs, threshold, mask_threshold, target_sizes, return_binary_maps)
+
+
+def _labels(
+    objects: Objects,
+    image_id: int,
+    orig_size: tuple[int, int],
+    size: tuple[int, int],
+    padded: tuple[int, int] | None,
+) -> dict[str, torch.Tensor]:
+    corners, sides = objects.boxes[:, :2], objects.boxes[:, 2:] - objects.boxes[:, :2]
+    height, width = size
+    labels = {
+        "size": torch.tensor(size),
+        "image_id": torch.tensor([image_id]),
+        "class_labels": objects.class_labels,
+        "boxes": torch.cat([corners + sides / 2, sides], dim=1) / torch.tensor([width, height, width, height]),
+        "area": objects.area,
+        "iscrowd": objects.iscrowd,
+        "orig_size": torch.tensor(orig_size),
+    }
+    if objects.masks is not None:
+        labels["masks"] = pad(objects.masks, padded)
+    return labels
+
+
+_DOCSTRING = r"""
+    Prepares images for RetinaNet, Mask R-CNN and DETR on PVT as the official systems (mmdetection 2.13) do, on the
+    {backend} backend: the ratio is kept, sides are rounded to the nearest pixel, the resize is OpenCV's bilinear (no
+    antialiasing) to the last bit, and the padding is zero after the normalisation. Both backends give the same values.
+
+    Args:
+        size (`dict`, *optional*, defaults to `{{"shortest_edge": 800, "longest_edge": 1333}}`):
+            Limits in pixels, the ratio is kept. `{{"height": ..., "width": ...}}` resizes to exactly that.
+        pad_size_divisor (`int`, *optional*, defaults to 32):
+            The batch is padded to multiples of it.
+        pad_size (`dict`, *optional*):
+            `{{"height": ..., "width": ...}}` to pad to instead.
+        num_labels (`int`, *optional*):
+            Where it is given, annotations of classes beyond it are an error.
+        image_mean, image_std, rescale_factor, do_resize, do_rescale, do_normalize, do_convert_rgb, do_pad:
+            As in every image processor of transformers.
+"""
+
+
+class PvtDetectionImageProcessor(_DetectionPreprocessing, TorchvisionBackend):
+    __doc__ = _DOCSTRING.format(backend="torchvision")
+
+
+class PvtDetectionImageProcessorPil(_DetectionPreprocessing, PilBackend):
+    __doc__ = _DOCSTRING.format(backend="PIL")
+
+
+__all__ = ["PvtDetectionImageProcessor", "PvtDetectionImageProcessorPil"]

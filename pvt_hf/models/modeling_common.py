@@ -1,0 +1,134 @@
+"""What every pretrained model of PVT does around its encoder: loading, checks of the input, choice of outputs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers.utils import logging
+from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
+
+from .layers import runs_transformed
+
+logger = logging.get_logger(__name__)
+
+
+def check_pixel_values(pixel_values: torch.Tensor, num_channels: int, minimum_size: int) -> None:
+    """Raises a `TypeError` or a `ValueError` that says what is wrong with `pixel_values`."""
+    if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+        got = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+        raise TypeError(f"`pixel_values` must be a floating-point tensor, got {got}. Use the image processor.")
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"`pixel_values` must have shape (batch, {num_channels}, height, width), got {tuple(pixel_values.shape)}."
+        )
+    _, channels, height, width = pixel_values.shape
+    if channels != num_channels:
+        raise ValueError(
+            f"`pixel_values` must have {num_channels} channels (`config.num_channels`), got {channels} "
+            f"in shape {tuple(pixel_values.shape)}."
+        )
+    if height < minimum_size or width < minimum_size:
+        raise ValueError(
+            f"`pixel_values` must be at least {minimum_size} pixels high and wide, got {height} x {width}."
+        )
+
+
+def minimum_image_size(kernels: Sequence[int], strides: Sequence[int], reduction_ratios: Sequence[int]) -> int:
+    """The smallest side, in pixels, that leaves every stage one reduced key: 32 for the official models."""
+
+    def side(stage: int) -> int:
+        pixels = reduction_ratios[stage]
+        for kernel, stride in zip(kernels[stage::-1], strides[stage::-1], strict=True):
+            pixels = (pixels - 1) * stride + kernel
+        return pixels
+
+    return max(side(stage) for stage in range(len(reduction_ratios)))
+
+
+def check_labels(
+    labels: torch.Tensor | None, pixel_values: torch.Tensor, num_labels: int, problem_type: str | None
+) -> None:
+    """Raises a `TypeError` or a `ValueError` that says what is wrong with `labels`."""
+    if labels is None or runs_transformed():
+        return
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}.")
+    batch_size = len(pixel_values)
+    if problem_type is None:  # as transformers tells them apart
+        kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        problem_type = "regression" if num_labels == 1 else kind
+    if problem_type == "single_label_classification":
+        if labels.is_floating_point() or labels.numel() != batch_size:
+            raise ValueError(
+                f"`labels` must be {batch_size} class indices, one for each image, got shape {tuple(labels.shape)} of "
+                f"{labels.dtype}."
+            )
+        wrong = (labels != -100) & ((labels < 0) | (labels >= num_labels))
+        if not labels.is_meta and wrong.any():
+            raise ValueError(
+                f"`labels` must be class indices in [0, {num_labels}) (`config.num_labels`) or -100, got "
+                f"{sorted(set(labels[wrong].tolist()))}."
+            )
+    elif not labels.is_floating_point() or labels.numel() != batch_size * num_labels:
+        raise ValueError(
+            f"`labels` must be floats of shape {(batch_size, num_labels)} for {problem_type}, got shape "
+            f"{tuple(labels.shape)} of {labels.dtype}."
+        )
+
+
+def classification_loss(
+    model: nn.Module, logits: torch.Tensor, labels: torch.Tensor | None, **kwargs
+) -> torch.Tensor | None:
+    """transformers' loss for image classification, right under gradient accumulation for every kind of label.
+
+    `Trainer` hands over the number of labels in the whole accumulated batch and adds the losses of its parts up. The
+    cross-entropy of transformers divides by that number, its multi-label and regression losses by the part's own.
+    """
+    if labels is None:
+        return None
+    loss = model.loss_function(labels, logits, model.config, **kwargs)
+    num_items_in_batch = kwargs.get("num_items_in_batch")
+    if num_items_in_batch is None or model.config.problem_type == "single_label_classification":
+        return loss
+    return loss * (labels.numel() / num_items_in_batch)
+
+
+def resolve_output_flags(
+    model: nn.Module, output_attentions: bool | None, output_hidden_states: bool | int | list[int] | None
+) -> tuple[bool, bool | int | list[int]]:
+    """The flags of one call, with the config's values where the caller gave none."""
+    config = model.config
+    if output_attentions is None:
+        output_attentions = config.output_attentions
+    if output_hidden_states is None:
+        output_hidden_states = config.output_hidden_states
+    if output_attentions and config._attn_implementation != "eager" and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"`output_attentions=True` with `attn_implementation={config._attn_implementation!r}`, which keeps no "
+            "attention probabilities: this call uses the eager implementation. Load the model with "
+            '`attn_implementation="eager"` to silence this warning.'
+        )
+    return bool(output_attentions), output_hidden_states if output_hidden_states is not None else False
+
+
+def select_hidden_states(
+    model: nn.Module, hidden_states: list[torch.Tensor], output_hidden_states: bool | int | list[int]
+) -> tuple[torch.Tensor | None, ...] | None:
+    """All of them, none, or (as elsewhere in transformers) those of the given indices with None in the other places."""
+    selected = selected_hidden_states(output_hidden_states)
+    if selected is None:
+        return tuple(hidden_states) if output_hidden_states else None
+    kept = resolve_hidden_states_indices(model, selected, num_hidden_states=len(hidden_states))
+    return tuple(state if index in kept else None for index, state in enumerate(hidden_states))
+
+
+def stage_features(model: nn.Module, stages: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The maps of a backbone's `out_features`, from those of all the stages that it was built with."""
+    feature_maps = dict(zip(model.stage_names, stages, strict=False))
+    for name in model.out_features:
+        if name not in feature_maps:
+            raise ValueError(
+                f"`out_features` asks for {name!r}, but this {type(model).__name__} was built up to "
+                f"{list(feature_maps)[-1]!r}. Set `out_features` when the backbone is created."
+            )
+    return tuple(feature_maps[name] for name in model.out_features)

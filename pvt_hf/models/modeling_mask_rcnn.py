@@ -1,0 +1,385 @@
+"""Mask R-CNN (arXiv 1703.06870) on any backbone, as the PVT papers use it (mmdetection 2.13)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .backbone import build_backbone
+from .boxes import (
+    at_least_float32,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    match_boxes,
+    pairwise_iou,
+    sample_boxes,
+)
+from .configuration_mask_rcnn import MaskRCNNConfig
+from .fpn import FeaturePyramid
+from .post_processing import select_detections
+from .pretrained import PretrainedDensePredictor
+from .rpn import RegionProposalNetwork
+from .targets import GroundTruth, ground_truths, image_sizes_from_mask, normalized_boxes, padded_sizes
+
+_BOX_SIZE, _MASK_SIZE = 7, 14  # cells per side that a region is pooled to
+_BOX_STDS = (0.1, 0.1, 0.2, 0.2)
+
+
+@dataclass
+class MaskRCNNInstanceSegmentationOutput(ModelOutput):
+    r"""
+    Outputs of [`MaskRCNNForInstanceSegmentation`]. The detections of an image come first, best first; the rest of the
+    `config.max_detections` rows have the score 0 and the class -1. [`~pvt_hf.models.post_processing.detect_objects`]
+    and [`~pvt_hf.models.post_processing.segment_instances`] (in the image processor: `post_process_object_detection`
+    and `post_process_instance_segmentation`) scale them to an image.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned where `labels` are given):
+            The sum of `loss_dict`.
+        loss_dict (`dict[str, torch.Tensor]`, *optional*, returned where `labels` are given):
+            `loss_objectness`, `loss_rpn_box`, `loss_class`, `loss_box` and with a mask head `loss_mask`.
+        scores (`torch.Tensor` of shape `(batch, detections)`):
+            Probability of the class. Like all that follows not in a training step, which makes no detections.
+        class_labels (`torch.Tensor` of shape `(batch, detections)`):
+            The class, int64.
+        pred_boxes (`torch.Tensor` of shape `(batch, detections, 4)`):
+            cxcywh, relative to the image's size without padding. Float32 or float64.
+        logits (`torch.Tensor` of shape `(batch, detections, num_labels + 1)`):
+            All class logits of the proposal that the detection comes from, the background last.
+        pred_masks (`torch.Tensor` of shape `(batch, detections, 28, 28)`, *optional*, with a mask head):
+            Logits of the mask of this class in the box.
+        image_sizes (`torch.Tensor` of shape `(batch, 2)`):
+            Height and width of each image in pixels, without padding.
+        hidden_states, attentions (*optional*):
+            Those of the backbone, where the call or the configuration asks for them.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
+    scores: torch.Tensor | None = None
+    class_labels: torch.Tensor | None = None
+    pred_boxes: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    pred_masks: torch.Tensor | None = None
+    image_sizes: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def pool_regions(
+    levels: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor], strides: Sequence[int], size: int
+) -> torch.Tensor:
+    """Features of each box from the level of its scale (`SingleRoIExtractor`; arXiv 1612.03144, equation 1).
+
+    Args:
+        levels: Maps `(batch, channels, height, width)`, finest first.
+        boxes: For each image, xyxy in pixels `(boxes, 4)`.
+        strides: Pixels per cell of each level.
+        size: Cells per side of the result.
+
+    Returns:
+        `(all boxes, channels, size, size)`, image by image, in the dtype of the maps.
+    """
+    from torchvision.ops import roi_align
+
+    all_boxes = torch.cat(list(boxes))
+    images = torch.cat([torch.full_like(image_boxes[:, :1], index) for index, image_boxes in enumerate(boxes)])
+    areas = (all_boxes[:, 2:] - all_boxes[:, :2]).prod(dim=1)
+    scales = torch.floor(torch.log2(areas.sqrt() / 56 + 1e-6)).clamp(0, len(levels) - 1)
+    order, pooled = [], []
+    for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
+        members = (scales == index).nonzero().flatten()
+        regions = torch.cat((images[members], all_boxes[members]), dim=1)
+        # Half precision could not tell neighbouring pixels of a large image apart.
+        features = roi_align(at_least_float32(level), regions, size, 1 / stride, sampling_ratio=0, aligned=True)
+        order.append(members)
+        pooled.append(features.to(level.dtype))
+    return torch.cat(pooled)[torch.cat(order).argsort()]
+
+
+@dataclass(frozen=True)
+class SampledRegions:
+    """The regions of one image that the heads learn from: `boxes` xyxy in pixels `(regions, 4)`, the positive ones
+    first, and the index of the object of each of these, `objects` `(positive regions,)`."""
+
+    boxes: torch.Tensor
+    objects: torch.Tensor
+
+    @property
+    def positive_boxes(self) -> torch.Tensor:
+        return self.boxes[: len(self.objects)]
+
+
+def sample_regions(
+    proposals: torch.Tensor, truth: GroundTruth, config: MaskRCNNConfig, shuffle: bool = True
+) -> SampledRegions:
+    """Samples from the boxes of the objects themselves and the proposals `(proposals, 4)`."""
+    threshold = config.roi_iou_threshold
+    matches = match_boxes(pairwise_iou(truth.boxes, proposals), threshold, threshold, threshold)
+    boxes = torch.cat((truth.boxes, proposals))
+    matches = torch.cat((torch.arange(len(truth.boxes), device=matches.device), matches))
+    max_positives = int(config.roi_num_samples * config.roi_positive_fraction)
+    positive, background = sample_boxes(matches, config.roi_num_samples, max_positives, shuffle)
+    return SampledRegions(boxes[torch.cat((positive, background))], matches[positive])
+
+
+class BoxHead(nn.Module):
+    """Two linear layers, then class logits with the background last and box deltas of every class."""
+
+    def __init__(self, config: MaskRCNNConfig):
+        super().__init__()
+        self.config = config
+        self.fc1 = nn.Linear(config.neck_channels * _BOX_SIZE**2, config.box_head_size)
+        self.fc2 = nn.Linear(config.box_head_size, config.box_head_size)
+        self.class_predictor = nn.Linear(config.box_head_size, config.num_labels + 1)
+        self.box_predictor = nn.Linear(config.box_head_size, config.num_labels * 4)
+
+    def reset_parameters(self) -> None:
+        """Xavier-normal weights and zero biases; loaded tensors are left as they are."""
+        for linear in self.children():
+            init.xavier_normal_(linear.weight)
+            init.zeros_(linear.bias)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features `(regions, channels, 7, 7)` to logits `(regions, num_labels + 1)` and deltas
+        `(regions, num_labels, 4)`, at least in float32."""
+        hidden_states = F.relu(self.fc2(F.relu(self.fc1(features.flatten(1)))))
+        deltas = self.box_predictor(hidden_states).unflatten(1, (-1, 4))
+        return at_least_float32(self.class_predictor(hidden_states)), at_least_float32(deltas)
+
+    def loss(
+        self,
+        logits: torch.Tensor,
+        deltas: torch.Tensor,
+        regions: Sequence[SampledRegions],
+        truths: Sequence[GroundTruth],
+    ) -> dict[str, torch.Tensor]:
+        """Cross-entropy of all regions, and L1 loss of the positive ones' deltas of their class, both over the number
+        of regions."""
+        labels, rows, wanted, start = [], [], [], 0
+        for region, truth in zip(regions, truths, strict=True):
+            label = torch.full((len(region.boxes),), self.config.num_labels, device=logits.device)
+            label[: len(region.objects)] = truth.class_labels[region.objects]
+            labels.append(label)
+            rows.append(torch.arange(start, start + len(region.objects), device=logits.device))
+            wanted.append(encode_boxes(region.positive_boxes, truth.boxes[region.objects], _BOX_STDS))
+            start += len(region.boxes)
+        labels, rows = torch.cat(labels), torch.cat(rows)
+        normalizer = max(len(labels), 1)
+        class_loss = F.cross_entropy(logits, labels, reduction="sum")
+        box_loss = F.l1_loss(deltas[rows, labels[rows]], torch.cat(wanted), reduction="sum")
+        return {"loss_class": class_loss / normalizer, "loss_box": box_loss / normalizer}
+
+
+class MaskHead(nn.Module):
+    """Convolutions, an upsampling by 2 and one map of logits for every class."""
+
+    def __init__(self, config: MaskRCNNConfig):
+        super().__init__()
+        channels = config.neck_channels
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_mask_convs))
+        self.upsample = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.predictor = nn.Conv2d(channels, config.num_labels, 1)
+
+    def reset_parameters(self) -> None:
+        """Kaiming-normal weights by fan-out and zero biases; loaded tensors are left as they are."""
+        for conv in (*self.convs, self.upsample, self.predictor):
+            init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            init.zeros_(conv.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `(regions, channels, 14, 14)` to logits `(regions, num_labels, 28, 28)`, at least in float32."""
+        for conv in self.convs:
+            features = F.relu(conv(features))
+        return at_least_float32(self.predictor(F.relu(self.upsample(features))))
+
+    def loss(
+        self, logits: torch.Tensor, regions: Sequence[SampledRegions], truths: Sequence[GroundTruth]
+    ) -> dict[str, torch.Tensor]:
+        """Cross-entropy of the maps of the objects' classes, averaged over their cells; 0 without a positive region.
+
+        Args:
+            logits: Those of the positive regions.
+        """
+        from torchvision.ops import roi_align
+
+        targets, labels = [], []
+        for region, truth in zip(regions, truths, strict=True):
+            boxes = clip_boxes(region.positive_boxes, region.objects.new_tensor(truth.masks.shape[1:]))
+            boxes = torch.cat((region.objects[:, None].to(boxes), boxes), dim=1)
+            masks = truth.masks[:, None].to(boxes.dtype)
+            targets.append(roi_align(masks, boxes, logits.shape[-1], 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5)
+            labels.append(truth.class_labels[region.objects])
+        targets, labels = torch.cat(targets).to(logits.dtype), torch.cat(labels)
+        own_class = logits[torch.arange(len(labels), device=labels.device), labels]
+        loss = F.binary_cross_entropy_with_logits(own_class, targets, reduction="sum")
+        return {"loss_mask": loss / max(targets.numel(), 1)}
+
+
+class MaskRCNNPreTrainedModel(PretrainedDensePredictor, PreTrainedModel):
+    config_class = MaskRCNNConfig
+    _class_tensors = ("box_head.class_predictor.", "box_head.box_predictor.", "mask_head.predictor.")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The parts know how; their layers have been visited before them.
+        if isinstance(module, FeaturePyramid | RegionProposalNetwork | BoxHead | MaskHead):
+            module.reset_parameters()
+
+
+class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
+    """Backbone, feature pyramid, region proposals, and for each region a box head and a mask head. With
+    `config.use_masks=False` there is no mask head: Faster R-CNN."""
+
+    accepts_loss_kwargs = False  # the losses are means over sampled regions, not over labels that Trainer could count
+
+    def __init__(self, config: MaskRCNNConfig):
+        super().__init__(config)
+        self.backbone = build_backbone(config, num_levels=4)
+        self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels, extra_pooled_level=True)
+        self.rpn = RegionProposalNetwork(config)
+        self.box_head = BoxHead(config)
+        self.mask_head = MaskHead(config) if config.use_masks else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        labels: Sequence[Mapping[str, torch.Tensor]] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> MaskRCNNInstanceSegmentationOutput:
+        r"""
+        Anchors and proposals to learn from are drawn in training only, from torch's CPU generator; in evaluation mode
+        the loss takes evenly spaced ones, so that the same input gives the same output.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
+                Normalised images, padded to the right and below with zeros to a height and width of multiples of 32.
+            pixel_mask (`torch.Tensor` of shape `(batch, height, width)`, *optional*):
+                1 in each image and 0 in its padding; all 1 by default. It does not change what the network computes,
+                just where an image ends: boxes are clipped there, and labels are relative to that size.
+            labels (`list[dict[str, torch.Tensor]]`, *optional*):
+                For each image `class_labels` int64 `(objects,)`, `boxes` `(objects, 4)`, cxcywh relative to the image's
+                size without padding, and with a mask head `masks` `(objects, height, width)`, bool or integers, of the
+                size of `pixel_values`.
+            output_attentions, output_hidden_states (`bool`, *optional*):
+                As in the backbone.
+
+        Returns:
+            [`MaskRCNNInstanceSegmentationOutput`]
+
+        Raises:
+            TypeError, ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the
+                annotation.
+        """
+        image_sizes, canvas = image_sizes_from_mask(pixel_values, pixel_mask), tuple(pixel_values.shape[2:])
+        truths = None
+        if labels is not None:
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            mask_size = canvas if self.config.use_masks else None
+            truths = ground_truths(labels, image_sizes, self.config.num_labels, dtype, mask_size)
+        features = self.backbone.forward_with_filtered_kwargs(
+            pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        levels = self.neck(features.feature_maps)
+        level_shapes = [level.shape[2:] for level in levels]
+        objectness, deltas = self.rpn(levels)
+        anchors = self.rpn.anchors.boxes(level_shapes, like=deltas)
+        level_sizes = [height * width * self.rpn.anchors.num_per_cell for height, width in level_shapes]
+        proposals = self.rpn.proposals(objectness, deltas, anchors, level_sizes, image_sizes)
+        loss = loss_dict = None
+        if truths is not None:
+            sizes = padded_sizes(image_sizes, canvas)
+            valid = [self.rpn.anchors.valid(level_shapes, size, deltas.device) for size in sizes]
+            loss_dict = self.rpn.loss(objectness, deltas, anchors, valid, truths)
+            loss_dict |= self.region_losses(levels[:-1], proposals, truths)
+            loss = sum(loss_dict.values())
+        detects = truths is None or not self.training
+        return MaskRCNNInstanceSegmentationOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            image_sizes=image_sizes,
+            hidden_states=features.hidden_states,
+            attentions=features.attentions,
+            **(self.detect(levels[:-1], proposals, image_sizes) if detects else {}),
+        )
+
+    def region_losses(
+        self, levels: Sequence[torch.Tensor], proposals: Sequence[torch.Tensor], truths: Sequence[GroundTruth]
+    ) -> dict[str, torch.Tensor]:
+        """The losses of the two heads on samples of the proposals."""
+        strides = self.config.strides[: len(levels)]
+        regions = [
+            sample_regions(image_proposals, truth, self.config, shuffle=self.training)
+            for image_proposals, truth in zip(proposals, truths, strict=True)
+        ]
+        box_features = pool_regions(levels, [region.boxes for region in regions], strides, _BOX_SIZE)
+        losses = self.box_head.loss(*self.box_head(box_features), regions, truths)
+        if self.mask_head is not None:
+            mask_features = pool_regions(levels, [region.positive_boxes for region in regions], strides, _MASK_SIZE)
+            losses |= self.mask_head.loss(self.mask_head(mask_features), regions, truths)
+        return losses
+
+    def detect(
+        self, levels: Sequence[torch.Tensor], proposals: Sequence[torch.Tensor], image_sizes: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The fields of [`MaskRCNNInstanceSegmentationOutput`] that describe detections.
+
+        The official code suppresses boxes after it has scaled them to the original image; their overlaps are the same
+        but for rounding.
+        """
+        config, strides = self.config, self.config.strides[: len(levels)]
+        counts = [len(image_proposals) for image_proposals in proposals]
+        logits, deltas = self.box_head(pool_regions(levels, proposals, strides, _BOX_SIZE))
+        detections = []
+        for size, image_proposals, image_logits, image_deltas in zip(
+            image_sizes, proposals, logits.split(counts), deltas.split(counts), strict=True
+        ):
+            boxes = clip_boxes(decode_boxes(image_proposals[:, None], image_deltas, _BOX_STDS), size)
+            scores = image_logits.softmax(dim=1)[:, :-1]
+            rows, classes = select_detections(
+                boxes, scores, config.score_threshold, config.nms_threshold, config.max_detections
+            )
+            detections.append((boxes[rows, classes], scores[rows, classes], classes, image_logits[rows]))
+        boxes, scores, classes, logits = zip(*detections, strict=True)
+        fields = {
+            "scores": _padded(scores, config.max_detections),
+            "class_labels": _padded(classes, config.max_detections, -1),
+            "pred_boxes": normalized_boxes(_padded(boxes, config.max_detections), image_sizes[:, None]),
+            "logits": _padded(logits, config.max_detections),
+        }
+        if self.mask_head is not None:
+            mask_logits = self.mask_head(pool_regions(levels, boxes, strides, _MASK_SIZE))
+            all_classes = torch.cat(classes)
+            own_class = mask_logits[torch.arange(len(all_classes), device=all_classes.device), all_classes]
+            own_class = own_class.split([len(image_boxes) for image_boxes in boxes])
+            fields["pred_masks"] = _padded(own_class, config.max_detections)
+        return fields
+
+
+def _padded(rows: Sequence[torch.Tensor], length: int, value: float = 0) -> torch.Tensor:
+    """For each image `(rows, ...)`; together `(batch, length, ...)`."""
+    result = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), value)
+    for index, image_rows in enumerate(rows):
+        result[index, : len(image_rows)] = image_rows
+    return result
+
+
+__all__ = ["MaskRCNNForInstanceSegmentation", "MaskRCNNInstanceSegmentationOutput", "MaskRCNNPreTrainedModel"]

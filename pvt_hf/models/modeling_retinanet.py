@@ -1,0 +1,238 @@
+"""RetinaNet (arXiv 1708.02002) on any backbone, as the PVT papers use it (mmdetection 2.13)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .backbone import build_backbone
+from .boxes import (
+    IGNORED,
+    AnchorGrid,
+    anchor_rows,
+    at_least_float32,
+    clip_boxes,
+    decode_boxes,
+    encode_boxes,
+    match_boxes,
+    pairwise_iou,
+)
+from .configuration_retinanet import RetinaNetConfig
+from .fpn import FeaturePyramid
+from .pretrained import PretrainedDensePredictor
+from .targets import GroundTruth, ground_truths, image_sizes_from_mask, normalized_boxes, padded_sizes
+
+
+@dataclass
+class RetinaNetObjectDetectionOutput(ModelOutput):
+    r"""
+    Outputs of [`RetinaNetForObjectDetection`]. [`~pvt_hf.models.post_processing.detect_objects`] (in the image
+    processor: `post_process_object_detection`) makes detections from them.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned where `labels` are given):
+            The sum of `loss_dict`.
+        loss_dict (`dict[str, torch.Tensor]`, *optional*, returned where `labels` are given):
+            `loss_class` and `loss_box`.
+        logits (`torch.Tensor` of shape `(batch, anchors, num_labels)`):
+            Class logits of every anchor, level by level, for a sigmoid each: there is no background class.
+        pred_boxes (`torch.Tensor` of shape `(batch, anchors, 4)`):
+            The box of every anchor, clipped to its image: cxcywh, relative to the image's size without padding. Float32
+            or float64, and without a gradient.
+        level_sizes (`torch.Tensor` of shape `(levels,)`):
+            Number of anchors of each level.
+        image_sizes (`torch.Tensor` of shape `(batch, 2)`):
+            Height and width of each image in pixels, without padding.
+        hidden_states, attentions (*optional*):
+            Those of the backbone, where the call or the configuration asks for them.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
+    logits: torch.Tensor | None = None
+    pred_boxes: torch.Tensor | None = None
+    level_sizes: torch.Tensor | None = None
+    image_sizes: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class RetinaNetHead(nn.Module):
+    """Two towers of convolutions that all levels share: class logits, and box deltas."""
+
+    def __init__(self, config: RetinaNetConfig):
+        super().__init__()
+        self.config = config
+        self.anchors = AnchorGrid(config.strides, config.anchor_scales, config.anchor_ratios)
+        channels, num_anchors = config.neck_channels, self.anchors.num_per_cell
+        self.class_convs, self.box_convs = (
+            nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_head_convs))
+            for _ in range(2)
+        )
+        self.class_predictor = nn.Conv2d(channels, num_anchors * config.num_labels, 3, padding=1)
+        self.box_predictor = nn.Conv2d(channels, num_anchors * 4, 3, padding=1)
+
+    def reset_parameters(self) -> None:
+        """Section 4.1: normal weights of 0.01, zero biases, and every class at its prior probability."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                init.normal_(module.weight, std=0.01)
+                init.zeros_(module.bias)
+        prior = self.config.prior_probability
+        init.constant_(self.class_predictor.bias, -math.log((1 - prior) / prior))
+
+    def forward(self, levels: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps `(batch, channels, height, width)` to logits `(batch, anchors, num_labels)` and deltas
+        `(batch, anchors, 4)`, at least in float32."""
+        logits, deltas = [], []
+        for level in levels:
+            class_states = box_states = level
+            for conv in self.class_convs:
+                class_states = F.relu(conv(class_states))
+            for conv in self.box_convs:
+                box_states = F.relu(conv(box_states))
+            logits.append(anchor_rows(self.class_predictor(class_states), self.config.num_labels))
+            deltas.append(anchor_rows(self.box_predictor(box_states), 4))
+        return at_least_float32(torch.cat(logits, dim=1)), at_least_float32(torch.cat(deltas, dim=1))
+
+    def loss(
+        self,
+        logits: torch.Tensor,
+        deltas: torch.Tensor,
+        anchors: torch.Tensor,
+        valid: Sequence[torch.Tensor],
+        truths: Sequence[GroundTruth],
+    ) -> dict[str, torch.Tensor]:
+        """Focal loss of all anchors and L1 loss of the positive ones' deltas, over the number of positive anchors (at
+        least one per image).
+
+        Args:
+            logits, deltas: As `forward` returns them.
+            anchors: xyxy in pixels `(anchors, 4)`.
+            valid: For each image, which anchors take part: bool `(anchors,)`.
+            truths: The objects of each image.
+        """
+        from torchvision.ops import sigmoid_focal_loss
+
+        targets = torch.zeros_like(logits)
+        weights = logits.new_zeros(*logits.shape[:2], 1)
+        box_loss, normalizer = deltas.new_zeros(()), 0
+        for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
+            matches = match_boxes(
+                pairwise_iou(truth.boxes, anchors),
+                self.config.positive_iou_threshold,
+                self.config.negative_iou_threshold,
+                0,
+                valid_anchors,
+            )
+            positive = (matches >= 0).nonzero().flatten()
+            objects = matches[positive]
+            targets[index, positive, truth.class_labels[objects]] = 1
+            weights[index, matches != IGNORED] = 1
+            wanted = encode_boxes(anchors[positive], truth.boxes[objects])
+            box_loss = box_loss + F.l1_loss(deltas[index, positive], wanted, reduction="sum")
+            normalizer += max(len(positive), 1)
+        focal = sigmoid_focal_loss(logits, targets, self.config.focal_alpha, self.config.focal_gamma)
+        return {"loss_class": (focal * weights).sum() / normalizer, "loss_box": box_loss / normalizer}
+
+
+class RetinaNetPreTrainedModel(PretrainedDensePredictor, PreTrainedModel):
+    config_class = RetinaNetConfig
+    _class_tensors = ("head.class_predictor.",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # The parts know how; their layers have been visited before them.
+        if isinstance(module, FeaturePyramid | RetinaNetHead):
+            module.reset_parameters()
+
+
+class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
+    """Backbone, feature pyramid of five levels (strides 8 to 128) and the shared head."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over positive anchors, not over labels that Trainer could count
+
+    def __init__(self, config: RetinaNetConfig):
+        super().__init__(config)
+        self.backbone = build_backbone(config, num_levels=3)
+        self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels, num_extra_convs=2)
+        self.head = RetinaNetHead(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        labels: Sequence[Mapping[str, torch.Tensor]] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> RetinaNetObjectDetectionOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
+                Normalised images, padded to the right and below with zeros to a height and width of multiples of 32.
+            pixel_mask (`torch.Tensor` of shape `(batch, height, width)`, *optional*):
+                1 in each image and 0 in its padding; all 1 by default. It does not change what the network computes,
+                just where an image ends: boxes are clipped there, and labels are relative to that size.
+            labels (`list[dict[str, torch.Tensor]]`, *optional*):
+                For each image `class_labels` int64 `(objects,)` and `boxes` `(objects, 4)`, cxcywh relative to the
+                image's size without padding.
+            output_attentions, output_hidden_states (`bool`, *optional*):
+                As in the backbone.
+
+        Returns:
+            [`RetinaNetObjectDetectionOutput`]
+
+        Raises:
+            TypeError, ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the
+                annotation.
+        """
+        image_sizes = image_sizes_from_mask(pixel_values, pixel_mask)
+        truths = labels
+        if labels is not None:
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            truths = ground_truths(labels, image_sizes, self.config.num_labels, dtype)
+        features = self.backbone.forward_with_filtered_kwargs(
+            pixel_values,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        levels = self.neck(features.feature_maps)
+        level_shapes = [level.shape[2:] for level in levels]
+        logits, deltas = self.head(levels)
+        grid = self.head.anchors
+        anchors = grid.boxes(level_shapes, like=deltas)
+        boxes = clip_boxes(decode_boxes(anchors, deltas.detach()), image_sizes[:, None])
+        loss = loss_dict = None
+        if truths is not None:
+            sizes = padded_sizes(image_sizes, pixel_values.shape[2:])
+            valid = [grid.valid(level_shapes, size, deltas.device) for size in sizes]
+            loss_dict = self.head.loss(logits, deltas, anchors, valid, truths)
+            loss = sum(loss_dict.values())
+        level_sizes = [height * width * grid.num_per_cell for height, width in level_shapes]
+        return RetinaNetObjectDetectionOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=logits,
+            pred_boxes=normalized_boxes(boxes, image_sizes[:, None]),
+            level_sizes=torch.tensor(level_sizes, device=logits.device),
+            image_sizes=image_sizes,
+            hidden_states=features.hidden_states,
+            attentions=features.attentions,
+        )
+
+
+__all__ = ["RetinaNetForObjectDetection", "RetinaNetObjectDetectionOutput", "RetinaNetPreTrainedModel"]

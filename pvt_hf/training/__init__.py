@@ -1,0 +1,1 @@
+"""The papers' recipes as `Trainer`s."""

@@ -1,0 +1,124 @@
+"""The official training of a detector, and its evaluation by COCO's twelve numbers for boxes and masks."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import DetrForObjectDetection
+
+from ..data.detection import DetectionCollator, DetectionData
+from ..data.samplers import OrientationSampler
+from ..evaluation.metrics import coco_metrics, coco_results, gather_results
+from ..evaluation.visualization import draw_detections
+from ..models.detr import prepare_detr_training
+from ..models.image_processing_detection import PvtDetectionImageProcessor
+from ..recipes import DetectionRecipe
+from .optimization import detection_factor, detection_parameter_groups
+from .trainer import DensePredictionTrainer
+
+
+class DetectionTrainer(DensePredictionTrainer):
+    """Trains RetinaNet, Mask R-CNN or DETR with an official recipe, on one process or many.
+
+    An evaluation leaves its detections in `results`, by image id, and in `output_dir/predictions.json`.
+
+    The official losses are averages over what each process has (positive anchors, sampled regions; DETR's boxes are
+    counted over all): one process with batches of 4 images is not exactly two with 2, nor are accumulated batches.
+
+    Args:
+        model: Of the system that the recipe is for. A DETR gets the official loss.
+        recipe: Learning-rate schedule and groups of the optimiser.
+        processing_class: Puts batches together, and makes detections from outputs.
+        official_schedule: Whether the learning rate is the recipe's, instead of `args.lr_scheduler_type`.
+        train_dataset: [`~pvt_hf.data.detection.TrainingDetections`], with masks where the model has a mask head.
+        eval_dataset: [`~pvt_hf.data.detection.EvaluationDetections`].
+        *args, **kwargs: As of [`~pvt_hf.training.trainer.VisionTrainer`], as are the errors.
+    """
+
+    task = "object-detection"
+    pictures = ("curves.png", "predictions.png")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *args,
+        recipe: DetectionRecipe,
+        processing_class: PvtDetectionImageProcessor,
+        official_schedule: bool = True,
+        **kwargs,
+    ):
+        is_detr = isinstance(model, DetrForObjectDetection)
+        if is_detr:
+            prepare_detr_training(model)
+        self.masks = getattr(model.config, "use_masks", False)
+        self.threshold = 0.0 if is_detr else 0.05  # official: below it nothing is a detection
+        self.metric_names = {"AP": "AP", "AP50": "AP50"}
+        if self.masks:
+            self.metric_names |= {"mask_AP": "mask AP", "mask_AP50": "mask AP50"}
+        self.results: dict[int, list[dict[str, Any]]] = {}
+        super().__init__(
+            model,
+            *args,
+            recipe=recipe,
+            processing_class=processing_class,
+            data_collator=DetectionCollator(processing_class, self.masks),
+            parameter_groups=lambda model: detection_parameter_groups(
+                model, recipe, self.args.learning_rate, self.args.weight_decay
+            ),
+            schedule=(lambda *steps: detection_factor(recipe, *steps)) if official_schedule else None,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # transformers' DETR takes any argument, which does not mean this one
+
+    def build_sampler(self) -> OrientationSampler:
+        """Batches of one orientation."""
+        args = self.args
+        sizes = [record.size for record in self.train_dataset.data.records]
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return OrientationSampler(sizes, self._train_batch_size, seed, args.process_index, args.world_size)
+
+    @property
+    def evaluated(self) -> DetectionData:
+        """The images of the evaluation that runs, or that was the last one."""
+        return self.callback_handler.eval_dataloader.dataset.data
+
+    def start_evaluation(self) -> None:
+        self.results = {}
+
+    def evaluate_batch(self, outputs: Any, inputs: dict[str, Any]) -> None:
+        labels = inputs["labels"]
+        sizes = [label["orig_size"] for label in labels]
+        detections = self.processing_class.post_process_object_detection(outputs, self.threshold, sizes)
+        if self.masks:
+            instances = self.processing_class.post_process_instance_segmentation(
+                outputs, self.threshold, target_sizes=sizes, return_binary_maps=True
+            )
+            for image, instance in zip(detections, instances, strict=True):
+                image["masks"] = instance["segmentation"]
+        image_ids = [int(label["image_id"]) for label in labels]
+        self.results |= coco_results(detections, image_ids, self.evaluated.category_ids)
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """COCO's twelve numbers, and with the prefix `mask_` those of the masks."""
+        self.results = gather_results(self.results)
+        truth = self.evaluated.ground_truth()
+        metrics = coco_metrics(self.results, truth)
+        if self.masks:
+            metrics |= {f"mask_{name}": value for name, value in coco_metrics(self.results, truth, masks=True).items()}
+        if self.is_world_process_zero():
+            self._save_results(Path(self.args.output_dir) / "predictions.json")
+        return metrics | {"images": len(self.results)}
+
+    def _save_results(self, file: Path) -> None:
+        """In COCO's format for results; the file appears when it is complete."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        incomplete = file.with_suffix(".incomplete")
+        incomplete.write_text(json.dumps([result for image in self.results.values() for result in image]))
+        os.replace(incomplete, file)
+
+    def draw_predictions(self) -> None:
+        """`predictions.png` in `output_dir`: images of the last evaluation, annotations beside detections."""
+        if self.is_world_process_zero():
+            draw_detections(self.evaluated, self.results).save(Path(self.args.output_dir) / "predictions.png")

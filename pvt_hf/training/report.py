@@ -1,0 +1,163 @@
+"""What a training run leaves for people: curves and a model card with the numbers that it measured."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
+
+from .optimization import images_per_step
+
+LogHistory = list[dict[str, float]]
+# What loads a model for a task of the Hub.
+AUTO_CLASSES = {
+    "image-classification": "AutoModelForImageClassification",
+    "object-detection": "AutoModelForObjectDetection",
+    "image-segmentation": "AutoModelForSemanticSegmentation",
+}
+
+
+def plot_curves(log_history: LogHistory, file: str | Path, metric_names: dict[str, str]) -> None:
+    """Draws the training loss, the learning rate and held-out metrics of `trainer.state.log_history`.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+        file: To be written, PNG.
+        metric_names: Keys of metrics, without `eval_`, and what they are called.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    losses = {"loss": "training loss", "eval_loss": "held-out loss"}
+    metrics = {f"eval_{key}": f"held-out {name}" for key, name in metric_names.items()}
+    for axis, names in ((top, losses), (bottom, metrics)):
+        for key, name in names.items():
+            points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 50 else None)
+        if axis.lines:
+            axis.legend()
+        axis.grid(alpha=0.3)
+    rates = [(entry["epoch"], entry["learning_rate"]) for entry in log_history if "learning_rate" in entry]
+    if rates:
+        axis = top.twinx()
+        axis.plot(*zip(*rates, strict=True), color="grey", linewidth=0.8)
+        axis.set_ylabel("learning rate", color="grey")
+        axis.set_ylim(bottom=0)
+    bottom.set_xlabel("epoch")
+    figure.savefig(file, dpi=100)
+
+
+def training_card(
+    name: str,
+    config: PreTrainedConfig,
+    log_history: LogHistory,
+    settings: dict[str, Any],
+    dataset: str | None,
+    initial_weights: str | None,
+    task: str,
+    metric_names: dict[str, str],
+    pictures: Sequence[str] = ("curves.png",),
+) -> ModelCard:
+    """A model card that says what was measured and how it was trained, and nothing else.
+
+    Args:
+        name: Of the run.
+        config: Of the model.
+        log_history: `trainer.state.log_history` with evaluations (`eval_images` and `eval_` with each metric), the last
+            of which is that of the model, and perhaps one of averaged weights (`ema_images` ...).
+        settings: Recipe and arguments of the run.
+        dataset: Where the images are from, as the command named it; `None` for scikit-learn's digits.
+        initial_weights: The checkpoint that training began with, or `None` for random weights.
+        task: As the Hub calls it, one of `AUTO_CLASSES`.
+        metric_names: Keys of metrics with values in [0, 1], the most important first, and what they are called.
+        pictures: Names of files beside the card.
+    """
+    evaluations = [entry for entry in log_history if "eval_images" in entry]
+    averages = [entry for entry in log_history if "ema_images" in entry]
+    origin = dataset or "scikit-learn digits"
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type="imagefolder" if dataset is None or Path(dataset).exists() else dataset,
+            dataset_name=origin,
+            metric_type=key,
+            metric_value=evaluations[-1][f"eval_{key}"],
+        )
+        for key in metric_names
+    ]
+    metadata = ModelCardData(
+        model_name=name,
+        eval_results=results,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["vision", config.model_type],
+        base_model=initial_weights if initial_weights and not Path(initial_weights).exists() else None,
+    )
+    # The model in the end, which may be that of an earlier epoch, is evaluated once more.
+    by_epoch = {row["epoch"]: row for row in reversed(evaluations[:-1] or evaluations)}
+    columns = ["eval_loss", *(f"eval_{key}" for key in metric_names)]
+    history = "\n".join(
+        " | ".join([f"| {row['epoch']:g}", *(f"{row.get(column, math.nan):.4f}" for column in columns)]) + " |"
+        for row in reversed(by_epoch.values())
+    )
+    average = ""
+    if averages:
+        average = f"\nThe averaged weights (in `ema`) reach {_percentages(averages[-1], 'ema', metric_names)}.\n"
+    table = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
+    shown = "\n\n".join(f"![{Path(picture).stem}]({picture})" for picture in pictures)
+    return ModelCard(
+        f"""---
+{metadata.to_yaml()}
+---
+
+# {name}
+
+A `{config.model_type}` with {config.num_labels} classes, trained by pvt_hf on `{origin}` from
+{f"`{initial_weights}`" if initial_weights else "random weights"}. On the {evaluations[-1]["eval_images"]} held-out
+images it reaches {_percentages(evaluations[-1], "eval", metric_names)}.
+{average}
+Use it with `import pvt_hf` and `{AUTO_CLASSES[task]}.from_pretrained`. What it is for and where it fails, whoever
+publishes it should say here.
+
+{shown}
+
+| epoch | held-out loss | {" | ".join(metric_names.values())} |
+|--|--|{"--|" * len(metric_names)}
+{history}
+
+## Settings
+
+| setting | value |
+|--|--|
+{table}
+"""
+    )
+
+
+def _percentages(metrics: dict[str, float], prefix: str, metric_names: dict[str, str]) -> str:
+    return ", ".join(f"**{100 * metrics[f'{prefix}_{key}']:.2f} %** {name}" for key, name in metric_names.items())
+
+
+def run_settings(recipe: Any, arguments: Any, epochs: float, official_schedule: bool) -> dict[str, Any]:
+    """What a reader needs to repeat a run: the recipe with what `TrainingArguments` overrode, and its real length."""
+    overrides = {
+        "epochs": round(epochs, 2),
+        "learning_rate": arguments.learning_rate,
+        "weight_decay": arguments.weight_decay,
+        "max_grad_norm": arguments.max_grad_norm,
+    }
+    settings = dataclasses.asdict(recipe) | overrides
+    settings.pop("reference_batch_size", None)
+    return settings | {
+        "images per step": images_per_step(arguments),
+        "processes": arguments.world_size,
+        "accumulated batches": arguments.gradient_accumulation_steps,
+        "learning-rate schedule": "official" if official_schedule else str(arguments.lr_scheduler_type.value),
+        "precision": "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "float32",
+        "seed": arguments.seed,
+    }

@@ -1,0 +1,399 @@
+"""`Trainer` with what training vision models at scale needs: exact resume, checkpoints that are whole or not there,
+schedules by step, averaged weights, and an end with a reason when the loss is not a number."""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.utils import logging
+
+from ..data.images import random_state_kept
+from ..data.samplers import EpochSampler
+from .report import plot_curves, run_settings, training_card
+from .run_checkpoints import (
+    CheckpointError,
+    last_complete_checkpoint,
+    mark_complete,
+    mark_incomplete,
+    read_run,
+)
+
+logger = logging.get_logger(__name__)
+
+_EMA_WEIGHTS = "ema.safetensors"
+# The factor of every learning rate at a step, of the steps of an epoch and of the run.
+Schedule = Callable[[int, int, int], float]
+
+
+class _Steps(TrainerCallback):
+    """What has to happen between the steps."""
+
+    def __init__(self, trainer: "VisionTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Official: each process its own. A resumed run then restores what each of them had.
+        set_seed(args.seed + args.process_index)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.epochs.set_epoch(state.global_step // self.trainer.steps_per_epoch)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.schedule is not None:
+            # Trainer leaves the schedule where it is when fp16 skips a step; the official ones go by the step.
+            while self.trainer.lr_scheduler.last_epoch < state.global_step:
+                self.trainer.lr_scheduler.step()
+        if self.trainer.ema is not None:
+            self.trainer.ema.update(self.trainer.model)
+
+
+class VisionTrainer(Trainer):
+    """What every training here has in common, on one process or many.
+
+    A subclass says what it trains for: `task` (as the Hub calls it), `metric_names` (the keys of the metrics with
+    values in [0, 1] that curves and card show, and what they are called) and `pictures` (what the card shows).
+
+    Args:
+        recipe: Hyper-parameters, a dataclass, for the model card; a subclass may use it.
+        dataset_name, initial_weights: For the model card: where images and weights came from.
+        settings: For the model card: what else was chosen.
+        schedule: `(step, steps per epoch, steps of the run)` to the factor of every learning rate; without it the
+            schedule is that of `args.lr_scheduler_type`.
+        parameter_groups: From the model to the groups of the optimiser; by default those of `Trainer`.
+        repeats: How often an image is drawn in a row: see [`~pvt_hf.data.samplers.EpochSampler`].
+        ema_decay: If given, an average of the weights is kept (timm's `ModelEmaV3`), saved with every checkpoint.
+        channels_last: Whether model and images have that memory format.
+        train_dataset: A data set that is asked for `(index, seed, epoch, position)`, or an iterable one with
+            `set_epoch` and `batch_size`. With `data_collator` it makes batches that also have `names`, the images, and
+            `skipped`, how many are missing.
+        *args, **kwargs: As of [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If arguments contradict each other, or would be ignored.
+        CheckpointError: If a checkpoint cannot be written, or is of another run.
+        FloatingPointError: If a loss is not finite, with step, learning rate and images.
+    """
+
+    task: str
+    metric_names: dict[str, str]
+    pictures: tuple[str, ...] = ("curves.png",)
+
+    def __init__(
+        self,
+        *args,
+        recipe: Any,
+        dataset_name: str | None = None,
+        initial_weights: str | None = None,
+        settings: dict[str, Any] | None = None,
+        schedule: Schedule | None = None,
+        parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
+        repeats: int = 1,
+        ema_decay: float | None = None,
+        channels_last: bool = False,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.recipe, self.settings = recipe, settings or {}
+        self.dataset_name, self.initial_weights = dataset_name, initial_weights
+        self.schedule, self.parameter_groups, self.repeats = schedule, parameter_groups, repeats
+        self.ema_decay, self.channels_last = ema_decay, channels_last
+        self.ema, self.skipped, self.skipped_before = None, 0, 0
+        self._check_arguments()
+        self.args.remove_unused_columns = False
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.add_callback(_Steps(self))
+
+    def _check_arguments(self) -> None:
+        args = self.args
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process would train on {args.n_gpu} GPUs (`DataParallel`): start one process per GPU with "
+                "`accelerate launch`, or choose a GPU with CUDA_VISIBLE_DEVICES."
+            )
+        if self.schedule is not None and args.warmup_steps:
+            raise ValueError(
+                f"`warmup_steps` ({args.warmup_steps}) has no effect on the recipe's schedule; set the recipe's own "
+                "warm-up, or `lr_scheduler_type`."
+            )
+        if args.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` has no effect here; the recipe has `label_smoothing`.")
+        if args.dataloader_persistent_workers and isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            raise ValueError("`dataloader_persistent_workers` would repeat the first epoch of a stream.")
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                "`fsdp` is set, but accelerate does not shard here (it does not on CPUs, and needs several processes)."
+            )
+        if self.is_fsdp_enabled:
+            kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            if "FULL" not in kind:
+                raise ValueError(
+                    f"FSDP would save no whole weights with the state dict type {kind}: choose FULL_STATE_DICT "
+                    "(`fsdp_config` or `accelerate config`)."
+                )
+            if self.ema_decay is not None:
+                raise ValueError("`ema_decay` needs whole weights in every process, which FSDP does not have.")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Each process reads its own share: nothing is left for accelerate to split."""
+        dataset, args, options = self.train_dataset, self.args, {}
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            self.epochs = dataset
+            dataset.batch_size = self._train_batch_size
+        else:
+            self.epochs = options["sampler"] = self.build_sampler()
+        loader = DataLoader(
+            dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            drop_last=True,
+            **options,
+        )
+        if not len(loader):
+            raise ValueError(
+                f"`per_device_train_batch_size` ({self._train_batch_size}) is larger than the {len(self.epochs)} "
+                "images that each process has in an epoch."
+            )
+        self.steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+        return loader
+
+    def build_sampler(self) -> torch.utils.data.Sampler:
+        """The order of the images, with `set_epoch`."""
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return EpochSampler(len(self.train_dataset), seed, args.process_index, args.world_size, self.repeats)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        if self.optimizer is None and self.parameter_groups is not None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            keys = ("params", "lr", "weight_decay")
+            groups = [{key: group[key] for key in keys} for group in self.parameter_groups(model)]
+            self.optimizer = optimizer_class(groups, **options)
+        elif self.optimizer is None:
+            super().create_optimizer(model)
+        if self.ema_decay is not None and self.ema is None:
+            from timm.utils import ModelEmaV3
+
+            self.ema = ModelEmaV3(self.model, decay=self.ema_decay)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.schedule is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: self.schedule(step, self.steps_per_epoch, num_training_steps)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def prepare_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What happens to a batch on its device before the model gets it: nothing, unless a subclass says so."""
+        return inputs
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        names = inputs.pop("names")
+        self.skipped += inputs.pop("skipped")
+        inputs = self.prepare_batch(self._prepare_inputs(inputs))
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=memory_format)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1} (process {self.args.process_index}), "
+                f"with a learning rate of {self._get_learning_rate():.3g} and the images {', '.join(names)}. Training "
+                f"stops; the last good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
+            )
+        return loss
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As in `Trainer`, and in the end a list of the files, without which it is not taken for a good checkpoint."""
+        run_dir, args = self._get_output_dir(trial), self.args
+        folder, limit = Path(run_dir) / f"checkpoint-{self.state.global_step}", args.save_total_limit
+        skipped = self.skipped_images()
+        # Older checkpoints go, and the Hub gets this one, when it is whole.
+        args.save_total_limit, push, args.push_to_hub = None, args.push_to_hub, False
+        try:
+            if args.should_save:
+                mark_incomplete(folder)
+            super()._save_checkpoint(model, trial)
+            if args.should_save and self.ema is not None:
+                weights = {key: value.contiguous() for key, value in self.ema.module.state_dict().items()}
+                save_file(weights, folder / _EMA_WEIGHTS)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                mark_complete(folder, {"layout": self._layout(), "skipped": skipped})
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # what torch.save raises
+                raise
+            last = last_complete_checkpoint(run_dir)
+            raise CheckpointError(f"{folder} could not be written: {error}. The last good one is {last}.") from error
+        finally:
+            args.save_total_limit, args.push_to_hub = limit, push
+        if push:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in `Trainer`; `True` is the last whole checkpoint of `output_dir`, or the beginning if there is none.
+
+        Raises:
+            CheckpointError: If the given checkpoint is not whole, or of a run that would go on differently.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            logger.warning(
+                f"Training goes on from {resume_from_checkpoint or 'the beginning: no checkpoint is whole'}."
+            )
+        if resume_from_checkpoint:
+            saved, now = read_run(resume_from_checkpoint), self._layout()
+            layout = saved["layout"]
+            if changed := [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]:
+                raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
+            self.skipped_before = saved["skipped"]
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _layout(self) -> dict[str, Any]:
+        """What an exact resume needs to be as it was."""
+        args = self.args
+        layout = {
+            "images per batch": args.per_device_train_batch_size,
+            "accumulated batches": args.gradient_accumulation_steps,
+            "processes": args.world_size,
+            "images of an epoch": len(self.train_dataset),
+            "seed": args.seed,
+            "seed of the data": args.data_seed,
+            "decay of the averaged weights": self.ema_decay,
+        }
+        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+            layout["workers of the stream"] = args.dataloader_num_workers
+        return layout
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As in `Trainer`; the random generators of training are not touched."""
+        with random_state_kept():
+            return super().evaluate(*args, **kwargs)
+
+    def skipped_images(self) -> int:
+        """How many damaged images the run left out, over all processes."""
+        count = torch.tensor(self.skipped, device=self.args.device)
+        return self.skipped_before + int(self.accelerator.reduce(count).item())
+
+    def evaluate_average(self) -> dict[str, float]:
+        """As `evaluate`, of the averaged weights (`ema_accuracy` ...), which it also saves, to `output_dir/ema`."""
+        if self.ema is None:
+            raise ValueError("There are no averaged weights: `ema_decay` was not set.")
+        trained = {key: value.clone() for key, value in self.model.state_dict().items()}
+        try:
+            self.model.load_state_dict(self.ema.module.state_dict())
+            metrics = self.evaluate(metric_key_prefix="ema")
+            # An internal call, because others are pushed to the Hub as the model of the run.
+            self.save_model(os.path.join(self.args.output_dir, "ema"), _internal_call=True)
+        finally:
+            self.model.load_state_dict(trained)
+        return metrics
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.ema is not None:
+            self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
+
+    def finish(self) -> str:
+        """The end of a training program, called by every process: evaluates the model (and its averaged weights), saves
+        it with `eval_results.json`, pictures, curves and card, and pushes everything to the Hub if `args` says so.
+
+        Returns:
+            What was reached, in words.
+        """
+        average = self.evaluate_average() if self.ema is not None else {}
+        metrics = average | self.evaluate()  # whose predictions are the ones that are kept
+        self.save_model()
+        self.save_metrics("eval", metrics)
+        self.draw_predictions()
+        self.create_model_card()
+        lines = []
+        for prefix in ("eval", "ema") if self.ema is not None else ("eval",):
+            values = (f"{name} {metrics[f'{prefix}_{key}']:.4f}" for key, name in self.metric_names.items())
+            lines.append(f"{prefix}: {', '.join(values)} on {metrics[f'{prefix}_images']} images")
+        skipped = self.skipped_images()
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        lines.append(f"{skipped} damaged images were left out; everything is in {self.args.output_dir}")
+        self.accelerator.end_training()
+        return "\n".join(lines)
+
+    def draw_predictions(self) -> None:
+        """Writes the pictures of held-out images that the card shows: none, unless a subclass says so."""
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Curves and a card with the numbers of the run, in place of `Trainer`'s with its gaps to fill in."""
+        if not self.is_world_process_zero():
+            return
+        output, log = Path(self.args.output_dir), self.state.log_history
+        plot_curves(log, output / "curves.png", self.metric_names)
+        training_card(
+            output.name,
+            self.accelerator.unwrap_model(self.model).config,
+            log,
+            run_settings(self.recipe, self.args, self.state.epoch, self.schedule is not None) | self.settings,
+            self.dataset_name,
+            self.initial_weights,
+            self.task,
+            self.metric_names,
+            [picture for picture in self.pictures if (output / picture).exists()],
+        ).save(output / "README.md")
+
+
+class DensePredictionTrainer(VisionTrainer):
+    """Trains detectors and segmenters, which own their losses, and whose outputs are not kept during an evaluation.
+
+    A subclass counts: `start_evaluation`, then `evaluate_batch` for every batch, and in the end `evaluation_metrics`.
+    Everything else, and the errors, are as of [`~pvt_hf.training.trainer.VisionTrainer`].
+    """
+
+    def start_evaluation(self) -> None:
+        """Before the first batch."""
+        raise NotImplementedError
+
+    def evaluate_batch(self, outputs: Any, inputs: dict[str, Any]) -> None:
+        """Counts a batch: what the model made of `inputs`, on the model's device."""
+        raise NotImplementedError
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """The metrics of the images of all processes, in each of them, without a prefix; `images` among them."""
+        raise NotImplementedError
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
+        """As in `Trainer`, without predictions in what it returns."""
+        self.start_evaluation()
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluation_metrics().items()}
+        return output._replace(metrics=output.metrics | metrics)
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model, inputs, prediction_loss_only, ignore_keys=None
+    ) -> tuple[torch.Tensor | None, None, None]:
+        """Counts the predictions for a batch, and returns only its loss, if the model gave one."""
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        self.evaluate_batch(outputs, inputs)
+        loss = outputs.get("loss")
+        return None if loss is None else loss.detach().float().mean(), None, None

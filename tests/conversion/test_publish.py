@@ -1,0 +1,230 @@
+"""Uploads over HTTP to a local Hub, loading from it, and every way in which the network fails."""
+
+import importlib
+import json
+import re
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+
+import pvt_hf
+from pvt_hf.conversion import rename
+from tests.support.checkpoints import TINY, equal, official_weights, run, save
+from tests.support.hub import TOKEN
+from tests.support.small_models import ROOT, STAGES, randomize, small_config
+
+
+@pytest.fixture
+def online(hub, tmp_path, monkeypatch):
+    """Makes the local Hub the Hub of this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "home"),
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)  # between attempts
+    return hub
+
+
+CONVERT = ROOT / "conversion" / "convert.py"
+LOAD = """
+import sys
+if sys.argv[1] == "without pvt_hf":
+    sys.modules["pvt_hf"] = None
+else:
+    import pvt_hf
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+trust = {"trust_remote_code": True} if sys.argv[1] == "without pvt_hf" else {}
+model = AutoModelForImageClassification.from_pretrained("me/pvt", **trust)
+processor = AutoImageProcessor.from_pretrained("me/pvt", **trust)
+model.save_pretrained(sys.argv[2])
+print(type(model).__module__, type(processor).__module__, processor.size)
+"""
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_upload_and_load(version, python, hub, tmp_path):
+    source = official_weights(TINY[version])
+    path = save(source, tmp_path / "a.pth")
+    result = python(CONVERT, path, "out", "--push-to-hub", "me/pvt", "--with-code")
+    assert result.returncode == 0, result.stderr
+    assert f"published: {hub.url}/me/pvt/commit/{hub.commit_id('me/pvt')}" in result.stdout
+    local = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert hub.repos == {"me/pvt": local} and len(hub.objects) == 1 and not hub.private
+    assert sum("commit" in request for request in hub.requests) == 1  # all or nothing
+    assert any("validate-yaml" in request for request in hub.requests)
+    assert 'pipeline("image-classification", model="me/pvt")' in local["README.md"].decode()
+
+    for mode, home in (("with pvt_hf", "pvt_hf"), ("without pvt_hf", "transformers_modules")):
+        result = python("-c", LOAD, mode, tmp_path / mode)
+        assert result.returncode == 0, result.stderr
+        model, processor = result.stdout.split()[:2]
+        assert model.startswith(f"{home}.") and processor.startswith(f"{home}.")
+        weights = safetensors.torch.load_file(tmp_path / mode / "model.safetensors")
+        assert equal(weights, rename.from_official(source))
+
+
+OWN_AUTO_CLASS = {
+    "Model": "AutoModel",
+    "ForImageClassification": "AutoModelForImageClassification",
+    "Backbone": "AutoBackbone",
+}
+CLASSES = [name for name in pvt_hf.__all__ if name.startswith("Pvt") and not re.search("Config|Processor", name)]
+LOAD_CODE = """
+import json, sys
+sys.modules["pvt_hf"] = None  # not installed
+import torch, transformers
+from transformers import AutoConfig, AutoImageProcessor
+
+def load(auto_class, repo):
+    loaded = getattr(transformers, auto_class).from_pretrained(repo, trust_remote_code=True)
+    assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
+    return loaded
+
+for name, own in json.loads(sys.argv[1]).items():
+    repo = f"me/{name}"
+    auto_map = AutoConfig.from_pretrained(repo, trust_remote_code=True).auto_map
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}, auto_map
+    expected = torch.load(sys.argv[2] + f"/{name}.pt", weights_only=True)
+    model = load(own, repo).eval()
+    assert type(model).__name__ == name
+    with torch.no_grad():
+        outputs = model(expected["pixels"])
+    output = outputs.feature_maps[-1] if "feature_maps" in outputs else outputs[0]
+    torch.testing.assert_close(output, expected["output"], rtol=1e-5, atol=1e-6)
+    if own == "AutoModelForImageClassification":  # the others take what they need from a classifier
+        load("AutoModel", repo)
+        load("AutoBackbone", repo)
+    for backend, suffix in (("torchvision", ""), ("pil", "Pil")):
+        processor = AutoImageProcessor.from_pretrained(repo, trust_remote_code=True, backend=backend)
+        assert type(processor).__module__.startswith("transformers_modules.")
+        assert type(processor).__name__ == "PvtImageProcessor" + suffix and processor.crop_size.height == 64
+    print(name)
+"""
+
+
+@torch.no_grad()
+def test_code_of_every_class(python, hub, tmp_path, monkeypatch):
+    """What `save_pretrained` leaves after `register_for_auto_class` works where pvt_hf is not installed."""
+    auto_classes = {name: OWN_AUTO_CLASS[re.search("|".join(OWN_AUTO_CLASS), name)[0]] for name in CLASSES}
+    assert len(auto_classes) == 6
+    for index, (name, auto_class) in enumerate(auto_classes.items()):
+        model_class = getattr(pvt_hf, name)
+        processor = (pvt_hf.PvtImageProcessor, pvt_hf.PvtImageProcessorPil)[index % 2](crop_size=64)
+        for code in (model_class, model_class.config_class, type(processor)):
+            monkeypatch.setattr(code, "_auto_class", None)  # what is registered here is undone afterwards
+        model_class.register_for_auto_class(auto_class)
+        model_class.config_class.register_for_auto_class()
+        type(processor).register_for_auto_class()
+        model = randomize(model_class(small_config("v2" if "V2" in name else "v1", out_features=STAGES))).eval()
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        pixels = torch.randn(2, 3, 64, 64)
+        outputs = model(pixels)
+        output = outputs.feature_maps[-1] if "feature_maps" in outputs else outputs[0]
+        torch.save({"pixels": pixels, "output": output}, tmp_path / f"{name}.pt")
+        hub.repos[f"me/{name}"] = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+    result = python("-c", LOAD_CODE, json.dumps(auto_classes), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == CLASSES
+
+
+def test_own_subclass_is_saved_as_everywhere(tmp_path, monkeypatch):
+    """A class of somebody's own file has no siblings there for the other Auto classes."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_pvt.py").write_text("import pvt_hf\n\n\nclass MyPvt(pvt_hf.PvtModel):\n    pass\n")
+    model_class = importlib.import_module("my_pvt").MyPvt
+    model_class.register_for_auto_class("AutoModel")
+    model_class(small_config("v1")).save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {"AutoModel": "my_pvt.MyPvt"}
+
+
+def test_repository_as_source(online, tmp_path, capsys):
+    """timm's files from the Hub, and a repository of transformers, private and with the labels of its config."""
+    weights = official_weights(TINY["v2"])
+    content = safetensors.torch.save(rename.official_to_timm(weights))
+    online.repos["timm/pvt"] = {"model.safetensors": content, "config.json": b'{"architecture": "pvt_v2_b0"}'}
+    assert run("timm/pvt", "out") == 0
+    assert f"{online.url}/timm/pvt: " in capsys.readouterr().out
+    assert equal(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"), rename.from_official(weights))
+
+    online.repos["me/own"] = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    online.private.add("me/own")
+    assert run("me/own", "again") == 0
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+    torch.save(weights, tmp_path / "old.bin")
+    online.repos["me/old"] = {"pytorch_model.bin": (tmp_path / "old.bin").read_bytes()}
+    assert run("me/old", "old") == 0
+    online.repos["me/none"] = {"README.md": b"hello"}
+    for repo, message in (("me/none", "has none of model.safetensors"), ("me/unknown", "could not be downloaded")):
+        assert run(repo, "none") == 1 and message in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
+
+
+def test_uploading_again(online, tmp_path):
+    """Code that the new upload does not bring would run with weights that are not its own."""
+    path = save(official_weights(TINY["v2"]), tmp_path / "a.pth")
+    assert run(path, "out", "--push-to-hub", "me/pvt", "--with-code") == 0
+    assert {"modeling_pvt_v2.py", "layers.py"} <= online.repos["me/pvt"].keys()
+    online.repos["me/pvt"]["notes.txt"] = b"mine"
+    assert run(path, "out", "--push-to-hub", "me/pvt", "--overwrite") == 0
+    assert online.repos["me/pvt"].keys() == {path.name for path in (tmp_path / "out").iterdir()} | {"notes.txt"}
+
+
+def test_private(online, tmp_path, capsys):
+    path = save(official_weights(TINY["v2"]), tmp_path / "a.pth")
+    assert run(path, "out", "--push-to-hub", "org/pvt", "--private") == 0
+    assert online.private == {"org/pvt"}
+    assert run(path, "out", "--push-to-hub", "org/pvt", "--private", "--overwrite") == 0
+    online.private.clear()
+    online.repos["org/pvt"] = {}
+    assert run(path, "out", "--push-to-hub", "org/pvt", "--private", "--overwrite") == 1
+    assert "org/pvt exists and is public" in capsys.readouterr().err and online.repos["org/pvt"] == {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"repos/create": 401}, "run `hf auth login`, or set HF_TOKEN"),
+        ({"repos/create": 403}, "your token may not write there"),
+        ({"/commit/": 409}, "in conflict with this upload"),
+        ({"/commit/": 500}, "500"),
+        ({"PUT /objects": "cut"}, "the connection failed"),
+        ({"/commit/": "cut"}, "the connection failed"),
+        ({"repos/create": "cut"}, "the connection failed"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_network_fails(fault, message, online, tmp_path, capsys):
+    path = save(official_weights(TINY["v2"]), tmp_path / "a.pth")
+    online.fault = fault
+    assert run(path, "out", "--push-to-hub", "me/pvt") == 1
+    error = capsys.readouterr().err
+    error = error[error.index("error: ") :]
+    outcome = "Whether the commit arrived is not known" if "cut" in fault.values() else "Nothing was committed there"
+    assert message in error and "hf upload me/pvt out" in error and outcome in error, error
+    names = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
+    assert not online.repos.get("me/pvt")
+    online.fault = {}
+    assert run(path, "out", "--push-to-hub", "me/pvt", "--overwrite") == 0
+    assert sorted(online.repos["me/pvt"]) == names
+
+
+def test_unknown_or_offline(online, tmp_path, capsys, monkeypatch):
+    path = save(official_weights(TINY["v2"]), tmp_path / "a.pth")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert run(path, "out", "--push-to-hub", "me/pvt") == 1
+    assert "hf auth login" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert run(path, "offline", "--push-to-hub", "me/pvt") == 1
+    assert "offline" in capsys.readouterr().err.lower() and not online.repos

@@ -1,0 +1,199 @@
+"""COCO's numbers against pycocotools, mIoU against counting pixel by pixel."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from transformers import EvalPrediction
+
+from pvt_hf.data.detection import read_coco
+from pvt_hf.data.digits import canvas_files
+from pvt_hf.evaluation.metrics import (
+    COCO_METRICS,
+    ConfusionMatrix,
+    classification_metrics,
+    classification_statistics,
+    coco_metrics,
+    coco_results,
+    gather_results,
+    mean_iou_metric,
+)
+from pvt_hf.models.annotations import read_objects
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = canvas_files(tmp_path_factory.mktemp("data") / "canvases", images=30, held_out=1) / "train"
+    return read_coco(folder / "annotations.json", folder / "images")
+
+
+def detections_of(data, noise: float, drop: float = 0.2) -> list[dict[str, torch.Tensor]]:
+    """The objects, some missing, some of another class, moved by a few pixels, and some that are not there."""
+    draw = np.random.default_rng(0)
+    detections = []
+    for index, record in enumerate(data.records):
+        objects = read_objects(data.target(index), record.size, masks=True)
+        objects = objects[torch.from_numpy(draw.random(len(objects)) >= drop)]
+        count = len(objects)
+        shift = draw.integers(-2, 3, 2).tolist() if noise else [0, 0]
+        masks = torch.roll(objects.masks, shift, dims=(1, 2))
+        boxes = objects.boxes + torch.from_numpy(draw.normal(0, 1, (count, 4)) * noise).float()
+        labels = torch.where(torch.from_numpy(draw.random(count) < 0.1 * noise), 3, objects.class_labels)
+        if noise:
+            boxes = torch.cat([boxes, torch.tensor([[3.0, 4, 40, 50]])])
+            labels, masks = torch.cat([labels, torch.tensor([1])]), torch.cat([masks, masks.new_ones(1, *record.size)])
+        scores = torch.from_numpy(draw.random(len(labels))).float()
+        detections.append({"scores": scores, "labels": labels, "boxes": boxes, "masks": masks})
+    return detections
+
+
+def results_of(data, noise: float = 1, **options) -> dict:
+    ids = [record.image_id for record in data.records]
+    return coco_results(detections_of(data, noise, **options), ids, data.category_ids)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_coco_metrics_are_pycocotools(data, masks, capsys):
+    truth = data.ground_truth()
+    for index in (0, 7):  # a crowd takes detections without being counted
+        truth["annotations"][index]["iscrowd"] = 1
+    results = results_of(data)
+    ours = coco_metrics(results, truth, masks)
+    assert not capsys.readouterr().out
+    reference = COCO()
+    reference.dataset = copy.deepcopy(truth)
+    reference.createIndex()
+    found = copy.deepcopy([result for image in results.values() for result in image])
+    for result in found:
+        result.pop("bbox" if masks else "segmentation")
+    evaluation = COCOeval(reference, reference.loadRes(found), "segm" if masks else "bbox")
+    for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
+        step()
+    np.testing.assert_allclose([ours[name] for name in COCO_METRICS], evaluation.stats, rtol=0, atol=1e-12)
+    assert 0.05 < ours["AP"] < 0.95 and ours["AP50"] > ours["AP75"] and ours["AR1"] < ours["AR100"]
+    if masks:
+        assert evaluation.stats[3] > 0 and evaluation.stats[5] == -1
+
+
+def test_coco_metrics_of_all_and_nothing(data, tmp_path):
+    truth = data.ground_truth()
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    for masks in (False, True):
+        assert coco_metrics(results_of(data, 0, drop=0), tmp_path / "truth.json", masks)["AP"] == pytest.approx(1)
+        assert coco_metrics({record.image_id: [] for record in data.records}, truth, masks)["AP"] == 0
+    results = results_of(data)
+    assert json.loads(json.dumps(results[1])) == results[1]
+    results[1][0]["category_id"] = 77
+    with pytest.raises(ValueError, match=r"categories that the ground truth does not have: \[77\]"):
+        coco_metrics(results, truth)
+    results[99] = results.pop(2)
+    with pytest.raises(ValueError, match=r"of the 30 images .* 1 are missing \(\[2\]\), 1 are others \(\[99\]\)"):
+        coco_metrics(results, truth)
+
+
+def _gather(rank: int, store: str, queue) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    matrix = ConfusionMatrix(2)
+    matrix.update(torch.tensor([0, 1, rank]), torch.tensor([0, 1, 1]))
+    matrix.reduce()
+    # Image 5 is in both, as where the last batch is filled up.
+    results = gather_results({rank: [{"image_id": rank}], 5: [{"image_id": 5}]})
+    queue.put((results, matrix.counts.tolist()))
+    dist.destroy_process_group()
+
+
+def test_processes_are_gathered(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=_gather, args=(rank, str(tmp_path / "store"), queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    gathered = [queue.get() for _ in processes]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    expected = {0: [{"image_id": 0}], 1: [{"image_id": 1}], 5: [{"image_id": 5}]}
+    assert gathered == [(expected, [[2, 0], [1, 3]])] * 2
+    assert gather_results(expected) == expected
+
+
+def slow_metrics(predictions: np.ndarray, labels: np.ndarray, classes: int) -> tuple[float, float, float]:
+    ious, accuracies, right, counted = [], [], 0, 0
+    for label in range(classes):
+        intersection = union = area = 0
+        for one, other in zip(predictions.ravel().tolist(), labels.ravel().tolist(), strict=True):
+            if other != 255:
+                intersection += one == label and other == label
+                union += one == label or other == label
+                area += other == label
+        right, counted = right + intersection, counted + area
+        if union:
+            ious.append(intersection / union)
+        if area:
+            accuracies.append(intersection / area)
+    return sum(ious) / len(ious), sum(accuracies) / len(accuracies), right / counted
+
+
+def maps(classes: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Class 4 is only predicted, and class 5 is nowhere."""
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, classes - 2, (3, 17, 23))
+    labels[draw.random(labels.shape) < 0.1] = 255
+    predictions = np.where(draw.random(labels.shape) < 0.6, labels, draw.integers(0, classes - 1, labels.shape))
+    predictions[predictions == 255] = 2
+    return predictions, labels
+
+
+def test_mean_iou():
+    predictions, labels = maps()
+    whole, parts = ConfusionMatrix(6), [ConfusionMatrix(6) for _ in labels]
+    whole.update(predictions, labels)
+    for part, prediction, label in zip(parts, predictions, labels, strict=True):
+        part.update(torch.from_numpy(prediction), torch.from_numpy(label.astype(np.uint8)))
+    merged = ConfusionMatrix(6)
+    for part in parts:
+        merged += part
+    assert torch.equal(merged.counts, whole.counts)
+    metrics = whole.metrics()
+    assert [metrics[name] for name in ("mIoU", "mAcc", "aAcc")] == pytest.approx(slow_metrics(predictions, labels, 6))
+    assert metrics["IoU"][4] == 0 and math.isnan(metrics["IoU"][5]) and math.isnan(metrics["Acc"][4])
+
+
+def test_mean_iou_of_wrong_values():
+    matrix = ConfusionMatrix(3)
+    with pytest.raises(ValueError, match=r"`label` has the values \[-1, 3, 9\], the classes are 0 to 2"):
+        matrix.update(torch.tensor([0, 1, 2, 0]), torch.tensor([3, 9, 255, -1]))
+    with pytest.raises(ValueError, match=r"`prediction` has the values \[3\]"):
+        matrix.update(torch.tensor([3, 77]), torch.tensor([0, 255]))
+    with pytest.raises(ValueError, match=r"one shape, got \[2, 2\] and \[4\]"):
+        matrix.update(torch.zeros(2, 2), torch.zeros(4))
+    assert not matrix.counts.any()
+
+
+def test_mean_iou_as_a_metric_of_evaluate():
+    predictions, labels = maps()
+    metric = mean_iou_metric(6)
+    expected = pytest.approx(slow_metrics(predictions, labels, 6))
+    for _ in range(2):  # computing starts anew
+        metric.add(prediction=predictions[0], reference=labels[0])
+        metric.add_batch(predictions=predictions[1:], references=labels[1:])
+        metrics = metric.compute()
+        assert [metrics[name] for name in ("mIoU", "mAcc", "aAcc")] == expected
+    assert metric.compute(predictions=predictions, references=labels)["mIoU"] == expected.expected[0]
+
+
+def test_classification():
+    logits, labels = torch.randn(40, 12), torch.randint(0, 12, (40,))
+    statistics = classification_statistics((logits, "more"), labels)
+    metrics = classification_metrics(EvalPrediction(tuple(part.numpy() for part in statistics), labels.numpy()))
+    order = logits.argsort(dim=1, descending=True)
+    assert metrics["accuracy"] == pytest.approx((order[:, 0] == labels).float().mean().item())
+    assert metrics["top5_accuracy"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).float().mean().item())
+    assert metrics["loss"] == pytest.approx(-logits.log_softmax(1)[range(40), labels].mean().item(), rel=1e-6)
+    assert metrics["images"] == 40

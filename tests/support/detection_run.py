@@ -1,0 +1,100 @@
+"""A small run of the detectors' trainer, in this process or in others: `python detection_run.py DIR SETTINGS`."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+import pvt_hf
+from pvt_hf.data.augmentation import DetectionAugmentation
+from pvt_hf.data.detection import EvaluationDetections, TrainingDetections, read_coco
+from pvt_hf.recipes import DETECTION_RECIPES
+from pvt_hf.training.detection import DetectionTrainer
+from tests.support.small_models import STAGES, small_config
+
+SIDES = {"short_sides": (64, 96), "longest_side": 128}
+HEADS = {
+    "retinanet": {"neck_channels": 8, "num_head_convs": 1},
+    "mask_rcnn": {"neck_channels": 8, "num_mask_convs": 1, "box_head_size": 8, "num_candidates": 50,
+                  "num_candidates_train": 50, "num_proposals": 50, "roi_num_samples": 32},
+    "detr": {"d_model": 16, "num_queries": 8, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+}  # fmt: skip
+FIRST_STAGE = {"retinanet": 1, "mask_rcnn": 0, "detr": 3}
+
+
+def small_detector(system: str, num_labels: int = 10, **overrides):
+    backbone = small_config("v2", out_features=STAGES[FIRST_STAGE[system] :], drop_path_rate=0.1)
+    fields = HEADS[system] | {"num_labels": num_labels} | overrides
+    if system == "detr":
+        return pvt_hf.build_detr(pvt_hf.build_detr_config(backbone, **fields))
+    if system == "mask_rcnn":
+        return pvt_hf.MaskRCNNForInstanceSegmentation(pvt_hf.MaskRCNNConfig(backbone_config=backbone, **fields))
+    return pvt_hf.RetinaNetForObjectDetection(pvt_hf.RetinaNetConfig(backbone_config=backbone, **fields))
+
+
+def build(output_dir, canvases, *, recipe="retinanet_1x", changes=None, data=None, empty=False, **arguments):
+    """The trainer of a run over the canvases of a folder; `data` replaces those for training."""
+    set_seed(0)
+    recipe = dataclasses.replace(DETECTION_RECIPES[recipe], **({"warmup_iterations": 2} | SIDES | (changes or {})))
+    train, held_out = (
+        read_coco(canvases / split / "annotations.json", canvases / split / "images")
+        for split in ("train", "validation")
+    )
+    train = (data or train).for_training(empty=empty)
+    model = small_detector(recipe.system, len(train.label_names))
+    arguments = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 1e-3,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 0,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    } | arguments
+    augment = DetectionAugmentation(recipe.short_sides, recipe.longest_side, crop_short_sides=recipe.crop_short_sides)
+    size = {"shortest_edge": max(recipe.short_sides), "longest_edge": recipe.longest_side}
+    return DetectionTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(output_dir), **arguments),
+        recipe=recipe,
+        train_dataset=TrainingDetections(train, augment, masks=recipe.system == "mask_rcnn"),
+        eval_dataset=EvaluationDetections(held_out),
+        processing_class=pvt_hf.PvtDetectionImageProcessor(size=size),
+    )
+
+
+def main() -> None:
+    output_dir, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    canvases, resume, slow = Path(settings.pop("canvases")), settings.pop("resume", None), settings.pop("slow", 0)
+    torch.set_num_threads(1)
+    trainer = build(output_dir, canvases, **settings)
+    step, evaluate_batch, seen = trainer.training_step, trainer.evaluate_batch, []
+    if slow:  # so that there is time to be killed
+        trainer.training_step = lambda *args: (time.sleep(slow), step(*args))[1]
+
+    def counted(outputs, inputs):
+        seen.extend(int(label["image_id"]) for label in inputs["labels"])
+        evaluate_batch(outputs, inputs)
+
+    trainer.train(resume)
+    trainer.evaluate_batch = counted
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = {"losses": losses, "metrics": metrics, "seen": seen}
+    (output_dir / f"result-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Random official checkpoints of the detectors, small and whole, and the models they are converted to."""
+
+import torch
+import transformers
+
+import pvt_hf
+from pvt_hf.conversion import reference, reference_heads, systems
+from tests.support import checkpoints
+from tests.support import reference_detection as official
+from tests.support.small_models import ROOT, STAGES, small_config
+
+CHANNELS, CLASSES = 16, 5
+
+
+def small_resnet(**overrides):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    return transformers.ResNetConfig(**(sizes | overrides))
+
+
+def backbone_config(name, **overrides):
+    return small_resnet(**overrides) if name == "resnet" else small_config(name, **overrides)
+
+
+def official_backbone(variant):
+    """A random backbone as it is in an official detector: v1 has no CLS token, final norm and head there."""
+    weights = checkpoints.official_weights(variant)
+    return {
+        f"backbone.{key}": value.double()
+        for key, value in weights.items()
+        if not key.startswith(("head.", "norm.", "cls_token"))
+    }
+
+
+def layer(name, *shape, std=0.1):
+    return {f"{name}.weight": torch.randn(shape).double() * std, f"{name}.bias": torch.randn(shape[0]).double() * std}
+
+
+def neck(in_channels, num_extra):
+    weights = {}
+    for level, channels in enumerate(in_channels):
+        weights |= layer(f"neck.lateral_convs.{level}.conv", CHANNELS, channels, 1, 1)
+        weights |= layer(f"neck.fpn_convs.{level}.conv", CHANNELS, CHANNELS, 3, 3)
+    for extra in range(num_extra):
+        channels = CHANNELS if extra else in_channels[-1]
+        weights |= layer(f"neck.fpn_convs.{len(in_channels) + extra}.conv", CHANNELS, channels, 3, 3)
+    return weights
+
+
+def standardize(weights, name, outputs, mean, std):
+    """Gives a layer, whose outputs these are, other weights so that they have this mean and standard deviation."""
+    factor = std / outputs.std()
+    weights[f"{name}.weight"] *= factor
+    weights[f"{name}.bias"] *= factor
+    weights[f"{name}.bias"] += mean - factor * outputs.mean()
+
+
+def feature_maps(weights, pixels):
+    """Those of the backbone of an official detector."""
+    backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
+    return reference.feature_maps(backbone, pixels)
+
+
+def official_retinanet(variant):
+    """Logits around -3.5, so that many scores are above 0.05, and boxes in some distance from their anchors."""
+    weights = official_backbone(variant) | neck(variant.hidden_sizes[1:], num_extra=2)
+    for index in range(4):
+        for tower in ("cls", "reg"):
+            weights |= layer(f"bbox_head.{tower}_convs.{index}.conv", CHANNELS, CHANNELS, 3, 3)
+    weights |= layer("bbox_head.retina_cls", 9 * CLASSES, CHANNELS, 3, 3)
+    weights |= layer("bbox_head.retina_reg", 36, CHANNELS, 3, 3)
+    pixels = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    levels = reference_heads.pyramid(weights, feature_maps(weights, pixels)[1:])
+    logits, deltas = (torch.cat(x, dim=1) for x in zip(*reference_heads.retinanet(weights, levels), strict=True))
+    standardize(weights, "bbox_head.retina_cls", logits, mean=-3.5, std=1)
+    standardize(weights, "bbox_head.retina_reg", deltas, mean=0, std=0.3)
+    return weights
+
+
+def official_mask_rcnn(variant):
+    """Objectness and class scores of all sizes, and boxes in some distance from their anchors and proposals."""
+    weights = official_backbone(variant) | neck(variant.hidden_sizes, num_extra=0)
+    weights |= layer("rpn_head.rpn_conv", CHANNELS, CHANNELS, 3, 3)
+    weights |= layer("rpn_head.rpn_cls", 3, CHANNELS, 1, 1) | layer("rpn_head.rpn_reg", 12, CHANNELS, 1, 1)
+    box_head, mask_head = "roi_head.bbox_head", "roi_head.mask_head"
+    weights |= layer(f"{box_head}.shared_fcs.0", 32, CHANNELS * 49) | layer(f"{box_head}.shared_fcs.1", 32, 32)
+    weights |= layer(f"{box_head}.fc_cls", CLASSES + 1, 32) | layer(f"{box_head}.fc_reg", CLASSES * 4, 32)
+    for index in range(4):
+        weights |= layer(f"{mask_head}.convs.{index}.conv", CHANNELS, CHANNELS, 3, 3)
+    weights |= layer(f"{mask_head}.upsample", CHANNELS, CHANNELS, 2, 2)
+    weights |= layer(f"{mask_head}.conv_logits", CLASSES, CHANNELS, 1, 1)
+    pixels = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    levels = reference_heads.pyramid(weights, feature_maps(weights, pixels))
+    raw = reference_heads.region_proposals(weights, levels)
+    logits, deltas = (torch.cat(x, dim=1) for x in zip(*raw, strict=True))
+    standardize(weights, "rpn_head.rpn_cls", logits, mean=0, std=2)
+    standardize(weights, "rpn_head.rpn_reg", deltas, mean=0, std=0.3)
+    boxes = (torch.rand(40, 2).double() * 50).repeat(1, 2) + torch.tensor([0, 0, 20, 25])
+    logits, deltas = reference_heads.box_head(weights, official.region_features(levels, [boxes.tolist()], 7))
+    standardize(weights, f"{box_head}.fc_cls", logits, mean=0, std=1)
+    standardize(weights, f"{box_head}.fc_reg", deltas, mean=0, std=1)
+    masks = reference_heads.mask_head(weights, official.region_features(levels, [boxes.tolist()], 14))
+    standardize(weights, f"{mask_head}.conv_logits", masks, mean=0, std=1)
+    return weights
+
+
+def converted(model, weights, system):
+    """`model` in float64 and evaluation mode with the tensors of an official checkpoint, all of them."""
+    prefix = model.backbone.base_model_prefix
+    model.double().eval().load_state_dict(systems.from_official(weights, system, prefix), strict=True)
+    return model
+
+
+def tiny_backbone(version, out_features=STAGES[1:]):
+    """The configuration for `checkpoints.TINY`."""
+    variant = checkpoints.TINY[version]
+    sizes = {field: list(getattr(variant, field)) for field in ("hidden_sizes", "mlp_ratios", "depths")}
+    if version == "v1":
+        return pvt_hf.PvtConfig(out_features=list(out_features), **sizes)
+    return pvt_hf.PvtV2Config(out_features=list(out_features), linear_attention=version == "v2_linear", **sizes)
+
+
+def key_list(name):
+    """Names and shapes in an official checkpoint."""
+    lines = (ROOT / "tests" / "keys" / f"det_{name}.tsv").read_text().splitlines()
+    rows = [line.split("\t") for line in lines]
+    return {name: tuple(int(n) for n in shape.strip("(),").split(",") if n.strip()) for name, shape in rows}
+
+
+def padded_batch(sizes, canvas, dtype=torch.float64):
+    """Random images of these sizes on a canvas of zeros, and the mask."""
+    pixels, mask = torch.zeros(len(sizes), 3, *canvas, dtype=dtype), torch.zeros(len(sizes), *canvas, dtype=torch.long)
+    for index, (height, width) in enumerate(sizes):
+        pixels[index, :, :height, :width] = torch.randn(3, height, width, dtype=dtype)
+        mask[index, :height, :width] = 1
+    return pixels, mask
+
+
+def relative(boxes, size):
+    """xyxy in pixels to cxcywh relative to (height, width)."""
+    x0, y0, x1, y1 = torch.as_tensor(boxes, dtype=torch.float64).reshape(-1, 4).unbind(dim=1)
+    height, width = size
+    return torch.stack(((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height), dim=1)

@@ -1,0 +1,139 @@
+"""Random checkpoints with the names and shapes of the official detectors and the segmenter (see `../keys/*.tsv`)."""
+
+import torch
+
+from pvt_hf.variants import Variant
+from tests.support.checkpoints import official_shapes
+from tests.support.small_models import ROOT
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def listed_shapes(name: str) -> Shapes:
+    """What `../keys/<name>.tsv` says."""
+    lines = (ROOT / "tests" / "keys" / f"{name}.tsv").read_text().splitlines()
+    rows = (line.split("\t") for line in lines)
+    return {key: tuple(int(size) for size in shape.strip("()").split(",") if size.strip()) for key, shape in rows}
+
+
+def conv(name: str, out_channels: int, in_channels: int, kernel: int, bias: bool = True) -> Shapes:
+    shapes = {f"{name}.weight": (out_channels, in_channels, kernel, kernel)}
+    return shapes | ({f"{name}.bias": (out_channels,)} if bias else {})
+
+
+def linear(name: str, out_features: int, in_features: int) -> Shapes:
+    return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
+
+
+def neck(in_channels: tuple[int, ...], channels: int, num_extra: int = 0) -> Shapes:
+    shapes = {}
+    for level, width in enumerate(in_channels):
+        shapes |= conv(f"neck.lateral_convs.{level}.conv", channels, width, 1)
+        shapes |= conv(f"neck.fpn_convs.{level}.conv", channels, channels, 3)
+    for level in range(num_extra):
+        width = channels if level else in_channels[-1]
+        shapes |= conv(f"neck.fpn_convs.{len(in_channels) + level}.conv", channels, width, 3)
+    return shapes
+
+
+def semantic_fpn(in_channels: tuple[int, ...], num_labels: int = 150, channels: int = 256) -> Shapes:
+    width = channels // 2
+    shapes = neck(in_channels, channels) | conv("decode_head.conv_seg", num_labels, width, 1)
+    for level in range(4):
+        for block in range(max(1, level)):
+            name = f"decode_head.scale_heads.{level}.{2 * block}"
+            shapes |= conv(f"{name}.conv", width, width if block else channels, 3, bias=False)
+            shapes |= {f"{name}.bn.{part}": (width,) for part in ("weight", "bias", "running_mean", "running_var")}
+            shapes[f"{name}.bn.num_batches_tracked"] = ()
+    return shapes
+
+
+def retinanet(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256) -> Shapes:
+    shapes = neck(in_channels[1:], channels, num_extra=2)
+    for index in range(4):
+        shapes |= conv(f"bbox_head.cls_convs.{index}.conv", channels, channels, 3)
+        shapes |= conv(f"bbox_head.reg_convs.{index}.conv", channels, channels, 3)
+    return (
+        shapes
+        | conv("bbox_head.retina_cls", 9 * num_labels, channels, 3)
+        | conv("bbox_head.retina_reg", 36, channels, 3)
+    )
+
+
+def faster_rcnn(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256, hidden: int = 1024) -> Shapes:
+    return (
+        neck(in_channels, channels)
+        | conv("rpn_head.rpn_conv", channels, channels, 3)
+        | conv("rpn_head.rpn_cls", 3, channels, 1)
+        | conv("rpn_head.rpn_reg", 12, channels, 1)
+        | linear("roi_head.bbox_head.fc_cls", num_labels + 1, hidden)
+        | linear("roi_head.bbox_head.fc_reg", 4 * num_labels, hidden)
+        | linear("roi_head.bbox_head.shared_fcs.0", hidden, 49 * channels)
+        | linear("roi_head.bbox_head.shared_fcs.1", hidden, hidden)
+    )
+
+
+def mask_rcnn(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256, hidden: int = 1024) -> Shapes:
+    shapes = faster_rcnn(in_channels, num_labels, channels, hidden)
+    for index in range(4):
+        shapes |= conv(f"roi_head.mask_head.convs.{index}.conv", channels, channels, 3)
+    return (
+        shapes
+        | conv("roi_head.mask_head.upsample", channels, channels, 2)
+        | conv("roi_head.mask_head.conv_logits", num_labels, channels, 1)
+    )
+
+
+def detr(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256, hidden: int = 2048) -> Shapes:
+    shapes = (
+        conv("bbox_head.input_proj", channels, in_channels[-1], 1)
+        | linear("bbox_head.fc_cls", num_labels + 1, channels)
+        | linear("bbox_head.reg_ffn.layers.0.0", channels, channels)
+        | linear("bbox_head.reg_ffn.layers.1", channels, channels)
+        | linear("bbox_head.fc_reg", 4, channels)
+        | {"bbox_head.query_embedding.weight": (100, channels)}
+        | {f"bbox_head.transformer.decoder.post_norm.{part}": (channels,) for part in ("weight", "bias")}
+    )
+    for part, num_attentions in (("encoder", 1), ("decoder", 2)):
+        for name in (f"bbox_head.transformer.{part}.layers.{layer}" for layer in range(6)):
+            for index in range(num_attentions):
+                attention = f"{name}.attentions.{index}.attn"
+                shapes |= {f"{attention}.in_proj_weight": (3 * channels, channels)}
+                shapes |= {f"{attention}.in_proj_bias": (3 * channels,)}
+                shapes |= linear(f"{attention}.out_proj", channels, channels)
+            shapes |= linear(f"{name}.ffns.0.layers.0.0", hidden, channels)
+            shapes |= linear(f"{name}.ffns.0.layers.1", channels, hidden)
+            for index in range(num_attentions + 1):
+                shapes |= {f"{name}.norms.{index}.{part_}": (channels,) for part_ in ("weight", "bias")}
+    return shapes
+
+
+HEADS = {
+    "RetinaNet": retinanet,
+    "Mask R-CNN": mask_rcnn,
+    "Faster R-CNN": faster_rcnn,
+    "DETR": detr,
+    "Semantic FPN": semantic_fpn,
+}
+
+
+def system_shapes(system: str, variant: Variant, **options: int) -> Shapes:
+    """Names and shapes of the official system on the official backbone, without what only its classifier has."""
+    classifier = official_shapes(variant)
+    kept = [key for key in classifier if not key.startswith(("head.", "norm.", "cls_token"))]
+    backbone = {f"backbone.{key}": classifier[key] for key in kept}
+    return backbone | HEADS[system](variant.hidden_sizes, **options)
+
+
+def system_weights(system: str, variant: Variant, std: float = 0.05, **options: int) -> dict[str, torch.Tensor]:
+    """A random checkpoint with those names and shapes: norms near one, positive running variances."""
+    weights = {}
+    for name, shape in system_shapes(system, variant, **options).items():
+        if name.endswith("num_batches_tracked"):
+            weights[name] = torch.tensor(40_000)
+        elif name.endswith("running_var"):
+            weights[name] = torch.empty(shape).uniform_(0.5, 2)
+        else:
+            is_norm = name.endswith("weight") and len(shape) == 1
+            weights[name] = torch.empty(shape).normal_(std=std).add_(1 if is_norm else 0)
+    return weights

@@ -1,0 +1,89 @@
+"""A small run of `SegmentationTrainer`, in this process (`build`) or as a program, with canvases or with noise."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForSemanticSegmentation, TrainingArguments, set_seed
+
+import pvt_hf
+from pvt_hf.data.augmentation import SegmentationAugmentation
+from pvt_hf.data.segmentation import EvaluationMaps, TrainingMaps, read_folders
+from pvt_hf.recipes import SegmentationRecipe
+from pvt_hf.training.segmentation import SegmentationTrainer
+from tests.support.small_models import STAGES, small_config
+
+RECIPE = SegmentationRecipe(shortest_edge=48, longest_edge=192, crop_size=48)
+
+
+def read(data: str | Path, split: str, **settings):
+    return read_folders(Path(data) / split / "images", Path(data) / split / "maps", **{"num_labels": 11} | settings)
+
+
+def build(
+    output_dir, data, *, model=None, fields=None, trainer=None, fixed_norms=False, drop_path_rate=0.1, **arguments
+):
+    """The trainer of a run on the canvases of a folder."""
+    set_seed(0)
+    if model is None:
+        names = {label: str(label) for label in range(11)}
+        fields = {"neck_channels": 8, "head_channels": 8, "loss_normalization": "all"} | (fields or {})
+        backbone = small_config("v2", out_features=STAGES, drop_path_rate=drop_path_rate)
+        config = pvt_hf.SemanticFPNConfig(backbone_config=backbone, id2label=names, **fields)
+        model = AutoModelForSemanticSegmentation.from_config(config)
+    if fixed_norms:  # statistics of a part are not those of the batch
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.Dropout2d):
+                module.train = lambda mode=True, module=module: nn.Module.train(module, False)
+    names = ("shortest_edge", "longest_edge", "scales", "max_share", "flip", "distortion")
+    augment = {name: getattr(RECIPE, name) for name in names} | {"crop": (RECIPE.crop_size, RECIPE.crop_size)}
+    size = {"shortest_edge": RECIPE.shortest_edge, "longest_edge": RECIPE.longest_edge}
+    image_processor = pvt_hf.PvtSegmentationImageProcessor(size=size)
+    arguments = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "weight_decay": 1e-4,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    } | arguments
+    return SegmentationTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(output_dir), **arguments),
+        recipe=RECIPE,
+        train_dataset=TrainingMaps(read(data, "train"), SegmentationAugmentation(**augment)),
+        eval_dataset=EvaluationMaps(read(data, "validation"), image_processor),
+        processing_class=image_processor,
+        **(trainer or {}),
+    )
+
+
+def losses(trainer: SegmentationTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def main() -> None:
+    output_dir, data, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    slow = settings.pop("slow", 0)
+    torch.set_num_threads(1)
+    trainer = build(output_dir, data, **settings)
+    step = trainer.training_step
+    if slow:  # so that there is time to be killed
+        trainer.training_step = lambda *args: (time.sleep(slow), step(*args))[1]
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        (Path(output_dir) / "result.json").write_text(json.dumps({"losses": losses(trainer), "metrics": metrics}))
+
+
+if __name__ == "__main__":
+    main()

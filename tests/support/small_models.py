@@ -1,0 +1,39 @@
+"""Small models and random weights for the tests."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import pvt_hf
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+# A few thousand parameters, with the official strides, reductions and heads > 1.
+SMALL_V1 = {
+    "depths": [1, 2, 1, 1],
+    "hidden_sizes": [8, 16, 24, 32],
+    "num_attention_heads": [1, 2, 3, 4],
+    "mlp_ratios": [2, 2, 2, 2],
+    "image_size": 64,
+    "num_labels": 5,
+}
+SMALL_V2 = {key: value for key, value in SMALL_V1.items() if key != "image_size"}
+
+
+def small_config(version: str, **overrides):
+    """`version` is `v1`, `v2` or `v2_linear`."""
+    if version == "v1":
+        return pvt_hf.PvtConfig(**(SMALL_V1 | overrides))
+    return pvt_hf.PvtV2Config(**(SMALL_V2 | {"linear_attention": version == "v2_linear"} | overrides))
+
+
+def randomize(model: nn.Module, std: float = 0.05) -> nn.Module:
+    """Random values for every parameter, so that no zero bias and no unit norm hides a mistake."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=std)
+            if name.endswith("weight") and parameter.ndim == 1:
+                parameter.add_(1)
+    return model

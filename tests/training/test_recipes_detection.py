@@ -1,0 +1,143 @@
+"""The official recipes of the detectors: numbers, schedule against mmcv's formulas, parameter groups name by name."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+import pvt_hf
+from pvt_hf import recipes
+from pvt_hf.conversion import systems
+from pvt_hf.training import optimization
+from tests.support.small_models import STAGES, small_config
+
+RECIPES = pytest.mark.parametrize("name", recipes.DETECTION_RECIPES)
+SYSTEMS = {"retinanet": "RetinaNet", "mask_rcnn": "Mask R-CNN", "detr": "DETR"}
+SMALL = {"num_labels": 3, "neck_channels": 8}
+
+
+def detector(system: str, version: str):
+    config = small_config(version, out_features=STAGES[{"detr": 3, "retinanet": 1, "mask_rcnn": 0}[system] :])
+    if system == "detr":
+        sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_labels": 3}
+        return pvt_hf.build_detr(pvt_hf.build_detr_config(config, encoder_layers=1, decoder_layers=2, **sizes))
+    if system == "mask_rcnn":
+        return pvt_hf.MaskRCNNForInstanceSegmentation(
+            pvt_hf.MaskRCNNConfig(backbone_config=config, box_head_size=8, **SMALL)
+        )
+    return pvt_hf.RetinaNetForObjectDetection(pvt_hf.RetinaNetConfig(backbone_config=config, **SMALL))
+
+
+def test_numbers():
+    """`detection/configs/` as the semantics list them: rate, images per step, decay, epochs, drops, warm-up, clip."""
+    table = {
+        "retinanet_1x": (1e-4, 16, 1e-4, True, 12, (8, 11), 500, 0.0),
+        "retinanet_3x_ms": (1e-4, 16, 1e-4, False, 36, (27, 33), 500, 0.0),
+        "mask_rcnn_1x": (2e-4, 16, 1e-4, True, 12, (8, 11), 500, 0.0),
+        "mask_rcnn_3x_ms": (1e-4, 16, 0.05, False, 36, (27, 33), 500, 0.0),
+        "detr_50ep": (1e-4, 16, 1e-4, True, 50, (33,), 0, 0.1),
+    }
+    fields = ("learning_rate", "reference_batch_size", "weight_decay", "decays_norms", "epochs", "decay_epochs")
+    fields += ("warmup_iterations", "max_grad_norm")
+    for name, numbers in table.items():
+        recipe = recipes.detection_recipe(name, "pvt_small")
+        assert tuple(getattr(recipe, field) for field in fields) == numbers, name
+        assert recipe.backbone_rate == (0.1 if name == "detr_50ep" else 1) and recipe.drop_path_rate == 0.1
+        assert max(recipe.short_sides) == 800 and recipe.longest_side == 1333
+        assert list(recipe.crop_short_sides) == ([400, 500, 600] if name == "mask_rcnn_3x_ms" else [])
+    short_sides = {name: list(recipe.short_sides) for name, recipe in recipes.DETECTION_RECIPES.items()}
+    assert short_sides["retinanet_1x"] == short_sides["mask_rcnn_1x"] == [800]
+    assert short_sides["retinanet_3x_ms"] == list(range(640, 801))
+    assert short_sides["mask_rcnn_3x_ms"] == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+    assert short_sides["detr_50ep"] == [640, 672, 704, 736, 768, 800]
+    with pytest.raises(ValueError, match="`name` must be one of retinanet_1x, .*, got 'yolo'"):
+        recipes.detection_recipe("yolo")
+
+
+@pytest.mark.parametrize("variant", pvt_hf.VARIANTS)
+def test_variants(variant):
+    """One image per GPU at a 1.4 times lower rate where the configuration says so; v1's deep ones drop no paths."""
+    rates = {}
+    for name in ("retinanet_1x", "mask_rcnn_1x"):
+        recipe = recipes.detection_recipe(name, variant)
+        rates[name] = (recipe.learning_rate, recipe.reference_batch_size)
+        assert recipe.drop_path_rate == (0.0 if variant in ("pvt_medium", "pvt_large") else 0.1)
+    deep = variant in ("pvt_v2_b4", "pvt_v2_b5")
+    assert rates["retinanet_1x"] == ((pytest.approx(1e-4 / 1.4), 8) if deep else (1e-4, 16))
+    deep |= variant == "pvt_large"
+    assert rates["mask_rcnn_1x"] == ((pytest.approx(2e-4 / 1.4), 8) if deep else (2e-4, 16))
+
+
+def mmcv_rates(recipe, base: float, steps_per_epoch: int):
+    """`StepLrUpdaterHook(step=..., gamma=0.1, warmup="linear", warmup_iters, warmup_ratio)` of mmcv 1.3, by epochs."""
+    for iteration in range(recipe.epochs * steps_per_epoch):
+        epoch, exponent = iteration // steps_per_epoch, len(recipe.decay_epochs)
+        for index, boundary in enumerate(recipe.decay_epochs):
+            if epoch < boundary:
+                exponent = index
+                break
+        regular = base * 0.1**exponent
+        if recipe.warmup_iterations and iteration < recipe.warmup_iterations:
+            k = (1 - iteration / recipe.warmup_iterations) * (1 - recipe.warmup_ratio)
+            yield regular * (1 - k)
+        else:
+            yield regular
+
+
+@RECIPES
+@pytest.mark.parametrize("steps_per_epoch", [43, 61, 300])
+def test_schedule_at_every_step(name, steps_per_epoch):
+    """With 43 steps the warm-up of 500 is not over before the last decays (1x)."""
+    recipe = recipes.DETECTION_RECIPES[name]
+    steps = recipe.epochs * steps_per_epoch
+    ours = [1e-4 * optimization.detection_factor(recipe, step, steps_per_epoch, steps) for step in range(steps)]
+    assert ours == pytest.approx(list(mmcv_rates(recipe, 1e-4, steps_per_epoch)), rel=1e-12)
+
+
+def test_short_runs():
+    """They decay after the same parts of the run, and need a short warm-up."""
+    recipe = dataclasses.replace(recipes.DETECTION_RECIPES["retinanet_1x"], warmup_iterations=10)
+    factors = [optimization.detection_factor(recipe, step, 20, 240) for step in range(240)]
+    assert [factors[step] for step in (10, 159, 160, 219, 220, 239)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    with pytest.raises(ValueError, match="`warmup_iterations` must be less than the 240 steps of the run.*, got 500"):
+        optimization.detection_factor(recipes.DETECTION_RECIPES["retinanet_1x"], 0, 20, 240)
+
+
+@RECIPES
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_groups_by_official_name(name, version):
+    """mmcv's `paramwise_cfg` looks for `norm` and `backbone` in the official names; biases are as all others."""
+    recipe = recipes.DETECTION_RECIPES[name]
+    model = detector(recipe.system, version)
+    groups = optimization.detection_parameter_groups(model, recipe, 1e-4, 0.05)
+    settings = {}
+    for group in groups:
+        settings |= dict.fromkeys(group["names"], (group["lr"], group["weight_decay"]))
+    tensors = dict(model.named_parameters())
+    names = list(tensors)
+    assert settings.keys() == tensors.keys() and sum(len(group["params"]) for group in groups) == len(names)
+    # Every tensor holds the position of its name, so that official tensors made of several keep them all.
+    marked = {key: torch.full_like(tensor, position) for position, (key, tensor) in enumerate(tensors.items())}
+    official = systems.to_official(marked, SYSTEMS[recipe.system], "pvt_v2" if version == "v2" else "pvt")
+    seen = set()
+    for key, tensor in official.items():
+        positions = tensor.unique().int().tolist()
+        seen.update(positions)
+        wanted_rate = 1e-5 if recipe.system == "detr" and key.startswith("backbone.") else 1e-4
+        wanted_decay = 0 if name.endswith("3x_ms") and "norm" in key else 0.05
+        for position in positions:
+            assert settings[names[position]] == (pytest.approx(wanted_rate), wanted_decay), key
+    assert seen == set(range(len(names)))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_frozen_parameters_are_left_out(system):
+    """Those of the backbone's first stages; DETR's own encoder has layers too."""
+    model = detector(system, "v2")
+    frozen = set(optimization.freeze_stages(model, 2))
+    stages = {re.search(r"backbone.*encoder\.layers\.(\d)", name)[1] for name in frozen}
+    assert stages == {"0", "1"} and all("backbone" in name for name in frozen)
+    recipe = recipes.DETECTION_RECIPES["retinanet_1x"]
+    names = {name for group in optimization.detection_parameter_groups(model, recipe, 1, 1) for name in group["names"]}
+    assert names == {name for name, _ in model.named_parameters()} - frozen
