@@ -6,7 +6,7 @@
         --annotations coco/annotations/instances_val2017.json --images coco/val2017
     python examples/evaluate.py --model_name_or_path converted/semantic_fpn_pvt_s --images ade20k/images/validation \\
         --maps ade20k/annotations/validation
-    python examples/evaluate.py --smoke --model_name_or_path runs/classification               # on embedded data
+    python examples/evaluate.py --smoke --model_name_or_path runs/classification               # on bundled data
 
 What is measured follows from the model: top-1 and top-5 of a classifier, COCO's AP of a detector, mIoU of a segmenter,
 each as the official code counts it. The images are prepared by the checkpoint's own image processor. Several
@@ -36,11 +36,9 @@ from transformers import (
 
 from pvt_hf import VARIANTS
 from pvt_hf.data.classification import EvaluationImages, collate, label_names, load_images
-from pvt_hf.data.detection import EvaluationDetections, read_coco
-from pvt_hf.data.detection import read_hub as read_objects
-from pvt_hf.data.digits import canvas_files
-from pvt_hf.data.segmentation import EvaluationMaps, read_folders
-from pvt_hf.data.segmentation import read_hub as read_maps
+from pvt_hf.data.detection import EvaluationDetections, read_coco, read_detection_dataset
+from pvt_hf.data.digits import write_scenes
+from pvt_hf.data.segmentation import EvaluationMaps, read_segmentation_dataset, read_segmentation_folders
 from pvt_hf.evaluation.metrics import COCO_METRICS, classification_metrics, classification_statistics
 from pvt_hf.paper_results import PUBLISHED
 from pvt_hf.recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES
@@ -50,10 +48,10 @@ from pvt_hf.variants import backbone_config, find_variant
 
 Measured = tuple[Trainer, dict[str, float]]
 # How many images of a split are drawn where there are no others.
-CANVASES = 40
+SCENES = 40
 
 
-def check_labels(model: PreTrainedModel, checkpoint: str, count: int) -> None:
+def check_num_labels(model: PreTrainedModel, checkpoint: str, count: int) -> None:
     if model.config.num_labels != count:
         raise SystemExit(f"{checkpoint} has {model.config.num_labels} classes and the data {count}")
 
@@ -62,7 +60,7 @@ def measure_classifier(checkpoint: str, recipe: str, options: argparse.Namespace
     model = AutoModelForImageClassification.from_pretrained(checkpoint, dtype=torch.float32)
     data = load_images(options.dataset_name, options.split, options.dataset_config_name)
     column, names = label_names(data, options.label_column)
-    check_labels(model, checkpoint, len(names))
+    check_num_labels(model, checkpoint, len(names))
     image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # exactly as torchvision on PIL
     images = data.select(range(min(options.num_images or len(data), len(data))))
     trainer = Trainer(
@@ -80,11 +78,11 @@ def measure_detector(checkpoint: str, recipe: str, options: argparse.Namespace) 
     if options.annotations:
         data = read_coco(options.annotations, options.images)
     elif options.dataset_name:
-        data = read_objects(load_images(options.dataset_name, options.split, options.dataset_config_name))
+        data = read_detection_dataset(load_images(options.dataset_name, options.split, options.dataset_config_name))
     else:
-        folder = canvases(options)
+        folder = scenes(options)
         data = read_coco(folder / "annotations.json", folder / "images")
-    check_labels(model, checkpoint, len(data.label_names))
+    check_num_labels(model, checkpoint, len(data.label_names))
     trainer = DetectionTrainer(
         model,
         evaluation_arguments(options, batch_size=1),  # officially images are not padded to others' sizes
@@ -100,13 +98,13 @@ def measure_segmenter(checkpoint: str, recipe: str, options: argparse.Namespace)
     image_processor = AutoImageProcessor.from_pretrained(checkpoint)
     settings = {"num_labels": model.config.num_labels, "reduce_labels": image_processor.do_reduce_labels}
     if options.maps:
-        data = read_folders(options.images, options.maps, **settings)
+        data = read_segmentation_folders(options.images, options.maps, **settings)
     elif options.dataset_name:
         rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.split)
-        data = read_maps(rows, options.label_column, **settings)
+        data = read_segmentation_dataset(rows, options.label_column, **settings)
     else:
-        folder = canvases(options)
-        data = read_folders(folder / "images", folder / "maps", **settings)
+        folder = scenes(options)
+        data = read_segmentation_folders(folder / "images", folder / "maps", **settings)
     trainer = SegmentationTrainer(
         model,
         evaluation_arguments(options, batch_size=1),
@@ -128,9 +126,9 @@ def evaluation_arguments(options: argparse.Namespace, batch_size: int) -> Traini
     )
 
 
-def canvases(options: argparse.Namespace) -> Path:
-    with evaluation_arguments(options, 1).main_process_first(desc="drawing canvases"):
-        return canvas_files(options.output_dir / f"canvases-{options.seed}", 1, CANVASES, options.seed) / "validation"
+def scenes(options: argparse.Namespace) -> Path:
+    with evaluation_arguments(options, 1).main_process_first(desc="drawing scenes"):
+        return write_scenes(options.output_dir / f"scenes-{options.seed}", 1, SCENES, options.seed) / "validation"
 
 
 Task = Callable[[str, str, argparse.Namespace], Measured]
@@ -176,7 +174,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--output_dir", default="runs/evaluation", type=Path)
     parser.add_argument("--num_images", type=int, help="measure on the first ones only")
-    parser.add_argument("--smoke", action="store_true", help="on a few embedded images, without workers")
+    parser.add_argument("--smoke", action="store_true", help="on a few bundled images, without workers")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.smoke:

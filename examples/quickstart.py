@@ -30,11 +30,11 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
 
 def load_splits(data_dir: str | None) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Training and held-out images. Where the data has no held-out split, a fifth of each class becomes one."""
+    """Training and validation images. Where the data has no validation split, a fifth of each class becomes one."""
     data = datasets.load_dataset("imagefolder", data_dir=data_dir) if data_dir else {"train": digits()}
-    held_out = next((data[split] for split in ("validation", "test") if split in data), None)
-    if held_out is not None:
-        return data["train"], held_out
+    validation = next((data[split] for split in ("validation", "test") if split in data), None)
+    if validation is not None:
+        return data["train"], validation
     splits = data["train"].train_test_split(0.2, stratify_by_column="label", seed=0)
     return splits["train"], splits["test"]
 
@@ -58,7 +58,7 @@ def load_model(args: argparse.Namespace, names: list[str]):
 def draw(
     path: Path, images: list, truths: list[str], predictions: list[dict], log: list[dict], accuracy: float
 ) -> None:
-    """Held-out images with their predictions (red where wrong), above the training curve."""
+    """Validation images with their predictions (red where wrong), above the training curve."""
     figure = plt.figure(figsize=(12, 8), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3, 2))
     axes = top.subplots(3, 8).ravel()
@@ -71,13 +71,13 @@ def draw(
     accuracy_axis = loss_axis.twinx()
     for axis, key, color, name in (
         (loss_axis, "loss", "tab:blue", "training loss"),
-        (accuracy_axis, "eval_accuracy", "tab:orange", "held-out accuracy"),
+        (accuracy_axis, "eval_accuracy", "tab:orange", "validation accuracy"),
     ):
         points = [(entry["epoch"], entry[key]) for entry in log if key in entry]
         axis.plot(*zip(*points, strict=True), color=color)
         axis.set_ylabel(name, color=color)
     loss_axis.set_xlabel("epoch")
-    figure.suptitle(f"held-out accuracy {accuracy:.3f}")
+    figure.suptitle(f"validation accuracy {accuracy:.3f}")
     figure.savefig(path, dpi=100)
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
 
     set_seed(0)
-    train, held_out = load_splits(args.data_dir)
+    train, validation = load_splits(args.data_dir)
     names = train.features["label"].names
     model, image_processor = load_model(args, names)
 
@@ -119,7 +119,7 @@ def main() -> None:
             report_to="none",
         ),
         train_dataset=train.with_transform(transform),
-        eval_dataset=held_out.with_transform(transform),
+        eval_dataset=validation.with_transform(transform),
         processing_class=image_processor,
         compute_metrics=lambda output: {"accuracy": float((output.predictions.argmax(-1) == output.label_ids).mean())},
     )
@@ -128,13 +128,13 @@ def main() -> None:
     trainer.save_model(args.output_dir)
 
     classifier = pipeline("image-classification", model=str(args.output_dir), top_k=1)
-    shown = held_out.shuffle(seed=0).select(range(min(24, len(held_out))))
+    shown = validation.shuffle(seed=0).select(range(min(24, len(validation))))
     predictions = [best for (best,) in classifier(list(shown["image"]))]
     truths = [names[label] for label in shown["label"]]
     picture = args.output_dir / "predictions.png"
     draw(picture, list(shown["image"]), truths, predictions, trainer.state.log_history, accuracy)
     right = sum(best["label"] == truth for best, truth in zip(predictions, truths, strict=True))
-    print(f"held-out accuracy {accuracy:.4f}; {right} of {len(truths)} right through the reloaded pipeline")
+    print(f"validation accuracy {accuracy:.4f}; {right} of {len(truths)} right through the reloaded pipeline")
     print(f"model, image processor and {picture.name} are in {args.output_dir}")
 
 

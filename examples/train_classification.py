@@ -116,7 +116,7 @@ def main() -> None:
     if (options.dataset_name or "").endswith((".parquet", ".tar")) and not options.eval_dataset_name:
         raise SystemExit("--dataset_name is a pattern of files: pass --eval_dataset_name with those for evaluation")
     set_seed(args.seed)
-    train, held_out = load_splits(options, args)
+    train, validation = load_splits(options, args)
     column, names = label_names(train, options.label_column, options.num_labels)
     model = load_model(options, names)
     common = (column, len(names), training_transform(options.recipe, options.image_size))
@@ -126,10 +126,10 @@ def main() -> None:
             raise SystemExit("The stream does not say how many images it has: pass --samples_per_epoch")
         share = {"seed": args.seed, "rank": args.process_index, "world_size": args.world_size}
         share |= {"buffer_size": options.shuffle_buffer // max(1, args.dataloader_num_workers)}
-        share |= {"skip_damaged": options.skip_damaged}
+        share |= {"skip_corrupt": options.skip_corrupt}
         data = StreamedImages(train, *common, samples_per_epoch=length, **share)
     else:
-        data = TrainingImages(train, *common, skip_damaged=options.skip_damaged)
+        data = TrainingImages(train, *common, skip_corrupt=options.skip_corrupt)
     image_processor = pvt_hf.PvtImageProcessorPil(crop_size=options.image_size)
     trainer = ImageClassificationTrainer(
         model=model,
@@ -140,7 +140,7 @@ def main() -> None:
         ema_decay=options.ema_decay,
         channels_last=options.channels_last,
         train_dataset=data,
-        eval_dataset=EvaluationImages(held_out, column, len(names), image_processor),
+        eval_dataset=EvaluationImages(validation, column, len(names), image_processor),
         processing_class=image_processor,
         dataset_name=options.dataset_name,
         initial_weights=options.model_name_or_path,

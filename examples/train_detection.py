@@ -9,7 +9,7 @@
     python examples/train_detection.py --recipe detr_50ep --dataset_name cppe-5 --eval_split test ...
     python examples/train_detection.py --output_dir runs/x --resume_from_checkpoint true ...           # goes on exactly
 
-Every argument of TrainingArguments works too. Without data, it draws digits on canvases. The learning rate is that of
+Every argument of TrainingArguments works too. Without data, it draws digits on scenes. The learning rate is that of
 the recipe for the real number of images per step; a short run needs a short --warmup_iterations.
 """
 
@@ -24,20 +24,26 @@ from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConf
 import pvt_hf
 from pvt_hf.data.augmentation import DetectionAugmentation
 from pvt_hf.data.classification import load_images
-from pvt_hf.data.detection import DetectionData, EvaluationDetections, TrainingDetections, read_coco, read_hub
-from pvt_hf.data.digits import canvas_files
+from pvt_hf.data.detection import (
+    DetectionData,
+    EvaluationDetections,
+    TrainingDetections,
+    read_coco,
+    read_detection_dataset,
+)
+from pvt_hf.data.digits import write_scenes
 from pvt_hf.recipes import DETECTION_RECIPES, detection_recipe
 from pvt_hf.training.arguments import parse, training_arguments, training_parser
 from pvt_hf.training.detection import DetectionTrainer
 from pvt_hf.training.optimization import freeze_stages
 from pvt_hf.variants import backbone_config, find_variant
 
-# Of the embedded data: digits have no mirror images, and canvases are small.
-CANVASES = {"short_sides": [128], "longest_side": 192, "flip": 0.0, "drop_path_rate": 0.0, "learning_rate": 5e-4}
-CANVASES |= {"per_device_train_batch_size": 4, "dataloader_num_workers": 0, "max_grad_norm": 1.0}
-DEMO = CANVASES | {"num_train_epochs": 12, "warmup_iterations": 100, "logging_steps": 20, "save_strategy": "no"}
+# Of the bundled data: digits have no mirror images, and scenes are small.
+SCENES = {"shortest_edges": [128], "longest_edge": 192, "flip": 0.0, "drop_path_rate": 0.0, "learning_rate": 5e-4}
+SCENES |= {"per_device_train_batch_size": 4, "dataloader_num_workers": 0, "max_grad_norm": 1.0}
+DEMO = SCENES | {"num_train_epochs": 12, "warmup_iterations": 100, "logging_steps": 20, "save_strategy": "no"}
 DEMO |= {"eval_strategy": "steps", "eval_steps": 480}
-SMOKE = CANVASES | {"num_train_epochs": 2, "warmup_iterations": 2, "logging_steps": 1, "canvases": 16}
+SMOKE = SCENES | {"num_train_epochs": 2, "warmup_iterations": 2, "logging_steps": 1, "scenes": 16}
 SMALL = {
     "retinanet": {"neck_channels": 64},
     "mask_rcnn": {
@@ -47,7 +53,7 @@ SMALL = {
     "detr": {
         "d_model": 128, "num_queries": 20, "encoder_layers": 2, "decoder_layers": 3,
         "encoder_ffn_dim": 512, "decoder_ffn_dim": 512,
-        # Early on, dropout alone would make the queries differ, and held-out boxes be one and the same.
+        # Early on, dropout alone would make the queries differ, and validation boxes be one and the same.
         "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
     },
 }  # fmt: skip
@@ -74,10 +80,12 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     for split in ("train", "eval"):
         parser.add_argument(f"--{split}_annotations", help="COCO json")
         parser.add_argument(f"--{split}_images", help="the folder of its images")
-    parser.add_argument("--canvases", type=int, default=1000, help="how many are drawn for training, without data")
+    parser.add_argument("--scenes", type=int, default=1000, help="how many are drawn for training, without data")
     parser.add_argument("--keep_empty", action="store_true", help="train on images without objects too")
-    parser.add_argument("--short_sides", type=int, nargs="+", help="pixels, one of them by chance; official if missing")
-    for name in ("longest_side", "warmup_iterations"):
+    parser.add_argument(
+        "--shortest_edges", type=int, nargs="+", help="pixels, one of them by chance; official if missing"
+    )
+    for name in ("longest_edge", "warmup_iterations"):
         parser.add_argument(f"--{name}", type=int, help="official if missing")
     for name in ("flip", "drop_path_rate"):
         parser.add_argument(f"--{name}", type=float, help="official if missing")
@@ -86,7 +94,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
         type=json.loads,
         help="of the detector, as '{\"neck_channels\": 64}'; not with a checkpoint",
     )
-    parser.add_argument("--demo", action="store_true", help="a small detector that learns the canvases in minutes")
+    parser.add_argument("--demo", action="store_true", help="a small detector that learns the scenes in minutes")
     if parser.parse_known_args()[0].demo:
         parser.set_defaults(**DEMO)
     options = parse(parser, SMOKE)
@@ -103,7 +111,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     given = {name: value for name, value in given.items() if value is not None}
     options.recipe = recipe = dataclasses.replace(recipe, **given)
     if options.config_overrides is None:
-        options.config_overrides = SMALL[recipe.system] if options.smoke or options.demo else {}
+        options.config_overrides = SMALL[recipe.architecture] if options.smoke or options.demo else {}
     return options, training_arguments(options, recipe, num_train_epochs=recipe.epochs)
 
 
@@ -111,7 +119,7 @@ def read_backbone_config(options: argparse.Namespace) -> PreTrainedConfig:
     """Of the checkpoint, the detector's or the classifier's, or of the variant."""
     if options.model_name_or_path:
         config = AutoConfig.from_pretrained(options.model_name_or_path)
-        if not config.model_type.endswith(DETECTION_RECIPES[options.recipe].system):
+        if not config.model_type.endswith(DETECTION_RECIPES[options.recipe].architecture):
             raise SystemExit(f"--recipe {options.recipe} is not for a {config.model_type}")
         return config.backbone_config
     if options.backbone_checkpoint:
@@ -126,10 +134,13 @@ def load_data(options: argparse.Namespace, args: TrainingArguments) -> tuple[Det
         return train, read_coco(options.eval_annotations, options.eval_images)
     if options.dataset_name:
         name, config = options.dataset_name, options.dataset_config_name
-        return tuple(read_hub(load_images(name, split, config)) for split in (options.train_split, options.eval_split))
-    folder = Path(args.output_dir).parent / f"canvases-{options.canvases}"
-    with args.main_process_first(desc="drawing canvases"):
-        canvas_files(folder, options.canvases, held_out=max(8, options.canvases // 5))
+        return tuple(
+            read_detection_dataset(load_images(name, split, config))
+            for split in (options.train_split, options.eval_split)
+        )
+    folder = Path(args.output_dir).parent / f"scenes-{options.scenes}"
+    with args.main_process_first(desc="drawing scenes"):
+        write_scenes(folder, options.scenes, validation=max(8, options.scenes // 5))
     splits = (folder / split for split in ("train", "validation"))
     return tuple(read_coco(split / "annotations.json", split / "images") for split in splits)
 
@@ -151,8 +162,8 @@ def load_model(options: argparse.Namespace, names: list[str]):
             options.model_name_or_path, ignore_mismatched_sizes=True, **fields
         )
     else:
-        backbone.out_features, backbone.drop_path_rate = STAGES[recipe.system], recipe.drop_path_rate
-        model = build_detector(recipe.system, backbone, fields | options.config_overrides)
+        backbone.out_features, backbone.drop_path_rate = STAGES[recipe.architecture], recipe.drop_path_rate
+        model = build_detector(recipe.architecture, backbone, fields | options.config_overrides)
     if options.backbone_checkpoint:
         count = pvt_hf.load_pretrained_backbone(model, options.backbone_checkpoint)
         print(f"all {count} tensors of the backbone are from {options.backbone_checkpoint}")
@@ -163,13 +174,13 @@ def load_model(options: argparse.Namespace, names: list[str]):
 def main() -> None:
     options, args = parse_arguments()
     set_seed(args.seed)
-    train, held_out = load_data(options, args)
-    if train.label_names != held_out.label_names:
-        raise SystemExit(f"Training has the classes {train.label_names}, evaluation {held_out.label_names}")
+    train, validation = load_data(options, args)
+    if train.label_names != validation.label_names:
+        raise SystemExit(f"Training has the classes {train.label_names}, evaluation {validation.label_names}")
     model, recipe = load_model(options, train.label_names), options.recipe
-    limits = {"shortest_edge": max(recipe.short_sides), "longest_edge": recipe.longest_side}
+    limits = {"shortest_edge": max(recipe.shortest_edges), "longest_edge": recipe.longest_edge}
     image_processor = pvt_hf.PvtDetectionImageProcessor(size=limits, num_labels=len(train.label_names))
-    augment = DetectionAugmentation(recipe.short_sides, recipe.longest_side, recipe.flip, recipe.crop_short_sides)
+    augment = DetectionAugmentation(recipe.shortest_edges, recipe.longest_edge, recipe.flip, recipe.crop_shortest_edges)
     masks = getattr(model.config, "use_masks", False)
     trainer = DetectionTrainer(
         model=model,
@@ -179,9 +190,9 @@ def main() -> None:
         ema_decay=options.ema_decay,
         channels_last=options.channels_last,
         train_dataset=TrainingDetections(
-            train.for_training(empty=options.keep_empty), augment, masks, options.skip_damaged
+            train.for_training(empty=options.keep_empty), augment, masks, options.skip_corrupt
         ),
-        eval_dataset=EvaluationDetections(held_out),
+        eval_dataset=EvaluationDetections(validation),
         processing_class=image_processor,
         dataset_name=options.dataset_name or options.train_annotations,
         initial_weights=options.model_name_or_path or options.backbone_checkpoint,

@@ -6,11 +6,11 @@ works too.
     python examples/train_segmentation.py --smoke --output_dir runs/smoke          # all of it in a minute, offline
     python examples/train_segmentation.py --demo --backbone_checkpoint runs/detection    # learns digits in minutes
     python examples/train_segmentation.py --model_name_or_path my_segmenter --max_steps 2000 --class_names names.json \\
-        --train_images data/images --train_maps data/maps --eval_images held_out/images --eval_maps held_out/maps
+        --train_images data/images --train_maps data/maps --eval_images validation/images --eval_maps validation/maps
     python examples/train_segmentation.py --output_dir runs/x --resume_from_checkpoint true ...    # goes on exactly
 
 `--dataset_name` is a data set of the Hub with two columns of images, such as `image` and `annotation`. Without one and
-without folders, the data are handwritten digits on textured canvases, which are drawn for it. Maps are PNG files of one
+without folders, the data are handwritten digits on textured scenes, which are drawn for it. Maps are PNG files of one
 channel, or of a palette whose indices are the labels; 255 is ignored.
 """
 
@@ -25,20 +25,26 @@ from transformers.hf_argparser import string_to_bool
 
 import pvt_hf
 from pvt_hf.data.augmentation import SegmentationAugmentation
-from pvt_hf.data.digits import CLASSES, canvas_files
-from pvt_hf.data.segmentation import EvaluationMaps, SegmentationData, TrainingMaps, read_folders, read_hub
+from pvt_hf.data.digits import CLASSES, write_scenes
+from pvt_hf.data.segmentation import (
+    EvaluationMaps,
+    SegmentationData,
+    TrainingMaps,
+    read_segmentation_dataset,
+    read_segmentation_folders,
+)
 from pvt_hf.recipes import SEGMENTATION_RECIPES
 from pvt_hf.training.arguments import parse, training_arguments, training_parser
 from pvt_hf.training.optimization import freeze_stages
 from pvt_hf.training.segmentation import SegmentationTrainer
 from pvt_hf.variants import backbone_config, find_variant
 
-# Of the embedded data: digits have no mirror images, and canvases are small.
+# Of the bundled data: digits have no mirror images, and scenes are small.
 DEMO = {"shortest_edge": 128, "longest_edge": 192, "crop_size": 160, "scales": (1.0, 1.0), "flip": 0.0}
 DEMO |= {"distortion": False, "drop_path_rate": 0.0, "neck_channels": 64, "head_channels": 64, "max_steps": 2000}
 DEMO |= {"learning_rate": 5e-4, "max_grad_norm": 1.0, "bf16": True, "channels_last": True, "eval_steps": 500}
 DEMO |= {"save_strategy": "no", "dataloader_num_workers": 0}
-SMOKE = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "canvases": 48, "flip": 0.0}
+SMOKE = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "scenes": 48, "flip": 0.0}
 SMOKE |= {"shortest_edge": 64, "longest_edge": 256, "crop_size": 64, "neck_channels": 64, "head_channels": 32}
 SMOKE |= {"eval_steps": 6, "save_steps": 6, "logging_steps": 2, "dataloader_num_workers": 0}
 FOLDERS = ("train_images", "train_maps", "eval_images", "eval_maps")
@@ -60,7 +66,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     parser.add_argument("--map_column", help="of --dataset_name, if it has more than two columns of images")
     parser.add_argument("--reduce_labels", action="store_true", help="label 0 is no class, the others count from 0")
     parser.add_argument("--class_names", help="a json file: a list, or a dictionary from labels to names")
-    parser.add_argument("--canvases", type=int, default=1000, help="how many are drawn for training, without data")
+    parser.add_argument("--scenes", type=int, default=1000, help="how many are drawn for training, without data")
     parser.add_argument("--window", type=int, help="evaluate in windows of this many pixels of the network's input")
     parser.add_argument("--stride", type=int, help="from one window to the next")
     for name in ("shortest_edge", "longest_edge", "crop_size"):
@@ -69,7 +75,7 @@ def parse_arguments() -> tuple[argparse.Namespace, TrainingArguments]:
     for name in ("flip", "max_share", "drop_path_rate"):
         parser.add_argument(f"--{name}", type=float, help="official if missing")
     parser.add_argument("--distortion", type=string_to_bool, help="of colours; official (true) if missing")
-    parser.add_argument("--demo", action="store_true", help="digits on canvases, at their size, for some minutes")
+    parser.add_argument("--demo", action="store_true", help="digits on scenes, at their size, for some minutes")
     if parser.parse_known_args()[0].demo:
         parser.set_defaults(**DEMO)
     options = parse(parser, SMOKE)
@@ -89,14 +95,14 @@ def load_data(options: argparse.Namespace, args: TrainingArguments, names: list[
     if options.dataset_name:
         splits = options.train_split, options.eval_split
         found = (datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=it) for it in splits)
-        return [read_hub(split, options.map_column, **settings) for split in found]
+        return [read_segmentation_dataset(split, options.map_column, **settings) for split in found]
     folders = [getattr(options, name) for name in FOLDERS]
     if not any(folders):
-        with args.main_process_first(desc="drawing canvases"):
-            root = Path(args.output_dir).parent / f"canvases-{options.canvases}"
-            canvas_files(root, options.canvases, held_out=max(8, options.canvases // 5))
+        with args.main_process_first(desc="drawing scenes"):
+            root = Path(args.output_dir).parent / f"scenes-{options.scenes}"
+            write_scenes(root, options.scenes, validation=max(8, options.scenes // 5))
         folders = [root / split / kind for split in ("train", "validation") for kind in ("images", "maps")]
-    return [read_folders(*pair, **settings) for pair in (folders[:2], folders[2:])]
+    return [read_segmentation_folders(*pair, **settings) for pair in (folders[:2], folders[2:])]
 
 
 def class_names(options: argparse.Namespace) -> list[str]:
@@ -143,7 +149,7 @@ def main() -> None:
     options, args = parse_arguments()
     set_seed(args.seed)
     names, recipe = class_names(options), options.recipe
-    train, held_out = load_data(options, args, names)
+    train, validation = load_data(options, args, names)
     model = load_model(options, names)
     freeze_stages(model, options.freeze_stages)
     size = {"shortest_edge": recipe.shortest_edge, "longest_edge": recipe.longest_edge}
@@ -160,8 +166,8 @@ def main() -> None:
         stride=options.stride,
         ema_decay=options.ema_decay,
         channels_last=options.channels_last,
-        train_dataset=TrainingMaps(train, augment, options.skip_damaged),
-        eval_dataset=EvaluationMaps(held_out, image_processor),
+        train_dataset=TrainingMaps(train, augment, options.skip_corrupt),
+        eval_dataset=EvaluationMaps(validation, image_processor),
         processing_class=image_processor,
         dataset_name=options.dataset_name or options.train_images,
         initial_weights=options.model_name_or_path or options.backbone_checkpoint,

@@ -54,35 +54,36 @@ class DetectionRecipe:
     """The official training of a detector on COCO (v1 section 5.2, v2 section 4.2; `detection/configs/`).
 
     Attributes:
-        system: `"retinanet"`, `"mask_rcnn"` or `"detr"`.
+        architecture: `"retinanet"`, `"mask_rcnn"` or `"detr"`.
         epochs: Length of the run.
         decay_epochs: After each of them the learning rate is a tenth of what it was. In a run of another length it
             happens after the same parts of the run.
         learning_rate: For `reference_batch_size` images per step; it grows with the batch.
-        backbone_rate: Factor of the backbone's learning rate.
+        backbone_multiplier: Factor of the backbone's learning rate.
         warmup_iterations, warmup_ratio: Steps of the linear warm-up, and the factor of the learning rate at its start.
         weight_decay: Of AdamW.
         decays_norms: Whether parameters with `norm` in their names are decayed as all others (officially biases too).
         max_grad_norm: Gradients are clipped to it; 0 for no clipping.
         drop_path_rate: Stochastic depth of the backbone's last block.
-        short_sides, longest_side, crop_short_sides, flip: Of a [`~pvt_hf.data.augmentation.DetectionAugmentation`].
+        shortest_edges, longest_edge, crop_shortest_edges, flip: Of a
+            [`~pvt_hf.data.augmentation.DetectionAugmentation`].
     """
 
-    system: str
+    architecture: str
     epochs: int = 12
     decay_epochs: tuple[int, ...] = (8, 11)
     learning_rate: float = 1e-4
     reference_batch_size: int = 16
-    backbone_rate: float = 1.0
+    backbone_multiplier: float = 1.0
     warmup_iterations: int = 500
     warmup_ratio: float = 0.001
     weight_decay: float = 1e-4
     decays_norms: bool = True
     max_grad_norm: float = 0.0
     drop_path_rate: float = 0.1
-    short_sides: Sequence[int] = (800,)
-    longest_side: int = 1333
-    crop_short_sides: Sequence[int] = ()
+    shortest_edges: Sequence[int] = (800,)
+    longest_edge: int = 1333
+    crop_shortest_edges: Sequence[int] = ()
     flip: float = 0.5
 
 
@@ -90,19 +91,19 @@ _LONG = {"epochs": 36, "decay_epochs": (27, 33), "decays_norms": False}
 # RetinaNet's 3x run is in the paper only (v1 section 5.2); its norms are treated as in the 3x configuration there is.
 DETECTION_RECIPES = {
     "retinanet_1x": DetectionRecipe("retinanet"),
-    "retinanet_3x_ms": DetectionRecipe("retinanet", short_sides=range(640, 801), **_LONG),
+    "retinanet_3x_ms": DetectionRecipe("retinanet", shortest_edges=range(640, 801), **_LONG),
     "mask_rcnn_1x": DetectionRecipe("mask_rcnn", learning_rate=2e-4),
     "mask_rcnn_3x_ms": DetectionRecipe(
-        "mask_rcnn", weight_decay=0.05, short_sides=range(480, 801, 32), crop_short_sides=(400, 500, 600), **_LONG
+        "mask_rcnn", weight_decay=0.05, shortest_edges=range(480, 801, 32), crop_shortest_edges=(400, 500, 600), **_LONG
     ),
     "detr_50ep": DetectionRecipe(
         "detr",
         epochs=50,
         decay_epochs=(33,),
-        backbone_rate=0.1,
+        backbone_multiplier=0.1,
         warmup_iterations=0,
         max_grad_norm=0.1,
-        short_sides=range(640, 801, 32),
+        shortest_edges=range(640, 801, 32),
     ),
 }
 # What was trained with 8 images per step, one per GPU, at a 1.4 times lower rate.

@@ -19,7 +19,7 @@ SMOKE = ["--smoke", "--disable_tqdm", "true", "--num_train_epochs", "1"]
 
 
 def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
-    """Training on embedded data, pushed to a Hub; the evaluation of that repository gives the number of its card."""
+    """Training on bundled data, pushed to a Hub; the evaluation of that repository gives the number of its card."""
     arguments = ["--output_dir", "run", "--ema_decay", "0.9", "--push_to_hub", "true", "--hub_model_id", "me/digits"]
     arguments += ["--hub_strategy", "checkpoint"]
     result = python(TRAIN, *SMOKE, *arguments)
@@ -70,7 +70,7 @@ def test_wrong_command_lines(arguments, message, tmp_path, monkeypatch):
 
 
 def test_smoke_run_of_a_stream(tmp_path, monkeypatch, capsys):
-    """Streamed digits: one epoch of them all, and every held-out image is counted."""
+    """Streamed digits: one epoch of them all, and every validation image is counted."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train", *SMOKE, "--streaming", "--use_cpu", "true", "--output_dir", "run"])
     runpy.run_path(TRAIN, run_name="__main__")
@@ -81,7 +81,7 @@ def test_smoke_run_of_a_stream(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_three_epochs_in_two_processes(python, tmp_path):
-    """Digits, launched by accelerate: it learns, goes on where it ended, and counts every held-out image once."""
+    """Digits, launched by accelerate: it learns, goes on where it ended, and counts every validation image once."""
     arguments = ["--variant", "pvt_v2_b0", "--image_size", "32", "--num_train_epochs", "3", "--learning_rate", "2e-4"]
     arguments += ["--per_device_train_batch_size", "16", "--warmup_epochs", "0", "--output_dir", "run"]
     arguments += ["--repeats", "1", "--mixup", "0", "--cutmix", "0", "--drop_path_rate", "0"]

@@ -26,18 +26,18 @@ class DetectionAugmentation:
     The defaults are the 1x schedules' (mmdetection's `Resize(1333, 800)`, `RandomFlip(0.5)`).
 
     Args:
-        short_sides: One of them, in pixels, is the limit of the shorter side.
-        longest_side: The limit of the longer side in pixels. The ratio is kept.
+        shortest_edges: One of them, in pixels, is the limit of the shorter side.
+        longest_edge: The limit of the longer side in pixels. The ratio is kept.
         flip: Probability of mirroring left and right.
-        crop_short_sides: Where it is not empty, half of the images are first resized to one of these and cropped (the
-            second policy of the 3x schedules and of DETR).
+        crop_shortest_edges: Where it is not empty, half of the images are first resized to one of these and cropped
+            (the second policy of the 3x schedules and of DETR).
         crop_sides: Limits in pixels of the sides of that crop, which are drawn apart; a shorter image is not cropped.
     """
 
-    short_sides: Sequence[int] = (800,)
-    longest_side: int = 1333
+    shortest_edges: Sequence[int] = (800,)
+    longest_edge: int = 1333
     flip: float = 0.5
-    crop_short_sides: Sequence[int] = ()
+    crop_shortest_edges: Sequence[int] = ()
     crop_sides: tuple[int, int] = (384, 600)
 
     def __call__(self, image: torch.Tensor, objects: Objects, generator: np.random.Generator) -> Sample:
@@ -51,10 +51,10 @@ class DetectionAugmentation:
             The new image and its objects. There may be none left after a crop.
         """
         sample = image, objects
-        if len(self.crop_short_sides) and generator.random() < 0.5:
-            sample = resize_keep_ratio(*sample, int(generator.choice(self.crop_short_sides)), self.longest_side)
+        if len(self.crop_shortest_edges) and generator.random() < 0.5:
+            sample = resize_keep_ratio(*sample, int(generator.choice(self.crop_shortest_edges)), self.longest_edge)
             sample = random_crop(*sample, self.crop_sides, generator)
-        sample = resize_keep_ratio(*sample, int(generator.choice(self.short_sides)), self.longest_side)
+        sample = resize_keep_ratio(*sample, int(generator.choice(self.shortest_edges)), self.longest_edge)
         if generator.random() < self.flip:
             sample = flip(*sample)
         return sample

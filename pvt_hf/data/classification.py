@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
 
 from .digits import digits
-from .images import ImageError, decode, seeded
+from .images import ImageError, decode, seed_random_state
 
 if TYPE_CHECKING:
     import datasets
@@ -119,7 +119,7 @@ def label_names(
     return found[0], [str(label) for label in range(num_labels or max(data.unique(found[0])) + 1)]
 
 
-def check_label(label: Any, num_labels: int, name: str) -> int:
+def check_class_index(label: Any, num_labels: int, name: str) -> int:
     """Raises an `ImageError` that names the image unless its label is a class."""
     if not isinstance(label, int) or not 0 <= label < num_labels:
         raise ImageError(f"The label of {name} must be a class in [0, {num_labels}), got {label!r}.")
@@ -135,12 +135,12 @@ class _Prepared:
         try:
             image = decode(stored, name)
         except ImageError as error:
-            if not self.skip_damaged:
+            if not self.skip_corrupt:
                 raise
-            logger.warning(f"{error} It is left out.")
+            logger.warning(f"{error} It is skipped.")
             return None
-        label = check_label(row[self.label_column], self.num_labels, name)
-        with seeded(*seed):
+        label = check_class_index(row[self.label_column], self.num_labels, name)
+        with seed_random_state(*seed):
             return {"pixel_values": self.transform(image), "labels": label, "names": name}
 
 
@@ -151,14 +151,14 @@ class TrainingImages(_Prepared, Dataset):
         data: From [`load_images`].
         label_column, num_labels: From [`label_names`].
         transform: From a PIL image to a tensor.
-        skip_damaged: Whether a damaged image is left out of its batch (and counted) instead of being an error.
+        skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error.
 
     Items are asked for with `(index, *seed)`, as [`EpochSampler`] gives them. The augmentation depends on nothing else.
     """
 
-    def __init__(self, data, label_column: str, num_labels: int, transform: Callable, skip_damaged: bool = False):
+    def __init__(self, data, label_column: str, num_labels: int, transform: Callable, skip_corrupt: bool = False):
         self.data, self.label_column, self.num_labels = data, label_column, num_labels
-        self.transform, self.skip_damaged = transform, skip_damaged
+        self.transform, self.skip_corrupt = transform, skip_corrupt
 
     def __len__(self) -> int:
         return len(self.data)
@@ -176,7 +176,7 @@ class StreamedImages(_Prepared, IterableDataset):
 
     Args:
         data: A streamed data set from [`load_images`].
-        label_column, num_labels, transform, skip_damaged: As in [`TrainingImages`].
+        label_column, num_labels, transform, skip_corrupt: As in [`TrainingImages`].
         samples_per_epoch: Images of an epoch, over all processes.
         seed, rank, world_size: Of the run and of the process.
         buffer_size: How many images each worker shuffles at a time, encoded as they are stored.
@@ -196,7 +196,7 @@ class StreamedImages(_Prepared, IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         buffer_size: int = 10_000,
-        skip_damaged: bool = False,
+        skip_corrupt: bool = False,
     ):
         from datasets.distributed import split_dataset_by_node
 
@@ -210,7 +210,7 @@ class StreamedImages(_Prepared, IterableDataset):
                 "stream and keeps its share. A multiple of the processes would be faster."
             )
         self.label_column, self.num_labels = label_column, num_labels
-        self.transform, self.skip_damaged = transform, skip_damaged
+        self.transform, self.skip_corrupt = transform, skip_corrupt
         self.samples, self.seed, self.rank, self.epoch = samples_per_epoch // world_size, seed, rank, 0
         self.batch_size = 1  # of the loader, which the trainer sets: an epoch has whole batches only
 
@@ -248,15 +248,15 @@ class StreamedImages(_Prepared, IterableDataset):
 
 def collate(rows: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
     """A batch: `pixel_values` `(batch, 3, height, width)` and `labels` `(batch,)` int64; of images for training also
-    `names`, and `skipped`, the number of damaged ones that it lacks.
+    `names`, and `skipped`, the number of corrupt ones that it lacks.
 
     Raises:
-        ImageError: If all of them are damaged.
+        ImageError: If all of them are corrupt.
     """
     rows = list(rows)
     whole = [row for row in rows if row is not None]
     if not whole:
-        raise ImageError(f"All {len(rows)} images of a batch are damaged.")
+        raise ImageError(f"All {len(rows)} images of a batch are corrupt.")
     batch = {
         "pixel_values": torch.stack([row["pixel_values"] for row in whole]),
         "labels": torch.tensor([row["labels"] for row in whole]),
@@ -267,7 +267,7 @@ def collate(rows: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
 
 
 class EvaluationImages(Dataset):
-    """Images as an image processor prepares them, in their order; a damaged one is an error."""
+    """Images as an image processor prepares them, in their order; a corrupt one is an error."""
 
     def __init__(self, data, label_column: str, num_labels: int, image_processor: Callable):
         self.data, self.label_column, self.num_labels = data, label_column, num_labels
@@ -280,7 +280,10 @@ class EvaluationImages(Dataset):
         row = self.data[index]
         name = row["image"].get("path") or f"image {index}"
         pixel_values = self.image_processor(decode(row["image"], name), return_tensors="pt").pixel_values[0]
-        return {"pixel_values": pixel_values, "labels": check_label(row[self.label_column], self.num_labels, name)}
+        return {
+            "pixel_values": pixel_values,
+            "labels": check_class_index(row[self.label_column], self.num_labels, name),
+        }
 
 
 def epoch_length(data: datasets.IterableDataset, split: str) -> int | None:

@@ -90,7 +90,7 @@ class DetectionData:
 
     def for_training(self, min_side: int = 32, empty: bool = False) -> DetectionData:
         """The images on which the official detectors are trained: those with annotations and with sides of at least 32
-        pixels. How many are left out is logged, and how many annotations of the others will be.
+        pixels. How many are skipped is logged, and how many annotations of the others will be.
 
         Args:
             min_side: In pixels.
@@ -193,7 +193,7 @@ def read_coco(annotation_file: str | Path, image_folder: str | Path) -> Detectio
     return DetectionData([category["name"] for category in categories], sorted(labels), records)
 
 
-def read_hub(data: datasets.Dataset) -> DetectionData:
+def read_detection_dataset(data: datasets.Dataset) -> DetectionData:
     """A data set with the columns `image` and `objects`, as those of the Hub for object detection (`cppe-5`) have them.
 
     `objects` has for each image lists `bbox` (absolute xywh) and `category` (or `category_id`, `label`), and optionally
@@ -257,7 +257,7 @@ def _size(rows: datasets.Dataset, index: int) -> tuple[int, int]:
 
 
 class TrainingDetections(Dataset):
-    """Augmented images with their objects. Items are asked for with `(index, *seed)`, as [`OrientationSampler`]
+    """Augmented images with their objects. Items are asked for with `(index, *seed)`, as [`AspectRatioSampler`]
     and [`~pvt_hf.data.samplers.EpochSampler`] give them, and depend on nothing else.
 
     Args:
@@ -265,11 +265,11 @@ class TrainingDetections(Dataset):
         augment: From an image, its objects and a generator to both, such as a
             [`~pvt_hf.data.augmentation.DetectionAugmentation`].
         masks: Whether the objects have masks.
-        skip_damaged: Whether a damaged image is left out of its batch (and counted) instead of being an error.
+        skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error.
     """
 
-    def __init__(self, data: DetectionData, augment: Callable, masks: bool = False, skip_damaged: bool = False):
-        self.data, self.augment, self.masks, self.skip_damaged = data, augment, masks, skip_damaged
+    def __init__(self, data: DetectionData, augment: Callable, masks: bool = False, skip_corrupt: bool = False):
+        self.data, self.augment, self.masks, self.skip_corrupt = data, augment, masks, skip_corrupt
 
     def __len__(self) -> int:
         return len(self.data)
@@ -280,9 +280,9 @@ class TrainingDetections(Dataset):
         try:
             image = self.data.image(index)
         except ImageError as error:
-            if not self.skip_damaged:
+            if not self.skip_corrupt:
                 raise
-            logger.warning(f"{error} It is left out.")
+            logger.warning(f"{error} It is skipped.")
             return None
         objects = read_objects(self.data.target(index), record.size, self.masks, len(self.data.label_names))
         image, objects = self.augment(image, objects, np.random.default_rng(seed))
@@ -294,7 +294,7 @@ class TrainingDetections(Dataset):
 
 
 class EvaluationDetections(Dataset):
-    """All images as they are, in their order; a damaged one is an error."""
+    """All images as they are, in their order; a corrupt one is an error."""
 
     def __init__(self, data: DetectionData):
         self.data = data
@@ -309,7 +309,7 @@ class EvaluationDetections(Dataset):
 @dataclass(frozen=True)
 class DetectionCollator:
     """Rows of [`TrainingDetections`] or [`EvaluationDetections`] to what the detectors take: `pixel_values`,
-    `pixel_mask` and `labels`; for training also `names`, and `skipped`, the number of damaged images.
+    `pixel_mask` and `labels`; for training also `names`, and `skipped`, the number of corrupt images.
 
     Args:
         image_processor: Resizes images for evaluation, normalises and pads all of them.
@@ -322,7 +322,7 @@ class DetectionCollator:
     def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
         whole = [row for row in rows if row is not None]
         if not whole:
-            raise ImageError(f"All {len(rows)} images of a batch are damaged.")
+            raise ImageError(f"All {len(rows)} images of a batch are corrupt.")
         images = [row["image"] for row in whole]
         if "annotations" in whole[0]:
             annotations = [row["annotations"] for row in whole]

@@ -1,4 +1,4 @@
-"""A small data set for detection and segmentation that needs no download: handwritten digits on textured canvases."""
+"""A small data set for detection and segmentation that needs no download: handwritten digits on textured scenes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CONTRAST = 90
 
 
 @dataclass
-class Canvas:
+class Scene:
     """An image and what is on it.
 
     Args:
@@ -43,8 +43,8 @@ class Canvas:
         return values[(self.masks * np.arange(1, len(values))[:, None, None]).sum(axis=0, dtype=int)]
 
 
-def canvas_files(folder: str | Path, images: int = 1000, held_out: int = 200, seed: int = 0) -> Path:
-    """Writes the canvases `train` and `validation`, once: a folder that has them already is left as it is.
+def write_scenes(folder: str | Path, images: int = 1000, validation: int = 200, seed: int = 0) -> Path:
+    """Writes the scenes `train` and `validation`, once: a folder that has them already is left as it is.
 
     Each split has `annotations.json` in COCO's format (boxes, and masks as RLE), the pictures in `images` and the label
     maps for semantic segmentation in `maps` (background and ten digits). The digits of the two splits, and of
@@ -52,24 +52,24 @@ def canvas_files(folder: str | Path, images: int = 1000, held_out: int = 200, se
 
     Args:
         folder: To be written; it appears when it is complete.
-        images: Number of canvases for training.
-        held_out: Number of canvases in `validation`.
+        images: Number of scenes for training.
+        validation: Number of scenes in `validation`.
         seed: The same seed gives the same files.
 
     Raises:
         FileExistsError: If `folder` holds anything else.
     """
     folder = Path(folder)
-    contents = {"images": images, "held_out": held_out, "seed": seed}
-    about = folder / "canvases.json"
+    contents = {"images": images, "validation": validation, "seed": seed}
+    about = folder / "scenes.json"
     if about.is_file() and json.loads(about.read_text()) == contents:
         return folder
     if folder.exists():
-        raise FileExistsError(f"`folder` ({folder}) exists and does not hold the canvases {contents}.")
+        raise FileExistsError(f"`folder` ({folder}) exists and does not hold the scenes {contents}.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         complete = Path(temporary) / folder.name
-        for split, count in (("train", images), ("validation", held_out)):
+        for split, count in (("train", images), ("validation", validation)):
             _write_split(complete / split, split, count, seed)
         (complete / about.name).write_text(json.dumps(contents))
         try:
@@ -86,13 +86,13 @@ def _write_split(folder: Path, split: str, images: int, seed: int) -> None:
     glyphs, labels = digit_images(split)
     records: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": []}
     for image_id in range(1, images + 1):
-        canvas = draw_canvas(glyphs, labels, np.random.default_rng([seed, split == "train", image_id]))
+        scene = draw_scene(glyphs, labels, np.random.default_rng([seed, split == "train", image_id]))
         name = f"{image_id:06}.png"
-        Image.fromarray(canvas.pixels).save(folder / "images" / name)
-        Image.fromarray(canvas.label_map()).save(folder / "maps" / name)
-        height, width = canvas.pixels.shape[:2]
+        Image.fromarray(scene.pixels).save(folder / "images" / name)
+        Image.fromarray(scene.label_map()).save(folder / "maps" / name)
+        height, width = scene.pixels.shape[:2]
         records["images"].append({"id": image_id, "file_name": name, "height": height, "width": width})
-        for label, mask in zip(canvas.labels, canvas.masks, strict=True):
+        for label, mask in zip(scene.labels, scene.masks, strict=True):
             annotation = {"id": len(records["annotations"]) + 1, "image_id": image_id, "category_id": label + 1}
             annotation |= {"bbox": _box(mask), "area": int(mask.sum()), "iscrowd": 0, "segmentation": encode_mask(mask)}
             records["annotations"].append(annotation)
@@ -113,8 +113,8 @@ def digit_images(split: str) -> tuple[np.ndarray, list[int]]:
     return glyphs, list(data["label"])
 
 
-def draw_canvas(glyphs: np.ndarray, labels: list[int], generator: np.random.Generator) -> Canvas:
-    """A canvas with up to five of these digits, 20 to 64 pixels high; one canvas in 25 is empty."""
+def draw_scene(glyphs: np.ndarray, labels: list[int], generator: np.random.Generator) -> Scene:
+    """A scene with up to five of these digits, 20 to 64 pixels high; one scene in 25 is empty."""
     height, width = generator.integers(_SIDES[0], _SIDES[1] + 1, 2).tolist()
     pixels = _texture(height, width, generator)
     masks: list[np.ndarray] = []
@@ -137,7 +137,7 @@ def draw_canvas(glyphs: np.ndarray, labels: list[int], generator: np.random.Gene
         masks.append(mask)
         drawn.append(labels[index])
     stacked = np.stack(masks) if masks else np.zeros((0, height, width), dtype=bool)
-    return Canvas(pixels.clip(0, 255).round().astype(np.uint8), stacked, drawn)
+    return Scene(pixels.clip(0, 255).round().astype(np.uint8), stacked, drawn)
 
 
 def _texture(height: int, width: int, generator: np.random.Generator) -> np.ndarray:

@@ -18,7 +18,7 @@ class ImageError(RuntimeError):
 
 
 @contextmanager
-def random_state_kept() -> Iterator[None]:
+def keep_random_state() -> Iterator[None]:
     """The random generators of Python, NumPy and PyTorch (on the CPU) go on afterwards as if nothing had been drawn."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -30,12 +30,12 @@ def random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
+def seed_random_state(*numbers: int) -> Iterator[None]:
     """The same random generators start from these numbers, and go on afterwards as if nothing had been drawn.
 
     What is drawn inside is the same in every process, worker and resumed run that comes here with the same numbers.
     """
-    with random_state_kept():
+    with keep_random_state():
         seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
@@ -44,9 +44,9 @@ def seeded(*numbers: int) -> Iterator[None]:
 
 
 def decode(image: dict[str, Any], name: str) -> Image.Image:
-    """An RGB image from `{"bytes": ..., "path": ...}`. Raises an `ImageError` that names it if it is damaged."""
+    """An RGB image from `{"bytes": ..., "path": ...}`. Raises an `ImageError` that names it if it is corrupt."""
     try:
         with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]) as opened:
             return opened.convert("RGB")
-    except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to
+    except Exception as error:  # PIL's decoders raise whatever a corrupt file leads them to
         raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error

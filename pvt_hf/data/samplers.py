@@ -50,7 +50,7 @@ class EpochSampler(Sampler):
             yield index, self.seed, self.epoch, count * self.world_size + self.rank
 
 
-class OrientationSampler(Sampler):
+class AspectRatioSampler(Sampler):
     """One process's share of an epoch, `(index, seed, epoch, position)` as of [`EpochSampler`], in which every
     `batch_size` in turn are images of one orientation (wider than high, or not). That wastes less padding
     (mmdetection's `DistributedGroupSampler`). Each orientation's last batch is filled with images from the beginning of

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..models.image_processing_segmentation import IGNORED, check_labels, label_map, reduce_labels
+from ..models.image_processing_segmentation import IGNORE_INDEX, check_label_map, label_map, reduce_labels
 from .images import ImageError, decode
 
 if TYPE_CHECKING:
@@ -63,17 +63,17 @@ class SegmentationData:
             source = io.BytesIO(stored["bytes"]) if stored.get("bytes") is not None else stored["path"]
             with Image.open(source) as opened:
                 given = opened.copy()
-        except Exception as error:  # PIL's decoders raise whatever a damaged file leads them to
+        except Exception as error:  # PIL's decoders raise whatever a corrupt file leads them to
             raise ImageError(f"{map_name} cannot be read: {type(error).__name__}: {error}.") from error
         labels = label_map(given, map_name)
         if labels.shape != image.shape[1:]:
             raise ValueError(f"{map_name} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])}.")
         labels = reduce_labels(labels) if self.reduce_labels else labels
-        check_labels(labels, self.num_labels, map_name)
+        check_label_map(labels, self.num_labels, map_name)
         return image, labels
 
 
-def read_folders(image_folder: str | Path, map_folder: str | Path, **settings: Any) -> SegmentationData:
+def read_segmentation_folders(image_folder: str | Path, map_folder: str | Path, **settings: Any) -> SegmentationData:
     """Images and PNG maps that have the same names but for their endings.
 
     Args:
@@ -105,7 +105,9 @@ def read_folders(image_folder: str | Path, map_folder: str | Path, **settings: A
     return SegmentationData(rows, **settings)
 
 
-def read_hub(data: datasets.Dataset, map_column: str | None = None, **settings: Any) -> SegmentationData:
+def read_segmentation_dataset(
+    data: datasets.Dataset, map_column: str | None = None, **settings: Any
+) -> SegmentationData:
     """A data set of the Hub with two columns of images, such as `image` and `annotation` (`scene_parse_150`).
 
     Args:
@@ -134,15 +136,15 @@ class TrainingMaps(Dataset):
     [`~pvt_hf.data.samplers.EpochSampler`] gives them, and depend on nothing else.
 
     Args:
-        data: From [`read_folders`] or [`read_hub`].
+        data: From [`read_segmentation_folders`] or [`read_segmentation_dataset`].
         augment: From an image, its labels and a generator to both, such as a
             [`~pvt_hf.data.augmentation.SegmentationAugmentation`].
-        skip_damaged: Whether an image that cannot be read is left out of its batch (and counted) instead of being an
+        skip_corrupt: Whether an image that cannot be read is skipped (and counted) instead of being an
             error.
     """
 
-    def __init__(self, data: SegmentationData, augment: Callable, skip_damaged: bool = False):
-        self.data, self.augment, self.skip_damaged = data, augment, skip_damaged
+    def __init__(self, data: SegmentationData, augment: Callable, skip_corrupt: bool = False):
+        self.data, self.augment, self.skip_corrupt = data, augment, skip_corrupt
 
     def __len__(self) -> int:
         return len(self.data)
@@ -152,9 +154,9 @@ class TrainingMaps(Dataset):
         try:
             image, labels = self.data.read(index)
         except ImageError as error:
-            if not self.skip_damaged:
+            if not self.skip_corrupt:
                 raise
-            logger.warning(f"{error} It is left out.")
+            logger.warning(f"{error} It is skipped.")
             return None
         image, labels = self.augment(image, labels, np.random.default_rng(seed))
         return {"image": image, "labels": labels, "names": self.data.name(index)}
@@ -188,12 +190,12 @@ class MapCollator:
 
     image_processor: PvtSegmentationImageProcessor
     size: tuple[int, int]
-    ignored: int = IGNORED
+    ignored: int = IGNORE_INDEX
 
     def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
         whole = [row for row in rows if row is not None]
         if not whole:
-            raise ImageError(f"All {len(rows)} images of a batch are damaged.")
+            raise ImageError(f"All {len(rows)} images of a batch are corrupt.")
         batch = self.image_processor.batch([row["image"] for row in whole], [row["labels"] for row in whole], self.size)
-        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == IGNORED, self.ignored)
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == IGNORE_INDEX, self.ignored)
         return dict(batch) | {"names": [row["names"] for row in whole], "skipped": len(rows) - len(whole)}

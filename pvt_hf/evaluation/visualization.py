@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..data.detection import DetectionData
 from ..models.annotations import rasterize, read_objects
-from ..models.image_processing_segmentation import IGNORED
+from ..models.image_processing_segmentation import IGNORE_INDEX
 
 # In pixels: around pairs of pictures, within a pair, and above them all.
 _MARGIN, _GAP, _TITLE = 8, 4, 32
@@ -53,7 +53,7 @@ def draw_objects(
     # The best detection comes first and is drawn last, on top.
     for mask, label in reversed(list(zip(masks, class_labels, strict=True))) if masks is not None else ():
         picture = _tinted(picture, np.asarray(mask), class_color(int(label)))
-    canvas = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(picture)
     size = max(11, round(min(picture.size) / 24))
     font, width = ImageFont.load_default(size), max(1, round(size / 7))
     corners = (torch.as_tensor(boxes).reshape(-1, 4) * factor).tolist()
@@ -61,8 +61,8 @@ def draw_objects(
         label = int(class_labels[index])
         color = class_color(label)
         text = label_names[label] if scores is None else f"{label_names[label]} {float(scores[index]):.2f}"
-        canvas.rectangle(corners[index], outline=color, width=width)
-        _write(canvas, corners[index], text, font, color, picture.size)
+        draw.rectangle(corners[index], outline=color, width=width)
+        _write(draw, corners[index], text, font, color, picture.size)
     return picture
 
 
@@ -78,7 +78,7 @@ def _tinted(picture: Image.Image, mask: np.ndarray, color: tuple[int, int, int])
 
 
 def _write(
-    canvas: ImageDraw.ImageDraw,
+    draw: ImageDraw.ImageDraw,
     box: Sequence[float],
     text: str,
     font: ImageFont.FreeTypeFont,
@@ -90,9 +90,9 @@ def _write(
     width, height = right - left + 4, bottom - top + 4
     x = max(0, min(box[0], size[0] - width))
     y = box[1] - height if box[1] >= height else min(max(box[1], 0), size[1] - height)
-    canvas.rectangle((x, y, x + width, y + height), fill=color)
+    draw.rectangle((x, y, x + width, y + height), fill=color)
     dark = np.dot(color, (0.299, 0.587, 0.114)) > 140
-    canvas.text((x + 2 - left, y + 2 - top), text, font=font, fill="black" if dark else "white")
+    draw.text((x + 2 - left, y + 2 - top), text, font=font, fill="black" if dark else "white")
 
 
 def draw_detections(
@@ -174,7 +174,7 @@ def overlay(image: torch.Tensor, labels: torch.Tensor, colors: torch.Tensor) -> 
         uint8 `(3, height, width)`.
     """
     brightness = image.float().mean(0)
-    ignored = labels == IGNORED
+    ignored = labels == IGNORE_INDEX
     painted = colors[labels.masked_fill(ignored, 0)].movedim(-1, 0).float()
     mixed = _OPACITY * painted + (1 - _OPACITY) * brightness
     return mixed.masked_fill(ignored, 0).round().to(torch.uint8)
@@ -203,7 +203,7 @@ def draw_overlays(
         pictures = (image, overlay(image, truth, colors), overlay(image, prediction, colors))
         for axis, picture in zip(axes, pictures, strict=False):
             axis.imshow(picture.movedim(0, -1).numpy())
-        valid = truth != IGNORED
+        valid = truth != IGNORE_INDEX
         axes[2].set_title(f"{100 * (truth == prediction)[valid].float().mean():.1f} % of the pixels right", fontsize=8)
         present = torch.cat([truth[valid], prediction.flatten()]).unique().tolist()
         handles = [Patch(color=(colors[label] / 255).tolist(), label=names[label]) for label in present]

@@ -18,7 +18,7 @@ from .resize import resize_nearest
 logger = logging.get_logger(__name__)
 
 # How many annotations this process has left out so far, by reason.
-LEFT_OUT: Counter[str] = Counter()
+SKIPPED: Counter[str] = Counter()
 
 
 class AnnotationError(ValueError):
@@ -88,7 +88,7 @@ def read_objects(
     """The objects of COCO annotations as the official detectors train on them.
 
     Left out are annotations marked `ignore`, crowds (`iscrowd`), those whose box lies outside the image, is less than a
-    pixel wide or high, or whose area is not positive. They are counted in `LEFT_OUT`, and the first of each kind is
+    pixel wide or high, or whose area is not positive. They are counted in `SKIPPED`, and the first of each kind is
     logged.
 
     Args:
@@ -112,9 +112,9 @@ def read_objects(
     kept = []
     for name, annotation, reason in checked(annotations, image_id, size, num_labels):
         if reason:
-            LEFT_OUT[reason] += 1
-            if LEFT_OUT[reason] == 1:
-                logger.warning(f"{name} is left out: {reason}. Others like it are counted in `LEFT_OUT`.")
+            SKIPPED[reason] += 1
+            if SKIPPED[reason] == 1:
+                logger.warning(f"{name} is skipped: {reason}. Others like it are counted in `SKIPPED`.")
         else:
             kept.append((annotation, name))
     xywh = torch.tensor([annotation["bbox"] for annotation, _ in kept], dtype=torch.float64).reshape(-1, 4)
@@ -147,10 +147,10 @@ def checked(
         if label != int(label) or label < 0 or (num_labels is not None and label >= num_labels):
             wanted = f"0 to {num_labels - 1}" if num_labels is not None else "0, 1, 2, ..."
             raise AnnotationError(f"{name} has `category_id` {label}, the class labels are {wanted}.")
-        yield name, annotation, _left_out(annotation, size)
+        yield name, annotation, _reason_to_skip(annotation, size)
 
 
-def _left_out(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
+def _reason_to_skip(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
     x, y, width, height = annotation["bbox"]
     inside = min(x + width, size[1]) > max(x, 0) and min(y + height, size[0]) > max(y, 0)
     reasons = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 # What `match_boxes` says of a box that has no ground truth.
-BACKGROUND = -1
+NEGATIVE = -1
 IGNORED = -2
 
 # A box may grow or shrink by this factor from its anchor (`wh_ratio_clip`).
@@ -135,17 +135,17 @@ def match_boxes(
         valid: Which boxes take part, bool `(boxes,)`.
 
     Returns:
-        Int64 `(boxes,)`: the index of a ground truth, `BACKGROUND`, or `IGNORED`.
+        Int64 `(boxes,)`: the index of a ground truth, `NEGATIVE`, or `IGNORED`.
     """
     num_objects, num_boxes = iou.shape
     matches = torch.full((num_boxes,), IGNORED, device=iou.device)
     if num_objects == 0:
-        matches[:] = BACKGROUND
+        matches[:] = NEGATIVE
     else:
         if valid is not None:
             iou = iou.masked_fill(~valid, -1)  # below every overlap, so that no ground truth prefers it
         best, best_object = iou.max(dim=0)
-        matches[best < negative_threshold] = BACKGROUND
+        matches[best < negative_threshold] = NEGATIVE
         matches = torch.where(best >= positive_threshold, best_object, matches)
         best_of_object = iou.amax(dim=1, keepdim=True)
         takes = (iou == best_of_object) & (best_of_object >= low_quality_threshold)
@@ -176,7 +176,7 @@ def sample_boxes(
         return candidates[torch.randperm(len(candidates))[:count].to(candidates.device)].sort().values
 
     positives = choose((matches >= 0).nonzero().flatten(), max_positives)
-    background = choose((matches == BACKGROUND).nonzero().flatten(), num_samples - len(positives))
+    background = choose((matches == NEGATIVE).nonzero().flatten(), num_samples - len(positives))
     return positives, background
 
 

@@ -47,7 +47,7 @@ class _DetectionPreprocessing(DensePreprocessing):
                 tensors with values in [0, 255]. They are taken as they are stored: apply the orientation of EXIF
                 before (`PIL.ImageOps.exif_transpose`), as the official code does when it reads a file.
             annotations: For each image `{"image_id": int, "annotations": [...]}` in COCO's format, see
-                [`~pvt_hf.models.annotations.read_objects`], which also says which annotations are left out.
+                [`~pvt_hf.models.annotations.read_objects`], which also says which annotations are skipped.
             return_segmentation_masks: Whether the labels have `masks`.
             **kwargs: Any of the processor's settings, for this call only.
 

@@ -15,7 +15,7 @@ from transformers.processing_utils import ImagesKwargs
 from .image_processing_dense import DensePreprocessing, check_finite, normalized, pad, padded_size, resized_size
 from .resize import resize_bilinear, resize_nearest
 
-IGNORED = 255
+IGNORE_INDEX = 255
 
 
 class SegmentationImagesKwargs(ImagesKwargs, total=False):
@@ -100,7 +100,7 @@ class _SegmentationPreprocessing(DensePreprocessing):
             data["labels"] = []
             for index, (labels, sizes) in enumerate(zip(maps, steps, strict=True)):
                 labels = reduce_labels(labels) if do_reduce_labels else labels
-                check_labels(labels, num_labels, f"Segmentation map number {index}")
+                check_label_map(labels, num_labels, f"Segmentation map number {index}")
                 for target in sizes:
                     labels = resize_nearest(labels, target)
                 data["labels"].append(labels)
@@ -123,7 +123,7 @@ class _SegmentationPreprocessing(DensePreprocessing):
         # The padding of a label is 0 before the shift by 255, and 255 after it.
         data = {
             "pixel_values": [pad(normalized(image, **settings), size) for image in images],
-            "labels": [pad(label - IGNORED, size) + IGNORED for label in labels],
+            "labels": [pad(label - IGNORE_INDEX, size) + IGNORE_INDEX for label in labels],
         }
         return BatchFeature(data, tensor_type="pt")
 
@@ -205,22 +205,24 @@ def label_map(given: Any, name: str = "The segmentation map") -> torch.Tensor:
         )
     labels = labels.long()
     if labels.numel() and labels.min() < 0:
-        raise ValueError(f"{name} has negative labels ({labels.min()}); pixels to ignore have the label {IGNORED}.")
+        raise ValueError(
+            f"{name} has negative labels ({labels.min()}); pixels to ignore have the label {IGNORE_INDEX}."
+        )
     return labels
 
 
 def reduce_labels(labels: torch.Tensor) -> torch.Tensor:
     """Label 0 is ignored (255) and the others count from 0, as ADE20K is used."""
-    return torch.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
+    return torch.where((labels == 0) | (labels == IGNORE_INDEX), IGNORE_INDEX, labels - 1)
 
 
-def check_labels(labels: torch.Tensor, num_labels: int | None, name: str) -> None:
+def check_label_map(labels: torch.Tensor, num_labels: int | None, name: str) -> None:
     """Raises a `ValueError` that lists the labels which are neither classes nor 255."""
-    wrong = labels[(labels >= num_labels) & (labels != IGNORED)] if num_labels is not None else labels[:0]
+    wrong = labels[(labels >= num_labels) & (labels != IGNORE_INDEX)] if num_labels is not None else labels[:0]
     if wrong.numel():
         raise ValueError(
-            f"{name} has the labels {wrong.unique().tolist()}, the classes are 0 to {num_labels - 1} ({IGNORED} is "
-            "ignored). If 0 stands for no class, set `do_reduce_labels`."
+            f"{name} has the labels {wrong.unique().tolist()}, the classes are 0 to {num_labels - 1} "
+            f"({IGNORE_INDEX} is ignored). If 0 stands for no class, set `do_reduce_labels`."
         )
 
 

@@ -45,7 +45,7 @@ def minimum_image_size(kernels: Sequence[int], strides: Sequence[int], reduction
     return max(side(stage) for stage in range(len(reduction_ratios)))
 
 
-def check_labels(
+def check_class_labels(
     labels: torch.Tensor | None, pixel_values: torch.Tensor, num_labels: int, problem_type: str | None
 ) -> None:
     """Raises a `TypeError` or a `ValueError` that says what is wrong with `labels`."""

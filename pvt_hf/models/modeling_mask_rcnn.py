@@ -286,11 +286,11 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             TypeError, ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the
                 annotation.
         """
-        image_sizes, canvas = image_sizes_from_mask(pixel_values, pixel_mask), tuple(pixel_values.shape[2:])
+        image_sizes, input_size = image_sizes_from_mask(pixel_values, pixel_mask), tuple(pixel_values.shape[2:])
         truths = None
         if labels is not None:
             dtype = torch.promote_types(self.dtype, torch.float32)
-            mask_size = canvas if self.config.use_masks else None
+            mask_size = input_size if self.config.use_masks else None
             truths = ground_truths(labels, image_sizes, self.config.num_labels, dtype, mask_size)
         features = self.backbone.forward_with_filtered_kwargs(
             pixel_values,
@@ -306,7 +306,7 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         proposals = self.rpn.proposals(objectness, deltas, anchors, level_sizes, image_sizes)
         loss = loss_dict = None
         if truths is not None:
-            sizes = padded_sizes(image_sizes, canvas)
+            sizes = padded_sizes(image_sizes, input_size)
             valid = [self.rpn.anchors.valid(level_shapes, size, deltas.device) for size in sizes]
             loss_dict = self.rpn.loss(objectness, deltas, anchors, valid, truths)
             loss_dict |= self.region_losses(levels[:-1], proposals, truths)

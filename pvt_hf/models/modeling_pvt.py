@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_pvt import PvtConfig
 from .layers import DropPath, SpatialReductionAttention, drop_path_rates, map_to_tokens, tokens_to_map
 from .modeling_common import (
-    check_labels,
+    check_class_labels,
     check_pixel_values,
     classification_loss,
     minimum_image_size,
@@ -317,7 +317,7 @@ class PvtForImageClassification(PvtPreTrainedModel):
         Raises:
             TypeError, ValueError: As in [`PvtModel`], and a `ValueError` for class indices out of range.
         """
-        check_labels(labels, pixel_values, self.num_labels, self.config.problem_type)
+        check_class_labels(labels, pixel_values, self.num_labels, self.config.problem_type)
         outputs = self.pvt(
             pixel_values,
             output_attentions=output_attentions,

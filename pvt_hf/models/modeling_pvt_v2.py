@@ -28,7 +28,7 @@ from .layers import (
     tokens_to_map,
 )
 from .modeling_common import (
-    check_labels,
+    check_class_labels,
     check_pixel_values,
     classification_loss,
     minimum_image_size,
@@ -110,11 +110,11 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
 
     Its hidden states are up to 8 times as wide as the block: most of a dense model's memory, and on a CPU most of its
     time, which goes into page faults. So a large map is recomputed in the backward pass instead of stored, and a CPU
-    works in strips of rows that fit its cache, unless a hook wants to see the whole map. A compiler decides for itself.
+    works in chunks of rows that fit its cache, unless a hook wants to see the whole map. A compiler decides for itself.
     """
 
     max_stored_tokens = 56 * 56  # of one image: the first stage at 224 x 224
-    strip_bytes = 4 * 2**20
+    chunk_bytes = 4 * 2**20
 
     def __init__(self, config: PvtV2Config, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -136,15 +136,15 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
         hidden_states = self.dropout(self.intermediate_act_fn(hidden_states))
         return self.dropout(self.dense2(hidden_states))
 
-    def transform_in_strips(self, hidden_states: torch.Tensor, width: int, transform: Callable) -> torch.Tensor:
-        """`transform` of one image, `strip_bytes` of hidden states at a time."""
+    def transform_in_chunks(self, hidden_states: torch.Tensor, width: int, transform: Callable) -> torch.Tensor:
+        """`transform` of one image, `chunk_bytes` of hidden states at a time."""
         row_bytes = width * self.dense1.out_features * hidden_states.element_size()
-        strips = hidden_states.split(max(1, self.strip_bytes // row_bytes) * width, dim=1)
+        chunks = hidden_states.split(max(1, self.chunk_bytes // row_bytes) * width, dim=1)
         outputs = []
-        for index, strip in enumerate(strips):
-            above = [strips[index - 1][:, -width:]] if index > 0 else []
-            below = [strips[index + 1][:, :width]] if index + 1 < len(strips) else []
-            outputs.append(transform(torch.cat((*above, strip, *below), dim=1), width, len(above), len(below)))
+        for index, chunk in enumerate(chunks):
+            above = [chunks[index - 1][:, -width:]] if index > 0 else []
+            below = [chunks[index + 1][:, :width]] if index + 1 < len(chunks) else []
+            outputs.append(transform(torch.cat((*above, chunk, *below), dim=1), width, len(above), len(below)))
         return torch.cat(outputs, dim=1)
 
     def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -159,7 +159,7 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
         has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
         if hidden_states.device.type != "cpu" or has_hooks:
             return transform(hidden_states, width)
-        return torch.cat([self.transform_in_strips(image, width, transform) for image in hidden_states.split(1)])
+        return torch.cat([self.transform_in_chunks(image, width, transform) for image in hidden_states.split(1)])
 
 
 class PvtV2BlockLayer(GradientCheckpointingLayer):
@@ -337,7 +337,7 @@ class PvtV2ForImageClassification(PvtV2PreTrainedModel):
         Raises:
             TypeError, ValueError: As in [`PvtV2Model`], and a `ValueError` for class indices out of range.
         """
-        check_labels(labels, pixel_values, self.num_labels, self.config.problem_type)
+        check_class_labels(labels, pixel_values, self.num_labels, self.config.problem_type)
         outputs = self.pvt_v2(
             pixel_values,
             output_attentions=output_attentions,

@@ -17,7 +17,7 @@ from .layers import runs_transformed
 from .pretrained import PretrainedDensePredictor
 
 _NUM_LEVELS = 4  # at strides 4, 8, 16, 32
-_IGNORED = -100  # what torch, and Trainer where it counts labels, take for "no label"
+_LOSS_IGNORE_INDEX = -100  # what torch, and Trainer where it counts labels, take for "no label"
 
 
 def resize(feature_map: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -84,7 +84,7 @@ def check_semantic_labels(labels: torch.Tensor, pixel_values: torch.Tensor, conf
         )
     if config.num_labels < 2:
         raise ValueError(f"`labels` need at least two classes (`config.num_labels`), got {config.num_labels}.")
-    ignored = (labels == config.semantic_loss_ignore_index) | (labels == _IGNORED)
+    ignored = (labels == config.semantic_loss_ignore_index) | (labels == _LOSS_IGNORE_INDEX)
     wrong = ~ignored & ((labels < 0) | (labels >= config.num_labels))
     if not labels.is_meta and wrong.any():
         raise ValueError(
@@ -118,14 +118,14 @@ def semantic_loss(
         A scalar in float32 or float64; 0 if all pixels are ignored.
     """
     targets = labels.long()
-    targets = targets.masked_fill(targets == ignore_index, _IGNORED)
+    targets = targets.masked_fill(targets == ignore_index, _LOSS_IGNORE_INDEX)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(resize(logits, labels.shape[1:]), targets, ignore_index=_IGNORED, reduction="sum")
-    count = labels.numel() if normalization == "all" else (targets != _IGNORED).sum().clamp(min=1)
+    total = F.cross_entropy(resize(logits, labels.shape[1:]), targets, ignore_index=_LOSS_IGNORE_INDEX, reduction="sum")
+    count = labels.numel() if normalization == "all" else (targets != _LOSS_IGNORE_INDEX).sum().clamp(min=1)
     loss = total / count
     if num_items_in_batch is not None:
         num_items_in_batch = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
-        loss = loss * ((labels != _IGNORED).sum() / num_items_in_batch)
+        loss = loss * ((labels != _LOSS_IGNORE_INDEX).sum() / num_items_in_batch)
     return loss
 
 

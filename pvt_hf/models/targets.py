@@ -44,10 +44,10 @@ def image_sizes_from_mask(pixel_values: torch.Tensor, pixel_mask: torch.Tensor |
     return sizes
 
 
-def padded_sizes(image_sizes: torch.Tensor, canvas: tuple[int, int], divisor: int = 32) -> list[tuple[int, int]]:
+def padded_sizes(image_sizes: torch.Tensor, input_size: tuple[int, int], divisor: int = 32) -> list[tuple[int, int]]:
     """Height and width of each image as the official pipeline pads it alone, at most those of the batch."""
     return [
-        tuple(min(math.ceil(side / divisor) * divisor, limit) for side, limit in zip(size, canvas, strict=True))
+        tuple(min(math.ceil(side / divisor) * divisor, limit) for side, limit in zip(size, input_size, strict=True))
         for size in image_sizes.tolist()
     ]
 
@@ -55,7 +55,7 @@ def padded_sizes(image_sizes: torch.Tensor, canvas: tuple[int, int], divisor: in
 @dataclass(frozen=True)
 class GroundTruth:
     """The objects of one image: `boxes` xyxy in pixels `(objects, 4)`, `class_labels` int64 `(objects,)`, and `masks`
-    bool `(objects, height, width)` of the whole canvas, or None."""
+    bool `(objects, height, width)` of the network's input, or None."""
 
     boxes: torch.Tensor
     class_labels: torch.Tensor

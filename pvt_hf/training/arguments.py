@@ -38,13 +38,13 @@ def training_parser(description: str, **defaults: Any) -> HfArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--smoke", action="store_true", help="everything on embedded data in under a minute")
+    parser.add_argument("--smoke", action="store_true", help="everything on bundled data in under a minute")
     parser.add_argument("--model_name_or_path", help="a checkpoint of this task to fine-tune")
     parser.add_argument("--dataset_name")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--train_split", default="train")
     parser.add_argument("--eval_split", default="validation")
-    parser.add_argument("--skip_damaged", action="store_true", help="leave damaged images out and count them")
+    parser.add_argument("--skip_corrupt", action="store_true", help="leave corrupt images out and count them")
     parser.add_argument("--ema_decay", type=float, help="average the weights, for example 0.9999; officially not")
     parser.add_argument("--freeze_stages", type=int, default=0, help="of the backbone, from the image on")
     parser.add_argument("--channels_last", action="store_true")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..data.classification import collate
 from ..evaluation.metrics import classification_metrics, classification_statistics
 from ..recipes import ImageNetRecipe
-from .optimization import imagenet_factor, parameter_groups
+from .optimization import cosine_multiplier, parameter_groups
 from .trainer import VisionTrainer
 
 
@@ -56,7 +56,7 @@ class ImageClassificationTrainer(VisionTrainer):
             parameter_groups=lambda model: parameter_groups(
                 model, self.args.learning_rate, self.args.weight_decay, layer_decay
             ),
-            schedule=(lambda *steps: imagenet_factor(recipe, self.args.learning_rate, *steps))
+            schedule=(lambda *steps: cosine_multiplier(recipe, self.args.learning_rate, *steps))
             if official_schedule
             else None,
             repeats=recipe.repeats,

@@ -9,13 +9,13 @@ from torch import nn
 from transformers import DetrForObjectDetection
 
 from ..data.detection import DetectionCollator, DetectionData
-from ..data.samplers import OrientationSampler
+from ..data.samplers import AspectRatioSampler
 from ..evaluation.metrics import coco_metrics, coco_results, gather_results
 from ..evaluation.visualization import draw_detections
 from ..models.detr import prepare_detr_training
 from ..models.image_processing_detection import PvtDetectionImageProcessor
 from ..recipes import DetectionRecipe
-from .optimization import detection_factor, detection_parameter_groups
+from .optimization import detection_parameter_groups, step_multiplier
 from .trainer import DensePredictionTrainer
 
 
@@ -67,17 +67,17 @@ class DetectionTrainer(DensePredictionTrainer):
             parameter_groups=lambda model: detection_parameter_groups(
                 model, recipe, self.args.learning_rate, self.args.weight_decay
             ),
-            schedule=(lambda *steps: detection_factor(recipe, *steps)) if official_schedule else None,
+            schedule=(lambda *steps: step_multiplier(recipe, *steps)) if official_schedule else None,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # transformers' DETR takes any argument, which does not mean this one
 
-    def build_sampler(self) -> OrientationSampler:
+    def build_sampler(self) -> AspectRatioSampler:
         """Batches of one orientation."""
         args = self.args
         sizes = [record.size for record in self.train_dataset.data.records]
         seed = args.seed if args.data_seed is None else args.data_seed
-        return OrientationSampler(sizes, self._train_batch_size, seed, args.process_index, args.world_size)
+        return AspectRatioSampler(sizes, self._train_batch_size, seed, args.process_index, args.world_size)
 
     @property
     def evaluated(self) -> DetectionData:

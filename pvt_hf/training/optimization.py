@@ -35,7 +35,7 @@ def scheduled_learning_rate(
     return minimum + (peak - minimum) * (1 + math.cos(math.pi * position / epochs)) / 2
 
 
-def imagenet_factor(recipe: ImageNetRecipe, peak: float, step: int, steps_per_epoch: int, steps: int) -> float:
+def cosine_multiplier(recipe: ImageNetRecipe, peak: float, step: int, steps_per_epoch: int, steps: int) -> float:
     """The factor of every learning rate at a step of a run: the official rate during its epoch, divided by `peak`.
 
     Raises:
@@ -51,7 +51,7 @@ def imagenet_factor(recipe: ImageNetRecipe, peak: float, step: int, steps_per_ep
     return scheduled_learning_rate(step // steps_per_epoch, epochs, recipe.warmup_epochs, peak, *lowest) / peak
 
 
-def detection_factor(recipe: DetectionRecipe, step: int, steps_per_epoch: int, steps: int) -> float:
+def step_multiplier(recipe: DetectionRecipe, step: int, steps_per_epoch: int, steps: int) -> float:
     """The factor of every learning rate at a step of a run, counted from 0 (mmcv's `StepLrUpdaterHook`).
 
     Raises:
@@ -69,7 +69,7 @@ def detection_factor(recipe: DetectionRecipe, step: int, steps_per_epoch: int, s
     return factor
 
 
-def polynomial_factor(power: float, step: int, steps_per_epoch: int, steps: int) -> float:
+def polynomial_multiplier(power: float, step: int, steps_per_epoch: int, steps: int) -> float:
     """The factor of every learning rate at a step of a run that ends at 0 (mmcv's `PolyLrUpdaterHook`)."""
     return (1 - min(step, steps) / steps) ** power
 
@@ -129,7 +129,7 @@ def detection_parameter_groups(
     """As [`parameter_groups`], of a detector: its biases are decayed too, its norms where the recipe says so."""
 
     def settings(name: str, parameter: nn.Parameter) -> tuple[float, float]:
-        rate = learning_rate * (recipe.backbone_rate if "backbone" in name else 1)
+        rate = learning_rate * (recipe.backbone_multiplier if "backbone" in name else 1)
         return rate, weight_decay if recipe.decays_norms or "norm" not in name else 0.0
 
     return _grouped(model, settings)

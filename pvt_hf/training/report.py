@@ -21,7 +21,7 @@ AUTO_CLASSES = {
 
 
 def plot_curves(log_history: LogHistory, file: str | Path, metric_names: dict[str, str]) -> None:
-    """Draws the training loss, the learning rate and held-out metrics of `trainer.state.log_history`.
+    """Draws the training loss, the learning rate and validation metrics of `trainer.state.log_history`.
 
     Args:
         log_history: `trainer.state.log_history`.
@@ -32,8 +32,8 @@ def plot_curves(log_history: LogHistory, file: str | Path, metric_names: dict[st
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    losses = {"loss": "training loss", "eval_loss": "held-out loss"}
-    metrics = {f"eval_{key}": f"held-out {name}" for key, name in metric_names.items()}
+    losses = {"loss": "training loss", "eval_loss": "validation loss"}
+    metrics = {f"eval_{key}": f"validation {name}" for key, name in metric_names.items()}
     for axis, names in ((top, losses), (bottom, metrics)):
         for key, name in names.items():
             points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
@@ -118,7 +118,7 @@ def training_card(
 # {name}
 
 A `{config.model_type}` with {config.num_labels} classes, trained by pvt_hf on `{origin}` from
-{f"`{initial_weights}`" if initial_weights else "random weights"}. On the {evaluations[-1]["eval_images"]} held-out
+{f"`{initial_weights}`" if initial_weights else "random weights"}. On the {evaluations[-1]["eval_images"]} validation
 images it reaches {_percentages(evaluations[-1], "eval", metric_names)}.
 {average}
 Use it with `import pvt_hf` and `{AUTO_CLASSES[task]}.from_pretrained`. What it is for and where it fails, whoever
@@ -126,7 +126,7 @@ publishes it should say here.
 
 {shown}
 
-| epoch | held-out loss | {" | ".join(metric_names.values())} |
+| epoch | validation loss | {" | ".join(metric_names.values())} |
 |--|--|{"--|" * len(metric_names)}
 {history}
 

@@ -14,21 +14,22 @@ from ..data.samplers import EvaluationShare
 from ..data.segmentation import MapCollator
 from ..evaluation.metrics import ConfusionMatrix
 from ..evaluation.visualization import draw_overlays
-from ..models.image_processing_segmentation import IGNORED
+from ..models.image_processing_segmentation import IGNORE_INDEX
 from ..models.modeling_semantic_fpn import semantic_loss
 from ..models.resize import resize_nearest
 from ..models.sliding_window import sliding_window_logits
 from ..recipes import SegmentationRecipe
-from .optimization import polynomial_factor, segmentation_parameter_groups
+from .optimization import polynomial_multiplier, segmentation_parameter_groups
 from .trainer import DensePredictionTrainer
 
 
 class SegmentationTrainer(DensePredictionTrainer):
     """Trains a segmenter with the official recipe, on one process or many.
 
-    Metrics are `mIoU`, `mAcc` and `aAcc` in [0, 1] as mmsegmentation's, over the pixels of all held-out images at their
-    original sizes, each image once however many processes there are; and `loss`, the mean cross-entropy of the valid
-    pixels at the size of the network's input. `IoU` and `Acc` of every class are in `eval_classes.csv` of `output_dir`.
+    Metrics are `mIoU`, `mAcc` and `aAcc` in [0, 1] as mmsegmentation's, over the pixels of all validation images at
+    their original sizes, each image once however many processes there are; and `loss`, the mean cross-entropy of the
+    valid pixels at the size of the network's input. `IoU` and `Acc` of every class are in `eval_classes.csv` of
+    `output_dir`.
 
     On several GPUs batch normalisation is over all processes, as officially (`torch.nn.SyncBatchNorm`, which there is
     for GPUs only). Pixels to ignore are marked so that the loss of an accumulated or distributed batch is the loss of
@@ -68,7 +69,7 @@ class SegmentationTrainer(DensePredictionTrainer):
             raise ValueError(f"`window` and `stride` go together, got {window} and {stride}.")
         # Trainer counts the labels other than -100, and a loss is divided by what is counted.
         by_valid_pixels = getattr(model.config, "loss_normalization", None) == "valid"
-        ignored = -100 if by_valid_pixels else getattr(model.config, "semantic_loss_ignore_index", IGNORED)
+        ignored = -100 if by_valid_pixels else getattr(model.config, "semantic_loss_ignore_index", IGNORE_INDEX)
         super().__init__(
             model,
             *args,
@@ -78,7 +79,7 @@ class SegmentationTrainer(DensePredictionTrainer):
             parameter_groups=lambda model: segmentation_parameter_groups(
                 model, self.args.learning_rate, self.args.weight_decay
             ),
-            schedule=(lambda *steps: polynomial_factor(recipe.power, *steps)) if official_schedule else None,
+            schedule=(lambda *steps: polynomial_multiplier(recipe.power, *steps)) if official_schedule else None,
             **kwargs,
         )
         if self.args.world_size > 1 and self.args.device.type == "cuda":
@@ -96,7 +97,7 @@ class SegmentationTrainer(DensePredictionTrainer):
         )
 
     def start_evaluation(self) -> None:
-        self.matrix, self.seen = ConfusionMatrix(self.model.config.num_labels, IGNORED), 0
+        self.matrix, self.seen = ConfusionMatrix(self.model.config.num_labels, IGNORE_INDEX), 0
         self.sums = torch.zeros(3, dtype=torch.float64)  # of the loss, of valid pixels, of images
 
     @torch.no_grad()
@@ -128,8 +129,8 @@ class SegmentationTrainer(DensePredictionTrainer):
         labels, size = inputs["labels"], tuple(inputs["pixel_values"].shape[-2:])
         self.matrix.update(torch.stack(self._label_maps(outputs, size[0], tuple(labels.shape[-2:]))), labels)
         labels = resize_nearest(labels, size)
-        pixels = (labels != IGNORED).sum()
-        loss = semantic_loss(outputs.logits, labels, IGNORED).double() * pixels
+        pixels = (labels != IGNORE_INDEX).sum()
+        loss = semantic_loss(outputs.logits, labels, IGNORE_INDEX).double() * pixels
         self.sums += torch.stack([loss, pixels, torch.ones_like(loss)]).cpu()
 
     def evaluation_metrics(self) -> dict[str, float]:
@@ -153,7 +154,7 @@ class SegmentationTrainer(DensePredictionTrainer):
 
     @torch.no_grad()
     def draw_predictions(self, images: int = 6) -> None:
-        """`predictions.png` in `output_dir`: held-out images, spread over all of them, with truth and prediction.
+        """`predictions.png` in `output_dir`: validation images, spread over all of them, with truth and prediction.
         Called by every process."""
         model, dataset = self.accelerator.unwrap_model(self.model).eval(), self.eval_dataset
         indices = torch.linspace(0, len(dataset) - 1, min(images, len(dataset))).long().tolist()

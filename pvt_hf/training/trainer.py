@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from ..data.images import random_state_kept
+from ..data.images import keep_random_state
 from ..data.samplers import EpochSampler
 from .report import plot_curves, run_settings, training_card
 from .run_checkpoints import (
@@ -287,11 +287,11 @@ class VisionTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As in `Trainer`; the random generators of training are not touched."""
-        with random_state_kept():
+        with keep_random_state():
             return super().evaluate(*args, **kwargs)
 
     def skipped_images(self) -> int:
-        """How many damaged images the run left out, over all processes."""
+        """How many corrupt images the run left out, over all processes."""
         count = torch.tensor(self.skipped, device=self.args.device)
         return self.skipped_before + int(self.accelerator.reduce(count).item())
 
@@ -334,12 +334,12 @@ class VisionTrainer(Trainer):
         skipped = self.skipped_images()
         if self.args.push_to_hub:
             self.push_to_hub()
-        lines.append(f"{skipped} damaged images were left out; everything is in {self.args.output_dir}")
+        lines.append(f"{skipped} corrupt images were left out; everything is in {self.args.output_dir}")
         self.accelerator.end_training()
         return "\n".join(lines)
 
     def draw_predictions(self) -> None:
-        """Writes the pictures of held-out images that the card shows: none, unless a subclass says so."""
+        """Writes the pictures of validation images that the card shows: none, unless a subclass says so."""
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Curves and a card with the numbers of the run, in place of `Trainer`'s with its gaps to fill in."""

@@ -1,4 +1,4 @@
-"""The README's demonstrations on the embedded data, as a user starts them: `pytest -m slow` and this file."""
+"""The README's demonstrations on the bundled data, as a user starts them: `pytest -m slow` and this file."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_mask_rcnn(example):
 
 
 def test_detr(example):
-    """Its loss falls; from 14.4 to 13.9 on held-out images."""
+    """Its loss falls; from 14.4 to 13.9 on validation images."""
     example("quickstart", "quickstart")
     arguments = ["--demo", "--recipe", "detr_50ep", "--backbone_checkpoint", "quickstart", "--eval_steps", "180"]
     shorter = example("train_detection", "shorter", *arguments, "--max_steps", "180")

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import pvt_hf
-from pvt_hf.data.digits import canvas_files
+from pvt_hf.data.digits import write_scenes
 from tests.support.small_models import ROOT, STAGES, small_config
 
 EVALUATE = str(ROOT / "examples" / "evaluate.py")
@@ -21,7 +21,7 @@ EVALUATE = str(ROOT / "examples" / "evaluate.py")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Small random models of all tasks, for digits and for digits on canvases."""
+    """Small random models of all tasks, for digits and for digits on scenes."""
     folder = tmp_path_factory.mktemp("checkpoints")
     backbone = small_config("v2", out_features=STAGES)
     limits = {"shortest_edge": 64, "longest_edge": 128}
@@ -72,8 +72,8 @@ def test_all_tasks(checkpoints, monkeypatch, capsys):
 
 
 def test_own_data(checkpoints, monkeypatch, tmp_path):
-    """COCO json and folders of maps: the same images as embedded ones give the same numbers."""
-    data = canvas_files(tmp_path / "canvases", 1, 40) / "validation"
+    """COCO json and folders of maps: the same images as bundled ones give the same numbers."""
+    data = write_scenes(tmp_path / "scenes", 1, 40) / "validation"
     detector = checkpoints / "detector", checkpoints / "segmenter"
     embedded = run(monkeypatch, tmp_path, "--num_images", 3, "--model_name_or_path", *detector)
     arguments = ["--num_images", 3, "--images", data / "images"]

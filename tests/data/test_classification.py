@@ -1,4 +1,4 @@
-"""Where images come from, how damaged ones are told, and an order that does not depend on processes and workers."""
+"""Where images come from, how corrupt ones are told, and an order that does not depend on processes and workers."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from pvt_hf.data.classification import (
     load_images,
     stored,
 )
-from pvt_hf.data.images import ImageError, decode, seeded
+from pvt_hf.data.images import ImageError, decode, seed_random_state
 from pvt_hf.data.samplers import EpochSampler
 from pvt_hf.recipes import ImageNetRecipe
 
@@ -85,9 +85,9 @@ def test_image_folder(folder):
 
 
 def test_digits():
-    train, held_out = load_images(None, "train"), load_images(None, "validation")
-    assert (len(train), len(held_out)) == (1437, 360) and label_names(train)[1] == list("0123456789")
-    seen = {row["image"]["bytes"] for row in train} & {row["image"]["bytes"] for row in held_out}
+    train, validation = load_images(None, "train"), load_images(None, "validation")
+    assert (len(train), len(validation)) == (1437, 360) and label_names(train)[1] == list("0123456789")
+    seen = {row["image"]["bytes"] for row in train} & {row["image"]["bytes"] for row in validation}
     assert len(seen) < 20  # a few digits are the same pixel by pixel
 
 
@@ -166,11 +166,11 @@ def test_damaged_image(folder, content):
     loader = DataLoader(TrainingImages(data, "label", 16, value_of), 4, sampler=sampler, collate_fn=collate)
     with pytest.raises(ImageError, match=r"dog/03\.png cannot be read"):
         list(loader)
-    skipping = TrainingImages(data, "label", 16, value_of, skip_damaged=True)
+    skipping = TrainingImages(data, "label", 16, value_of, skip_corrupt=True)
     batches = list(DataLoader(skipping, 4, sampler=sampler, collate_fn=collate))
     assert sum(batch["skipped"] for batch in batches) == 1 and sum(len(batch["labels"]) for batch in batches) == 11
     assert not any(name.endswith("03.png") for batch in batches for name in batch["names"])
-    with pytest.raises(ImageError, match="All 2 images of a batch are damaged"):
+    with pytest.raises(ImageError, match="All 2 images of a batch are corrupt"):
         collate([None, None])
     processor = pvt_hf.PvtImageProcessorPil(crop_size=32)
     with pytest.raises(ImageError, match=r"dog/03\.png cannot be read"):
@@ -181,7 +181,7 @@ def test_seeded_leaves_no_trace():
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     draws = []
     for seed in (1, 1, 2):
-        with seeded(seed, 7):
+        with seed_random_state(seed, 7):
             draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1] and len(set(draws[0]) | set(draws[2])) == 6
     assert states[0] == random.getstate() and states[1] == np.random.get_state()[1].tolist()

@@ -15,10 +15,16 @@ from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 import pvt_hf
 from pvt_hf.data.augmentation import DetectionAugmentation, flip, random_crop, resize_keep_ratio
-from pvt_hf.data.detection import DetectionCollator, EvaluationDetections, TrainingDetections, read_coco, read_hub
-from pvt_hf.data.digits import canvas_files
+from pvt_hf.data.detection import (
+    DetectionCollator,
+    EvaluationDetections,
+    TrainingDetections,
+    read_coco,
+    read_detection_dataset,
+)
+from pvt_hf.data.digits import write_scenes
 from pvt_hf.data.images import ImageError
-from pvt_hf.data.samplers import EpochSampler, OrientationSampler
+from pvt_hf.data.samplers import AspectRatioSampler, EpochSampler
 from pvt_hf.evaluation.metrics import coco_metrics, coco_results
 from pvt_hf.models.annotations import AnnotationError, Objects, encode_mask, rasterize
 
@@ -26,8 +32,8 @@ PROCESSOR = pvt_hf.PvtDetectionImageProcessor(size={"shortest_edge": 96, "longes
 
 
 @pytest.fixture(scope="module")
-def canvases(tmp_path_factory):
-    return canvas_files(tmp_path_factory.mktemp("data") / "canvases", images=24, held_out=6) / "train"
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", images=24, validation=6) / "train"
 
 
 @pytest.fixture
@@ -149,7 +155,7 @@ def test_recipes_of_augmentation():
     ranged = DetectionAugmentation(range(50, 61), 200, flip=0)
     shorts = [ranged(image, objects, np.random.default_rng(seed))[0].shape[1] for seed in range(200)]
     assert set(shorts) == set(range(50, 61)) and np.bincount(shorts).max() < 40
-    cropped = DetectionAugmentation((64,), 2000, flip=0, crop_short_sides=(80, 90), crop_sides=(40, 60))
+    cropped = DetectionAugmentation((64,), 2000, flip=0, crop_shortest_edges=(80, 90), crop_sides=(40, 60))
     ratios = []
     for seed in range(200):
         out, moved = cropped(image, objects, np.random.default_rng(seed))
@@ -214,7 +220,7 @@ def test_damaged_images(coco_json):
     (folder / "b.png").unlink()
     with pytest.raises(ImageError, match=r"b\.png \(image 3\) cannot be read"):
         data.image(1)
-    training = TrainingDetections(data, DetectionAugmentation((64,), 100), skip_damaged=True)
+    training = TrainingDetections(data, DetectionAugmentation((64,), 100), skip_corrupt=True)
     batch = DetectionCollator(PROCESSOR)([training[0, 0, 0, 0], training[1, 0, 0, 1]])
     assert batch["skipped"] == 1 and batch["names"] == ["a.png"] and len(batch["labels"]) == 1
     with pytest.raises(ImageError, match="All 1 images"):
@@ -264,9 +270,9 @@ def test_images_for_training(coco_json, caplog):
         data.for_training(min_side=1000)
 
 
-def test_hub(canvases):
-    """The canvases as a data set with the columns of the Hub's are the same data."""
-    expected = read_coco(canvases / "annotations.json", canvases / "images")
+def test_hub(scenes):
+    """The scenes as a data set with the columns of the Hub's are the same data."""
+    expected = read_coco(scenes / "annotations.json", scenes / "images")
     rows = []
     for record in expected.records:
         columns = {"id": "id", "bbox": "bbox", "area": "area", "category": "category_id"}
@@ -297,7 +303,7 @@ def test_hub(canvases):
             ]
         table = datasets.Dataset.from_list(given, features=features)
         for hub in (table, table.remove_columns(["height", "width"])):
-            data = read_hub(hub)
+            data = read_detection_dataset(hub)
             assert data.label_names == expected.label_names and len(data) == len(expected)
             for index, (ours, theirs) in enumerate(zip(data.records, expected.records, strict=True)):
                 assert (ours.image_id, ours.size) == (theirs.image_id, theirs.size)
@@ -305,9 +311,9 @@ def test_hub(canvases):
                 for one, other in zip(ours.annotations, theirs.annotations, strict=True):
                     assert (one["category_id"], one["bbox"]) == (other["category_id"], other["bbox"])
     with pytest.raises(AnnotationError, match=r"columns `image` and `objects`, got \['image'"):
-        read_hub(table.remove_columns("objects"))
+        read_detection_dataset(table.remove_columns("objects"))
     with pytest.raises(AnnotationError, match="`objects` must have `bbox` and `category`, got"):
-        read_hub(datasets.Dataset.from_list([{"image": None, "objects": {"box": [1]}}]))
+        read_detection_dataset(datasets.Dataset.from_list([{"image": None, "objects": {"box": [1]}}]))
 
 
 def test_hub_without_names():
@@ -324,22 +330,22 @@ def test_hub_without_names():
             },
         }
     )
-    data = read_hub(datasets.Dataset.from_list(rows, features=features))
+    data = read_detection_dataset(datasets.Dataset.from_list(rows, features=features))
     assert data.label_names == ["0", "1", "2"] and [record.image_id for record in data.records] == [0, 1]
     rows[0] = copy.deepcopy(rows[0])
     rows[0]["objects"]["label"].append(1)
     with pytest.raises(AnnotationError, match="`objects` of image 0 has lists of different lengths"):
-        read_hub(datasets.Dataset.from_list(rows, features=features))
+        read_detection_dataset(datasets.Dataset.from_list(rows, features=features))
     rows[0]["objects"]["label"] = [-1]
     with pytest.raises(AnnotationError, match="object of image 0 has `label` -1, the classes are 0 to 2"):
-        read_hub(datasets.Dataset.from_list(rows, features=features))
+        read_detection_dataset(datasets.Dataset.from_list(rows, features=features))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_batches(canvases, workers):
-    data = read_coco(canvases / "annotations.json", canvases / "images").for_training()
+def test_training_batches(scenes, workers):
+    data = read_coco(scenes / "annotations.json", scenes / "images").for_training()
     training = TrainingDetections(data, DetectionAugmentation((64, 96), 128), masks=True)
-    sampler = OrientationSampler([record.size for record in data.records], 4, seed=1)
+    sampler = AspectRatioSampler([record.size for record in data.records], 4, seed=1)
     collator = DetectionCollator(PROCESSOR)
     runs = [
         list(DataLoader(training, 4, sampler=sampler, collate_fn=collator, num_workers=count)) for count in {0, workers}
@@ -365,8 +371,8 @@ def test_training_batches(canvases, workers):
     assert len(next(iter(plain))["labels"]) == 4
 
 
-def test_evaluation_batches(canvases):
-    data = read_coco(canvases / "annotations.json", canvases / "images")
+def test_evaluation_batches(scenes):
+    data = read_coco(scenes / "annotations.json", scenes / "images")
     loader = DataLoader(EvaluationDetections(data), 5, collate_fn=DetectionCollator(PROCESSOR, masks=True))
     ids = []
     for index, batch in enumerate(loader):
@@ -380,9 +386,9 @@ def test_evaluation_batches(canvases):
     assert ids == [record.image_id for record in data.records]
 
 
-def test_labels_come_back_as_detections(canvases):
+def test_labels_come_back_as_detections(scenes):
     """Labels of the resized images, read as a detector's outputs, are the annotations of the original ones."""
-    data = read_coco(canvases / "annotations.json", canvases / "images")
+    data = read_coco(scenes / "annotations.json", scenes / "images")
     results = {}
     for batch in DataLoader(EvaluationDetections(data), 5, collate_fn=DetectionCollator(PROCESSOR)):
         most = max(len(label["boxes"]) for label in batch["labels"])
@@ -403,12 +409,12 @@ def test_labels_come_back_as_detections(canvases):
 def test_orientation_batches():
     sizes = [(3, 4)] * 23 + [(4, 3)] * 9 + [(3, 3)] * 5
 
-    def batches_of(sampler: OrientationSampler) -> list[list[tuple]]:
+    def batches_of(sampler: AspectRatioSampler) -> list[list[tuple]]:
         keys = list(sampler)
         assert len(keys) == len(sampler)
         return [keys[first : first + 4] for first in range(0, len(keys), 4)]
 
-    sampler = OrientationSampler(sizes, 4, seed=2)
+    sampler = AspectRatioSampler(sizes, 4, seed=2)
     epochs = []
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
@@ -420,10 +426,10 @@ def test_orientation_batches():
         assert [position for batch in batches for *_, position in batch] == list(range(40))
         epochs.append(batches)
     assert epochs[0] != epochs[1]
-    shares = [batches_of(OrientationSampler(sizes, 4, seed=2, rank=rank, world_size=3)) for rank in range(3)]
+    shares = [batches_of(AspectRatioSampler(sizes, 4, seed=2, rank=rank, world_size=3)) for rank in range(3)]
     assert [len(share) for share in shares] == [4] * 3
     assert [shares[number % 3][number // 3] for number in range(10)] == epochs[0]  # dealt in turn
-    assert len(batches_of(OrientationSampler([(1, 2)], 4, seed=0, rank=3, world_size=4))) == 1
+    assert len(batches_of(AspectRatioSampler([(1, 2)], 4, seed=0, rank=3, world_size=4))) == 1
 
 
 def test_masks_survive_encoding():

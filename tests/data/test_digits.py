@@ -1,4 +1,4 @@
-"""The digit canvases: files that agree with each other, the same for the same seed, and digits that can be seen."""
+"""The digit scenes: files that agree with each other, the same for the same seed, and digits that can be seen."""
 
 import json
 import os
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pvt_hf.data.digits import CLASSES, canvas_files, digit_images, draw_canvas
+from pvt_hf.data.digits import CLASSES, digit_images, draw_scene, write_scenes
 from pvt_hf.models.annotations import rasterize
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return canvas_files(tmp_path_factory.mktemp("data") / "canvases", images=60, held_out=30, seed=3)
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", images=60, validation=30, seed=3)
 
 
 def test_files_agree(folder):
@@ -44,53 +44,53 @@ def test_files_agree(folder):
 
 def test_what_is_on_them():
     glyphs, labels = digit_images("train")
-    canvases = [draw_canvas(glyphs, labels, np.random.default_rng(seed)) for seed in range(200)]
-    counts = [len(canvas.labels) for canvas in canvases]
+    scenes = [draw_scene(glyphs, labels, np.random.default_rng(seed)) for seed in range(200)]
+    counts = [len(scene.labels) for scene in scenes]
     assert 2 <= counts.count(0) <= 20 and max(counts) == 5 and 2 < np.mean(counts) < 3.5
-    assert np.bincount(np.concatenate([canvas.labels for canvas in canvases]).astype(int)).min() > 20
-    heights = [mask.any(axis=1).sum() for canvas in canvases for mask in canvas.masks]
+    assert np.bincount(np.concatenate([scene.labels for scene in scenes]).astype(int)).min() > 20
+    heights = [mask.any(axis=1).sum() for scene in scenes for mask in scene.masks]
     assert min(heights) >= 15 and max(heights) <= 64 and np.ptp(heights) > 35
-    for canvas in canvases:
-        brightness = canvas.pixels @ np.array([0.299, 0.587, 0.114])
-        for mask in canvas.masks:
+    for scene in scenes:
+        brightness = scene.pixels @ np.array([0.299, 0.587, 0.114])
+        for mask in scene.masks:
             rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
             around = np.zeros_like(mask)
             around[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
-            around &= ~canvas.masks.any(axis=0)
+            around &= ~scene.masks.any(axis=0)
             assert abs(brightness[mask].mean() - brightness[around].mean()) > 40
 
 
 def test_no_digit_is_in_both_splits():
-    (train, labels), (held_out, held_out_labels) = digit_images("train"), digit_images("validation")
-    assert len(train) == len(labels) == 1437 and len(held_out) == len(held_out_labels) == 360
-    assert not {glyph.tobytes() for glyph in train} & {glyph.tobytes() for glyph in held_out}
+    (train, labels), (validation, held_out_labels) = digit_images("train"), digit_images("validation")
+    assert len(train) == len(labels) == 1437 and len(validation) == len(held_out_labels) == 360
+    assert not {glyph.tobytes() for glyph in train} & {glyph.tobytes() for glyph in validation}
     assert set(held_out_labels) == set(range(10))
 
 
 def test_same_seed_same_bytes(folder, tmp_path):
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.*"))
-    again = canvas_files(tmp_path / "again", images=60, held_out=30, seed=3)
+    again = write_scenes(tmp_path / "again", images=60, validation=30, seed=3)
     assert len(files) == 2 * 90 + 3
     assert all((folder / file).read_bytes() == (again / file).read_bytes() for file in files)
-    other = canvas_files(tmp_path / "other", images=2, held_out=2, seed=4)
+    other = write_scenes(tmp_path / "other", images=2, validation=2, seed=4)
     first = "train/images/000001.png"
     assert (other / first).read_bytes() != (folder / first).read_bytes()
     assert (other / first).read_bytes() != (other / "validation/images/000001.png").read_bytes()
 
 
 def test_written_once_and_whole(folder, tmp_path, monkeypatch):
-    time = (folder / "canvases.json").stat().st_mtime_ns
-    assert canvas_files(folder, images=60, held_out=30, seed=3) == folder
-    assert (folder / "canvases.json").stat().st_mtime_ns == time
-    with pytest.raises(FileExistsError, match="does not hold the canvases .*'seed': 4"):
-        canvas_files(folder, images=60, held_out=30, seed=4)
+    time = (folder / "scenes.json").stat().st_mtime_ns
+    assert write_scenes(folder, images=60, validation=30, seed=3) == folder
+    assert (folder / "scenes.json").stat().st_mtime_ns == time
+    with pytest.raises(FileExistsError, match="does not hold the scenes .*'seed': 4"):
+        write_scenes(folder, images=60, validation=30, seed=4)
 
     def broken(*arguments):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "rename", broken)
     with pytest.raises(OSError, match="no space"):
-        canvas_files(tmp_path / "new", images=1, held_out=1)
+        write_scenes(tmp_path / "new", images=1, validation=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -101,9 +101,9 @@ def test_two_programs_at_once(tmp_path, monkeypatch):
     def late(source, target):
         if not others:
             others.append(True)
-            canvas_files(target, images=1, held_out=1)
+            write_scenes(target, images=1, validation=1)
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", late)
-    folder = canvas_files(tmp_path / "canvases", images=1, held_out=1)
+    folder = write_scenes(tmp_path / "scenes", images=1, validation=1)
     assert others and len(list(folder.rglob("*.png"))) == 4

@@ -10,10 +10,16 @@ from torch.utils.data import DataLoader
 
 import pvt_hf
 from pvt_hf.data.augmentation import SegmentationAugmentation, photometric_distortion, to_hsv, to_rgb
-from pvt_hf.data.digits import canvas_files
+from pvt_hf.data.digits import write_scenes
 from pvt_hf.data.images import ImageError
 from pvt_hf.data.samplers import EpochSampler
-from pvt_hf.data.segmentation import EvaluationMaps, MapCollator, TrainingMaps, read_folders, read_hub
+from pvt_hf.data.segmentation import (
+    EvaluationMaps,
+    MapCollator,
+    TrainingMaps,
+    read_segmentation_dataset,
+    read_segmentation_folders,
+)
 
 PROCESSOR = pvt_hf.PvtSegmentationImageProcessor(size={"shortest_edge": 64, "longest_edge": 256})
 PLAIN = SegmentationAugmentation(64, 256, crop=(64, 96), distortion=False)
@@ -21,7 +27,7 @@ PLAIN = SegmentationAugmentation(64, 256, crop=(64, 96), distortion=False)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return canvas_files(tmp_path_factory.mktemp("data") / "canvases", images=20, held_out=6) / "train"
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", images=20, validation=6) / "train"
 
 
 @pytest.fixture
@@ -106,25 +112,25 @@ def test_crops_have_several_classes():
 
 
 def test_folders(files):
-    data = read_folders(*files, num_labels=4)
+    data = read_segmentation_folders(*files, num_labels=4)
     image, labels = data.read(1)
     expected = np.asarray(Image.open(files[1] / "deep" / "b.png"))
     assert len(data) == 2 and image.shape == (3, 30, 40) and image.dtype == torch.uint8
     np.testing.assert_array_equal(labels.numpy(), expected)
-    _, reduced = read_folders(*files, num_labels=3, reduce_labels=True).read(1)
+    _, reduced = read_segmentation_folders(*files, num_labels=3, reduce_labels=True).read(1)
     np.testing.assert_array_equal(reduced.numpy(), np.where(expected == 0, 255, expected.astype(int) - 1))
     with pytest.raises(ValueError, match=r"label map .*b\.png of .*b\.jpg has the labels \[2, 3\], the classes"):
-        read_folders(*files, num_labels=2).read(1)
+        read_segmentation_folders(*files, num_labels=2).read(1)
     (files[1] / "deep" / "b.png").rename(files[1] / "deep" / "c.png")
     with pytest.raises(ImageError, match=r"1 images are without a map \(\['deep/b'\]\), 1 maps without .*'deep/c'"):
-        read_folders(*files)
+        read_segmentation_folders(*files)
     with pytest.raises(ImageError, match="has 0 images"):
-        read_folders(files[0] / "none", files[1] / "none")
+        read_segmentation_folders(files[0] / "none", files[1] / "none")
 
 
 def test_maps_that_cannot_be_used(files):
     path = files[1] / "deep" / "b.png"
-    data = read_folders(*files)
+    data = read_segmentation_folders(*files)
     Image.new("RGB", (40, 30)).save(path)
     with pytest.raises(ValueError, match=r"b\.png of .*b\.jpg .* mode 'RGB': it must have one class label"):
         data.read(1)
@@ -135,7 +141,7 @@ def test_maps_that_cannot_be_used(files):
     with pytest.raises(ImageError, match=r"b\.png of .*b\.jpg cannot be read"):
         data.read(1)
     collate = MapCollator(PROCESSOR, (64, 96))
-    training = TrainingMaps(data, PLAIN, skip_damaged=True)
+    training = TrainingMaps(data, PLAIN, skip_corrupt=True)
     batch = collate([training[0, 0, 0, 0], training[1, 0, 0, 1]])
     assert batch["skipped"] == 1 and len(batch["names"]) == len(batch["labels"]) == 1
     with pytest.raises(ImageError, match="All 1 images"):
@@ -148,22 +154,22 @@ def test_maps_that_cannot_be_used(files):
 
 
 def test_hub(folder):
-    expected = read_folders(folder / "images", folder / "maps", num_labels=11)
+    expected = read_segmentation_folders(folder / "images", folder / "maps", num_labels=11)
     rows = {"image": [row["image"]["path"] for row in expected.rows]}
     rows |= {"annotation": [row["label_map"]["path"] for row in expected.rows], "other": list(range(len(expected)))}
     features = {"image": datasets.Image(), "annotation": datasets.Image(), "other": datasets.Value("int64")}
     table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-    for data in (read_hub(table, num_labels=11), read_hub(table, "annotation")):
+    for data in (read_segmentation_dataset(table, num_labels=11), read_segmentation_dataset(table, "annotation")):
         for index in (0, len(expected) - 1):
             for ours, theirs in zip(data.read(index), expected.read(index), strict=True):
                 assert torch.equal(ours, theirs)
     with pytest.raises(ImageError, match=r"must have columns of images `image` and `map_column`, it has \['image'\]"):
-        read_hub(table.remove_columns("annotation"))
+        read_segmentation_dataset(table.remove_columns("annotation"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_batches(folder, workers):
-    data = read_folders(folder / "images", folder / "maps", num_labels=11)
+    data = read_segmentation_folders(folder / "images", folder / "maps", num_labels=11)
     augment = SegmentationAugmentation(64, 256, crop=(64, 96))
     training, collate = TrainingMaps(data, augment), MapCollator(PROCESSOR, (64, 96))
     sampler = EpochSampler(len(data), seed=1)
@@ -180,7 +186,7 @@ def test_training_batches(folder, workers):
 
 
 def test_evaluation(folder):
-    data = read_folders(folder / "images", folder / "maps", num_labels=11)
+    data = read_segmentation_folders(folder / "images", folder / "maps", num_labels=11)
     row = EvaluationMaps(data, PROCESSOR)[3]
     image, labels = data.read(3)
     assert torch.equal(row["labels"], labels) and labels.shape == image.shape[1:]

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from transformers import EvalPrediction
 
 from pvt_hf.data.detection import read_coco
-from pvt_hf.data.digits import canvas_files
+from pvt_hf.data.digits import write_scenes
 from pvt_hf.evaluation.metrics import (
     COCO_METRICS,
     ConfusionMatrix,
@@ -29,7 +29,7 @@ from pvt_hf.models.annotations import read_objects
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = canvas_files(tmp_path_factory.mktemp("data") / "canvases", images=30, held_out=1) / "train"
+    folder = write_scenes(tmp_path_factory.mktemp("data") / "scenes", images=30, validation=1) / "train"
     return read_coco(folder / "annotations.json", folder / "images")
 
 

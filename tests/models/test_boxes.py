@@ -86,7 +86,7 @@ def test_iou():
 
 
 def as_official(matches):
-    names = {ours.BACKGROUND: "background", ours.IGNORED: "ignored"}
+    names = {ours.NEGATIVE: "background", ours.IGNORED: "ignored"}
     return [names.get(match, match) for match in matches.tolist()]
 
 
@@ -130,7 +130,7 @@ def test_matches_are_torchvisions_but_for_low_quality_ones():
 
 def test_samples():
     for positives, total, max_positives in ((40, 20, 10), (3, 20, 10), (0, 20, 10), (8, 500, 128)):
-        matches = torch.full((100,), ours.BACKGROUND)
+        matches = torch.full((100,), ours.NEGATIVE)
         matches[torch.randperm(100)[: positives + 10]] = ours.IGNORED
         matches[(matches == ours.IGNORED).nonzero().flatten()[:positives]] = 3
         torch.manual_seed(1)

@@ -13,7 +13,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 import pvt_hf
-from pvt_hf.models.annotations import LEFT_OUT, AnnotationError, rasterize
+from pvt_hf.models.annotations import SKIPPED, AnnotationError, rasterize
 from pvt_hf.models.image_processing_dense import resized_size
 from pvt_hf.models.resize import keep_ratio_size, resize_bilinear, resize_nearest
 from tests.support.small_models import ROOT, STAGES, small_config
@@ -201,7 +201,7 @@ def test_polygons_are_drawn_as_pycocotools_does():
 
 @BACKENDS
 def test_what_the_official_detectors_do_not_train_on(processor_class, caplog):
-    LEFT_OUT.clear()
+    SKIPPED.clear()
     annotations = [
         annotation([1, 1, 20, 20], 0, ignore=1),
         annotation([1, 1, 20, 20], 1, iscrowd=1, segmentation={"size": [1, 1], "counts": [1]}),
@@ -219,9 +219,9 @@ def test_what_the_official_detectors_do_not_train_on(processor_class, caplog):
             noise(50, 60), annotations=target, return_segmentation_masks=True, return_tensors="pt"
         )
     assert inputs["labels"][0]["class_labels"].tolist() == [7, 8] and len(inputs["labels"][0]["masks"]) == 2
-    assert sorted(LEFT_OUT.values()) == [2, 2, 2, 4, 4]
-    assert caplog.text.count("is left out") == 5  # the first of each kind
-    assert "Annotation number 5 of image 3 is left out: its box lies outside the image" in caplog.text
+    assert sorted(SKIPPED.values()) == [2, 2, 2, 4, 4]
+    assert caplog.text.count("is skipped") == 5  # the first of each kind
+    assert "Annotation number 5 of image 3 is skipped: its box lies outside the image" in caplog.text
 
 
 @BACKENDS

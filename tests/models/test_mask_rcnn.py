@@ -27,22 +27,22 @@ OBJECTS = [
 ]
 
 
-def masks_of(objects, canvas=CANVAS):
+def masks_of(objects, scene=CANVAS):
     """Ellipses that fill the boxes."""
-    y, x = torch.meshgrid(*(torch.arange(side) + 0.5 for side in canvas), indexing="ij")
-    masks = torch.zeros(len(objects), *canvas, dtype=torch.bool)
+    y, x = torch.meshgrid(*(torch.arange(side) + 0.5 for side in scene), indexing="ij")
+    masks = torch.zeros(len(objects), *scene, dtype=torch.bool)
     for mask, ((x0, y0, x1, y1), _) in zip(masks, objects, strict=True):
         distance = ((2 * x - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y - y0 - y1) / (y1 - y0)) ** 2
         mask[distance < 1] = True
     return masks
 
 
-def labels_of(objects, sizes=SIZES, canvas=CANVAS):
+def labels_of(objects, sizes=SIZES, scene=CANVAS):
     return [
         {
             "class_labels": torch.tensor([label for _, label in image], dtype=torch.long),
             "boxes": relative([box for box, _ in image], size),
-            "masks": masks_of(image, canvas),
+            "masks": masks_of(image, scene),
         }
         for image, size in zip(objects, sizes, strict=True)
     ]

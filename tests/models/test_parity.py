@@ -71,11 +71,11 @@ def test_stored_position_embeddings_of_an_oblong_image(size):
 
 @pytest.mark.parametrize("name", ["pvt_tiny", "pvt_v2_b0", "pvt_v2_b2_li"])
 def test_gradients(name):
-    """Of every parameter of classifier and backbone, and of the image; with and without recomputation in strips."""
+    """Of every parameter of classifier and backbone, and of the image; with and without recomputation in chunks."""
     classifier, backbone = build(pvt_hf.build_config(name, depths=[1, 2, 1, 1], num_labels=10))
     for module in backbone.modules():
         if hasattr(module, "max_stored_tokens"):
-            module.max_stored_tokens, module.strip_bytes = 0, 2**16
+            module.max_stored_tokens, module.chunk_bytes = 0, 2**16
     official = rename.to_official(classifier.state_dict())
     official = {key: value.requires_grad_() for key, value in official.items()}
 

@@ -222,7 +222,7 @@ class ModelChecks:
             model.gradient_checkpointing_enable({"use_reentrant": implementation == "reentrant"})
         for module in model.modules():
             if hasattr(module, "max_stored_tokens"):
-                module.max_stored_tokens, module.strip_bytes = max_stored_tokens, 2**13
+                module.max_stored_tokens, module.chunk_bytes = max_stored_tokens, 2**13
         pixels, parameters = self.pixels(dtype=torch.double), list(model.parameters())
         directions = [torch.randn_like(parameter) for parameter in parameters]
 
@@ -303,11 +303,11 @@ class ModelChecks:
         assert not torch.equal(tensors(model(pixels))[-1], tensors(model(pixels))[-1])
 
     def test_hooks_see_whole_maps(self):
-        """Also those of v2's MLP, which works in strips on a CPU; and hooks do not change the result."""
+        """Also those of v2's MLP, which works in chunks on a CPU; and hooks do not change the result."""
         model, pixels, shapes = self.build(), self.pixels(128, 128), []
         for module in model.modules():
-            if hasattr(module, "strip_bytes"):
-                module.strip_bytes = 2**12
+            if hasattr(module, "chunk_bytes"):
+                module.chunk_bytes = 2**12
         expected = tensors(model(pixels))
         for name, module in model.named_modules():
             if name.endswith("dense1"):

@@ -157,7 +157,7 @@ def test_loss_of_half_precision_is_summed_in_float32():
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
-class Canvases(torch.utils.data.Dataset):
+class Scenes(torch.utils.data.Dataset):
     """Eight images with maps, every one with another share of ignored pixels."""
 
     def __init__(self, ignored: int):
@@ -205,7 +205,7 @@ def trained(dataset, batch_size: int, steps: int, tmp_path, **fields):
 @pytest.mark.parametrize(("normalization", "ignored"), [("all", 255), ("valid", -100)])
 def test_gradient_accumulation_of_trainer(normalization, ignored, tmp_path):
     """4 times 2 is once 8. Trainer counts labels that are not -100: see `semantic_loss`."""
-    dataset = Canvases(ignored)
+    dataset = Scenes(ignored)
     whole, loss = trained(dataset, 8, 1, tmp_path, loss_normalization=normalization)
     parts, loss_of_parts = trained(dataset, 2, 4, tmp_path, loss_normalization=normalization)
     for key, value in whole.items():
@@ -217,7 +217,7 @@ def test_gradient_accumulation_of_trainer(normalization, ignored, tmp_path):
 
 def test_accumulated_loss_has_the_size_of_a_loss():
     """`"valid"` with the ignore index: a mean of the parts' means; the whole batch at once is exact."""
-    model, data = build().double(), Canvases(255)
+    model, data = build().double(), Scenes(255)
     pixels = data.images.double()
     whole = model(pixels, labels=data.maps).loss
     counted = model(pixels, labels=data.maps, num_items_in_batch=torch.tensor(data.maps.numel())).loss

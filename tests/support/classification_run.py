@@ -37,7 +37,7 @@ def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, rec
     options = {"drop_path_rate": 0.0, "num_labels": 10} | (model or {})
     network = AutoModelForImageClassification.from_config(small_config(version, **options))
     recipe = ImageNetRecipe(**(PLAIN | (recipe or {})))
-    train, held_out = (load_images(None, split) for split in ("train", "validation"))
+    train, validation = (load_images(None, split) for split in ("train", "validation"))
     arguments = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": 8,
@@ -57,7 +57,7 @@ def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, rec
         args=TrainingArguments(output_dir=str(output_dir), **arguments),
         recipe=recipe,
         train_dataset=TrainingImages(train.select(range(images)), "label", 10, training_transform(recipe, 32)),
-        eval_dataset=EvaluationImages(held_out.select(range(evaluation)), "label", 10, Processor()),
+        eval_dataset=EvaluationImages(validation.select(range(evaluation)), "label", 10, Processor()),
         **(trainer or {}),
     )
 

@@ -17,7 +17,7 @@ from pvt_hf.recipes import DETECTION_RECIPES
 from pvt_hf.training.detection import DetectionTrainer
 from tests.support.small_models import STAGES, small_config
 
-SIDES = {"short_sides": (64, 96), "longest_side": 128}
+SIDES = {"shortest_edges": (64, 96), "longest_edge": 128}
 HEADS = {
     "retinanet": {"neck_channels": 8, "num_head_convs": 1},
     "mask_rcnn": {"neck_channels": 8, "num_mask_convs": 1, "box_head_size": 8, "num_candidates": 50,
@@ -38,16 +38,15 @@ def small_detector(system: str, num_labels: int = 10, **overrides):
     return pvt_hf.RetinaNetForObjectDetection(pvt_hf.RetinaNetConfig(backbone_config=backbone, **fields))
 
 
-def build(output_dir, canvases, *, recipe="retinanet_1x", changes=None, data=None, empty=False, **arguments):
-    """The trainer of a run over the canvases of a folder; `data` replaces those for training."""
+def build(output_dir, scenes, *, recipe="retinanet_1x", changes=None, data=None, empty=False, **arguments):
+    """The trainer of a run over the scenes of a folder; `data` replaces those for training."""
     set_seed(0)
     recipe = dataclasses.replace(DETECTION_RECIPES[recipe], **({"warmup_iterations": 2} | SIDES | (changes or {})))
-    train, held_out = (
-        read_coco(canvases / split / "annotations.json", canvases / split / "images")
-        for split in ("train", "validation")
+    train, validation = (
+        read_coco(scenes / split / "annotations.json", scenes / split / "images") for split in ("train", "validation")
     )
     train = (data or train).for_training(empty=empty)
-    model = small_detector(recipe.system, len(train.label_names))
+    model = small_detector(recipe.architecture, len(train.label_names))
     arguments = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": 4,
@@ -62,23 +61,25 @@ def build(output_dir, canvases, *, recipe="retinanet_1x", changes=None, data=Non
         "disable_tqdm": True,
         "use_cpu": True,
     } | arguments
-    augment = DetectionAugmentation(recipe.short_sides, recipe.longest_side, crop_short_sides=recipe.crop_short_sides)
-    size = {"shortest_edge": max(recipe.short_sides), "longest_edge": recipe.longest_side}
+    augment = DetectionAugmentation(
+        recipe.shortest_edges, recipe.longest_edge, crop_shortest_edges=recipe.crop_shortest_edges
+    )
+    size = {"shortest_edge": max(recipe.shortest_edges), "longest_edge": recipe.longest_edge}
     return DetectionTrainer(
         model=model,
         args=TrainingArguments(output_dir=str(output_dir), **arguments),
         recipe=recipe,
-        train_dataset=TrainingDetections(train, augment, masks=recipe.system == "mask_rcnn"),
-        eval_dataset=EvaluationDetections(held_out),
+        train_dataset=TrainingDetections(train, augment, masks=recipe.architecture == "mask_rcnn"),
+        eval_dataset=EvaluationDetections(validation),
         processing_class=pvt_hf.PvtDetectionImageProcessor(size=size),
     )
 
 
 def main() -> None:
     output_dir, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-    canvases, resume, slow = Path(settings.pop("canvases")), settings.pop("resume", None), settings.pop("slow", 0)
+    scenes, resume, slow = Path(settings.pop("scenes")), settings.pop("resume", None), settings.pop("slow", 0)
     torch.set_num_threads(1)
-    trainer = build(output_dir, canvases, **settings)
+    trainer = build(output_dir, scenes, **settings)
     step, evaluate_batch, seen = trainer.training_step, trainer.evaluate_batch, []
     if slow:  # so that there is time to be killed
         trainer.training_step = lambda *args: (time.sleep(slow), step(*args))[1]

@@ -125,9 +125,9 @@ def key_list(name):
     return {name: tuple(int(n) for n in shape.strip("(),").split(",") if n.strip()) for name, shape in rows}
 
 
-def padded_batch(sizes, canvas, dtype=torch.float64):
-    """Random images of these sizes on a canvas of zeros, and the mask."""
-    pixels, mask = torch.zeros(len(sizes), 3, *canvas, dtype=dtype), torch.zeros(len(sizes), *canvas, dtype=torch.long)
+def padded_batch(sizes, scene, dtype=torch.float64):
+    """Random images of these sizes on a scene of zeros, and the mask."""
+    pixels, mask = torch.zeros(len(sizes), 3, *scene, dtype=dtype), torch.zeros(len(sizes), *scene, dtype=torch.long)
     for index, (height, width) in enumerate(sizes):
         pixels[index, :, :height, :width] = torch.randn(3, height, width, dtype=dtype)
         mask[index, :height, :width] = 1

@@ -166,18 +166,18 @@ def retinanet_detections(outputs, shapes, sizes, original_sizes, limit=100):
     return results
 
 
-def padded(size, canvas):
-    return [min(math.ceil(side / 32) * 32, limit) for side, limit in zip(size, canvas, strict=True)]
+def padded(size, scene):
+    return [min(math.ceil(side / 32) * 32, limit) for side, limit in zip(size, scene, strict=True)]
 
 
-def retinanet_losses(outputs, shapes, sizes, canvas, truths):
+def retinanet_losses(outputs, shapes, sizes, scene, truths):
     """`truths` per image: a list of (box, class). Sums over levels."""
     strides = COCO_STRIDES["retinanet"]
     logits, deltas = (torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
     all_anchors = [box for level in anchors(shapes, strides, RETINANET_SCALES) for box in level]
     class_loss, box_loss, total = 0, 0, 0
     for index, (size, objects) in enumerate(zip(sizes, truths, strict=True)):
-        valid = valid_flags(shapes, strides, 9, padded(size, canvas))
+        valid = valid_flags(shapes, strides, 9, padded(size, scene))
         assignment = assign(all_anchors, [box for box, _ in objects], 0.5, 0.4, 0, valid)
         positives = 0
         for row, value in enumerate(assignment):
@@ -300,10 +300,10 @@ def binary_cross_entropy(logits, targets):
     return -(targets * torch.log(p) + (1 - targets) * torch.log(1 - p))
 
 
-def mask_rcnn_losses(heads, levels, outputs, shapes, sizes, canvas, truths, masks, samples=(256, 128, 512, 128)):
+def mask_rcnn_losses(heads, levels, outputs, shapes, sizes, scene, truths, masks, samples=(256, 128, 512, 128)):
     """The five losses. Draws from torch's generator: first for all anchors, then for all regions.
 
-    `truths` per image: a list of (box, class); `masks` per image: bool (objects, *canvas); `samples`: anchors, positive
+    `truths` per image: a list of (box, class); `masks` per image: bool (objects, *scene); `samples`: anchors, positive
     anchors, regions and positive regions.
     """
     strides = COCO_STRIDES["mask_rcnn"]
@@ -311,7 +311,7 @@ def mask_rcnn_losses(heads, levels, outputs, shapes, sizes, canvas, truths, mask
     all_anchors = [box for level in anchors(shapes, strides, (8,)) for box in level]
     losses, total = dict.fromkeys(("objectness", "rpn_box", "class", "box", "mask"), torch.zeros(())), 0
     for index, (size, objects) in enumerate(zip(sizes, truths, strict=True)):
-        valid = valid_flags(shapes, strides, 3, padded(size, canvas))
+        valid = valid_flags(shapes, strides, 3, padded(size, scene))
         assignment = assign(all_anchors, [box for box, _ in objects], 0.7, 0.3, 0.3, valid)
         positives, negatives = sample(assignment, *samples[:2])
         for row in positives + negatives:
@@ -336,7 +336,7 @@ def mask_rcnn_losses(heads, levels, outputs, shapes, sizes, canvas, truths, mask
             labels.append(label)
             targets.append(encode(boxes[row], box, BOX_HEAD_STDS))
             mask = masks[index][assignment[row]][None].double()
-            inside = [max(0.0, min(value, canvas[1 - axis % 2])) for axis, value in enumerate(boxes[row])]
+            inside = [max(0.0, min(value, scene[1 - axis % 2])) for axis, value in enumerate(boxes[row])]
             mask_targets.append((roi_align(mask, inside, 1, 28)[0] >= 0.5).double())
         labels += ["background"] * len(negatives)
         targets += [None] * len(negatives)

@@ -1,4 +1,4 @@
-"""A small run of `SegmentationTrainer`, in this process (`build`) or as a program, with canvases or with noise."""
+"""A small run of `SegmentationTrainer`, in this process (`build`) or as a program, with scenes or with noise."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from transformers import AutoModelForSemanticSegmentation, TrainingArguments, se
 
 import pvt_hf
 from pvt_hf.data.augmentation import SegmentationAugmentation
-from pvt_hf.data.segmentation import EvaluationMaps, TrainingMaps, read_folders
+from pvt_hf.data.segmentation import EvaluationMaps, TrainingMaps, read_segmentation_folders
 from pvt_hf.recipes import SegmentationRecipe
 from pvt_hf.training.segmentation import SegmentationTrainer
 from tests.support.small_models import STAGES, small_config
@@ -20,13 +20,15 @@ RECIPE = SegmentationRecipe(shortest_edge=48, longest_edge=192, crop_size=48)
 
 
 def read(data: str | Path, split: str, **settings):
-    return read_folders(Path(data) / split / "images", Path(data) / split / "maps", **{"num_labels": 11} | settings)
+    return read_segmentation_folders(
+        Path(data) / split / "images", Path(data) / split / "maps", **{"num_labels": 11} | settings
+    )
 
 
 def build(
     output_dir, data, *, model=None, fields=None, trainer=None, fixed_norms=False, drop_path_rate=0.1, **arguments
 ):
-    """The trainer of a run on the canvases of a folder."""
+    """The trainer of a run on the scenes of a folder."""
     set_seed(0)
     if model is None:
         names = {label: str(label) for label in range(11)}

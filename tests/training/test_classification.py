@@ -109,7 +109,7 @@ def test_same_result(settings, plain_run, tmp_path):
 
 
 def test_two_processes_are_one(tmp_path):
-    """DDP with gloo: 2 x 4 images are 8; and 13 held-out images are counted once each."""
+    """DDP with gloo: 2 x 4 images are 8; and 13 validation images are counted once each."""
     settings = {"optim": "sgd", "learning_rate": 0.1, "trainer": {"ema_decay": 0.9}}
     one = run(tmp_path / "one", per_device_train_batch_size=8, **settings)
     two = run(tmp_path / "two", processes=2, per_device_train_batch_size=4, **settings)
@@ -222,11 +222,11 @@ def test_stream_resumed_and_damaged(tmp_path):
 
     whole = streamed(tmp_path / "whole")
     whole.train()
-    damaged = streamed(tmp_path / "damaged", damaged_at=64 + 5 * 8)
+    corrupt = streamed(tmp_path / "corrupt", damaged_at=64 + 5 * 8)
     with pytest.raises(ImageError, match=r"train-3\.tar"):
-        damaged.train()
-    assert last_complete_checkpoint(tmp_path / "damaged") == str(tmp_path / "damaged" / "checkpoint-12")
-    repaired = streamed(tmp_path / "damaged")
+        corrupt.train()
+    assert last_complete_checkpoint(tmp_path / "corrupt") == str(tmp_path / "corrupt" / "checkpoint-12")
+    repaired = streamed(tmp_path / "corrupt")
     repaired.train(True)
     final = whole.model.state_dict()
     assert all(torch.equal(value, final[key]) for key, value in repaired.model.state_dict().items())
@@ -385,7 +385,7 @@ def test_wrong_arguments(settings, message, tmp_path):
 def test_damaged_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
     trainer = build(tmp_path, num_train_epochs=1)
     data = trainer.train_dataset
-    data.skip_damaged, rows = True, list(data.data)
+    data.skip_corrupt, rows = True, list(data.data)
     rows[5] = rows[5] | {"image": {"bytes": b"no image", "path": "broken.png"}}
     rows[9] = rows[9] | {"image": None}
     data.data = rows

@@ -45,14 +45,14 @@ def test_numbers():
     for name, numbers in table.items():
         recipe = recipes.detection_recipe(name, "pvt_small")
         assert tuple(getattr(recipe, field) for field in fields) == numbers, name
-        assert recipe.backbone_rate == (0.1 if name == "detr_50ep" else 1) and recipe.drop_path_rate == 0.1
-        assert max(recipe.short_sides) == 800 and recipe.longest_side == 1333
-        assert list(recipe.crop_short_sides) == ([400, 500, 600] if name == "mask_rcnn_3x_ms" else [])
-    short_sides = {name: list(recipe.short_sides) for name, recipe in recipes.DETECTION_RECIPES.items()}
-    assert short_sides["retinanet_1x"] == short_sides["mask_rcnn_1x"] == [800]
-    assert short_sides["retinanet_3x_ms"] == list(range(640, 801))
-    assert short_sides["mask_rcnn_3x_ms"] == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
-    assert short_sides["detr_50ep"] == [640, 672, 704, 736, 768, 800]
+        assert recipe.backbone_multiplier == (0.1 if name == "detr_50ep" else 1) and recipe.drop_path_rate == 0.1
+        assert max(recipe.shortest_edges) == 800 and recipe.longest_edge == 1333
+        assert list(recipe.crop_shortest_edges) == ([400, 500, 600] if name == "mask_rcnn_3x_ms" else [])
+    shortest_edges = {name: list(recipe.shortest_edges) for name, recipe in recipes.DETECTION_RECIPES.items()}
+    assert shortest_edges["retinanet_1x"] == shortest_edges["mask_rcnn_1x"] == [800]
+    assert shortest_edges["retinanet_3x_ms"] == list(range(640, 801))
+    assert shortest_edges["mask_rcnn_3x_ms"] == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+    assert shortest_edges["detr_50ep"] == [640, 672, 704, 736, 768, 800]
     with pytest.raises(ValueError, match="`name` must be one of retinanet_1x, .*, got 'yolo'"):
         recipes.detection_recipe("yolo")
 
@@ -93,17 +93,17 @@ def test_schedule_at_every_step(name, steps_per_epoch):
     """With 43 steps the warm-up of 500 is not over before the last decays (1x)."""
     recipe = recipes.DETECTION_RECIPES[name]
     steps = recipe.epochs * steps_per_epoch
-    ours = [1e-4 * optimization.detection_factor(recipe, step, steps_per_epoch, steps) for step in range(steps)]
+    ours = [1e-4 * optimization.step_multiplier(recipe, step, steps_per_epoch, steps) for step in range(steps)]
     assert ours == pytest.approx(list(mmcv_rates(recipe, 1e-4, steps_per_epoch)), rel=1e-12)
 
 
 def test_short_runs():
     """They decay after the same parts of the run, and need a short warm-up."""
     recipe = dataclasses.replace(recipes.DETECTION_RECIPES["retinanet_1x"], warmup_iterations=10)
-    factors = [optimization.detection_factor(recipe, step, 20, 240) for step in range(240)]
+    factors = [optimization.step_multiplier(recipe, step, 20, 240) for step in range(240)]
     assert [factors[step] for step in (10, 159, 160, 219, 220, 239)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     with pytest.raises(ValueError, match="`warmup_iterations` must be less than the 240 steps of the run.*, got 500"):
-        optimization.detection_factor(recipes.DETECTION_RECIPES["retinanet_1x"], 0, 20, 240)
+        optimization.step_multiplier(recipes.DETECTION_RECIPES["retinanet_1x"], 0, 20, 240)
 
 
 @RECIPES
@@ -111,7 +111,7 @@ def test_short_runs():
 def test_groups_by_official_name(name, version):
     """mmcv's `paramwise_cfg` looks for `norm` and `backbone` in the official names; biases are as all others."""
     recipe = recipes.DETECTION_RECIPES[name]
-    model = detector(recipe.system, version)
+    model = detector(recipe.architecture, version)
     groups = optimization.detection_parameter_groups(model, recipe, 1e-4, 0.05)
     settings = {}
     for group in groups:
@@ -121,12 +121,12 @@ def test_groups_by_official_name(name, version):
     assert settings.keys() == tensors.keys() and sum(len(group["params"]) for group in groups) == len(names)
     # Every tensor holds the position of its name, so that official tensors made of several keep them all.
     marked = {key: torch.full_like(tensor, position) for position, (key, tensor) in enumerate(tensors.items())}
-    official = ARCHITECTURES[recipe.system].to_official(marked)
+    official = ARCHITECTURES[recipe.architecture].to_official(marked)
     seen = set()
     for key, tensor in official.items():
         positions = tensor.unique().int().tolist()
         seen.update(positions)
-        wanted_rate = 1e-5 if recipe.system == "detr" and key.startswith("backbone.") else 1e-4
+        wanted_rate = 1e-5 if recipe.architecture == "detr" and key.startswith("backbone.") else 1e-4
         wanted_decay = 0 if name.endswith("3x_ms") and "norm" in key else 0.05
         for position in positions:
             assert settings[names[position]] == (pytest.approx(wanted_rate), wanted_decay), key

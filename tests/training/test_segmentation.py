@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation, UperNetConfig, UperNetForSemanticSegmentation, pipeline
 
 import pvt_hf
-from pvt_hf.data.digits import canvas_files
+from pvt_hf.data.digits import write_scenes
 from pvt_hf.data.samplers import EvaluationShare
 from pvt_hf.evaluation.metrics import mean_iou_metric
 from pvt_hf.evaluation.visualization import draw_overlays, overlay, palette
 from pvt_hf.recipes import SEGMENTATION_RECIPES
-from pvt_hf.training.optimization import freeze_stages, polynomial_factor, segmentation_parameter_groups
+from pvt_hf.training.optimization import freeze_stages, polynomial_multiplier, segmentation_parameter_groups
 from tests.support.segmentation_run import build, losses, read
 from tests.support.small_models import ROOT, STAGES, randomize, small_config
 from tests.training.test_classification import assert_close, environment, weights
@@ -37,8 +37,8 @@ PROGRAM = ROOT / "examples" / "train_segmentation.py"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 canvases to train on, 5 held out: of several sizes, and with some pixels ignored."""
-    root = canvas_files(tmp_path_factory.mktemp("data") / "canvases", images=24, held_out=5)
+    """24 scenes to train on, 5 held out: of several sizes, and with some pixels ignored."""
+    root = write_scenes(tmp_path_factory.mktemp("data") / "scenes", images=24, validation=5)
     for index, path in enumerate(sorted(root.glob("*/maps/*.png"))):
         labels = np.array(Image.open(path))
         labels[: 7 * (index % 5)] = 255
@@ -103,12 +103,16 @@ def test_schedule_at_every_step():
     for step in range(recipe.steps):
         coefficient = (1 - step / 40_000) ** 0.9
         expected = (2e-4 - 0.0) * coefficient + 0.0
-        assert 2e-4 * polynomial_factor(recipe.power, step, 1000, recipe.steps) == pytest.approx(expected, rel=1e-12)
-    assert polynomial_factor(recipe.power, 40_000, 1000, 40_000) == polynomial_factor(0.9, 40_001, 1, 40_000) == 0
+        assert 2e-4 * polynomial_multiplier(recipe.power, step, 1000, recipe.steps) == pytest.approx(
+            expected, rel=1e-12
+        )
+    assert (
+        polynomial_multiplier(recipe.power, 40_000, 1000, 40_000) == polynomial_multiplier(0.9, 40_001, 1, 40_000) == 0
+    )
 
 
 def test_every_parameter_is_decayed(data, tmp_path):
-    """Norms, biases and position embeddings too, as officially; frozen stages are left out."""
+    """Norms, biases and position embeddings too, as officially; frozen stages are skipped."""
     backbone = small_config("v1", out_features=STAGES)
     model = pvt_hf.SemanticFPNForSemanticSegmentation(pvt_hf.SemanticFPNConfig(backbone_config=backbone))
     (group,) = segmentation_parameter_groups(model, 2e-4, 1e-4)
@@ -200,7 +204,7 @@ def test_ignored_pixels_are_marked_for_the_count(data, tmp_path):
 
 
 def test_two_processes(data, tmp_path):
-    """2 x 4 images are 8, and the five held-out images are counted once each, in whichever process."""
+    """2 x 4 images are 8, and the five validation images are counted once each, in whichever process."""
     settings = {"fixed_norms": True, "optim": "sgd", "learning_rate": 0.1, "drop_path_rate": 0.0, "max_steps": 3}
     settings |= {"fields": {"classifier_dropout": 0.0}}
     one = build(tmp_path / "one", data, per_device_train_batch_size=8, **settings)
@@ -299,7 +303,7 @@ def program(*arguments) -> list[str]:
 
 
 def test_program(data, tmp_path, monkeypatch, capsys):
-    """Everything from embedded data; then fine-tuning of the result on folders of palette maps with other classes."""
+    """Everything from bundled data; then fine-tuning of the result on folders of palette maps with other classes."""
     classifier = pvt_hf.PvtV2ForImageClassification(pvt_hf.build_config("pvt_v2_b0", num_labels=10))
     classifier.save_pretrained(tmp_path / "classifier")
     arguments = ["--smoke", "--output_dir", tmp_path / "run", "--backbone_checkpoint", tmp_path / "classifier"]
