@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ..conversion.convert import convert, export
-from ..conversion.formats import WRITABLE_FORMATS
+from ..conversion.formats import FROM_OFFICIAL
 from ..conversion.model_card import Conversion
 from ..conversion.publish import publish
 from ..conversion.rename import ConversionError
@@ -67,7 +67,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("output", nargs="?", metavar="OUTPUT_DIR", type=Path, help="folder to write (--to: a file)")
     parser.add_argument("--all", type=Path, metavar="OUTPUT_ROOT", help="convert every released variant")
-    parser.add_argument("--to", choices=WRITABLE_FORMATS, help="convert a saved folder back")
+    parser.add_argument("--to", choices=FROM_OFFICIAL, help="convert a saved folder back")
     parser.add_argument("--variant", choices=VARIANTS, help="insist on a variant")
     parser.add_argument("--backbone-only", action="store_true", help="write a backbone, leave the heads")
     parser.add_argument("--overwrite", action="store_true", help="replace a former conversion")

@@ -5,6 +5,7 @@ import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,7 +17,7 @@ from ..variants import VARIANTS, backbone_config, differences, find_variant, get
 from .architectures.base import Architecture, Outputs
 from .architectures.registry import find_architecture, find_saved_architecture
 from .checkpoint import Checkpoint, load_file, read_checkpoint, read_json
-from .formats import WRITABLE_FORMATS, Format, detect_format
+from .formats import FROM_OFFICIAL, Format, detect_format
 from .infer_config import imagenet_labels
 from .model_card import Conversion, render
 from .output_folder import atomic_folder, check_output_dir
@@ -52,56 +53,61 @@ def convert(
         ConversionError: If the checkpoint is not what it should be, or the result differs from it.
     """
     check_output_dir(output_dir, overwrite)
-    checkpoint = read_checkpoint(name)
-    if checkpoint.path.resolve().is_relative_to(output_dir.resolve()):
+    source = _read_source(name, variant or (name if name in VARIANTS else None), backbone_only)
+    architecture = source.architecture
+    if source.checkpoint.path.resolve().is_relative_to(output_dir.resolve()):
         raise ConversionError(f"`OUTPUT_DIR` {output_dir} holds the checkpoint itself; choose another.")
-    source_format = detect_format(checkpoint.weights)
-    architecture = find_architecture(checkpoint.weights, source_format, backbone_only)
     if with_code and architecture.is_dense:
         raise ConversionError(
             f"`--with-code` cannot be used for a {architecture.name}: its code finds the backbone's by the Auto "
             "classes of an installed pvt_hf."
         )
-    official = architecture.select(source_format.to_official(checkpoint.weights))
-    config = _read_config(official, checkpoint, source_format, architecture)
-    variant = variant or (name if name in VARIANTS else None)
-    if variant and (wrong := differences(backbone_config(config), get_variant(variant))):
-        raise ConversionError(f"The checkpoint is not a {variant}: {'; '.join(wrong)}.")
-    model = build_model(architecture.from_official(official), config, architecture)
-    processor, processor_origin = architecture.image_processor(checkpoint, config)
-    facts = {
-        "source": checkpoint.source,
-        "sha256": checkpoint.sha256,
-        "source_format": source_format,
-        "architecture": architecture,
-        "config": config,
-        "variant": find_variant(backbone_config(config)),
-        "model_class": type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tensors": len(model.state_dict()),
-        "parameters": model.num_parameters(),
-        "has_image_processor": processor is not None,
-        "has_code": with_code,
-        "notes": _take_notes(checkpoint, config, architecture, processor_origin),
-    }
+    model = build_model(architecture.from_official(source.official), source.config, architecture)
+    model_class, facts = type(model), _collect_facts(source, model)
+    processor, processor_origin = architecture.image_processor(source.checkpoint, source.config)
+    facts |= {"has_image_processor": processor is not None, "has_code": with_code}
     with atomic_folder(output_dir, overwrite) as folder:
         _save(folder, model, processor, architecture.auto_class.__name__ if with_code else None)
-        model_class = type(model)
         del model  # the comparison needs its memory
-        expected = _evaluate_source(checkpoint, official, config, source_format, architecture)
+        expected = _evaluate(source)
         difference = largest_difference(model_class.from_pretrained(folder), expected, architecture)
-        conversion = Conversion(difference=difference, **facts)
+        conversion = Conversion(**facts, difference=difference, notes=_take_notes(source, processor_origin))
         render(conversion, card_name or str(output_dir)).save(folder / "README.md")
     return conversion
 
 
-def _read_config(
-    official: StateDict, checkpoint: Checkpoint, source_format: Format, architecture: Architecture
-) -> PreTrainedConfig:
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint, and what it is.
+
+    Attributes:
+        checkpoint: As it was read.
+        format: Of the checkpoint.
+        architecture: What it becomes.
+        official: The tensors for it, with official names.
+        config: Of the model that it becomes.
+    """
+
+    checkpoint: Checkpoint
+    format: Format
+    architecture: Architecture
+    official: StateDict
+    config: PreTrainedConfig
+
+
+def _read_source(name: str, variant: str | None, backbone_only: bool) -> _Source:
+    """Reads a checkpoint and recognizes it. Raises a `ConversionError` unless it is a PVT, and that of `variant`."""
+    checkpoint = read_checkpoint(name)
+    source_format = detect_format(checkpoint.weights)
+    architecture = find_architecture(checkpoint.weights, source_format, backbone_only)
+    official = architecture.select(source_format.to_official(checkpoint.weights))
     config = architecture.read_config(official, checkpoint.config, checkpoint.class_names)
+    backbone = backbone_config(config)
     if source_format.patch_layer_norm_eps is not None:
-        backbone_config(config).patch_layer_norm_eps = source_format.patch_layer_norm_eps
-    return config
+        backbone.patch_layer_norm_eps = source_format.patch_layer_norm_eps
+    if variant and (wrong := differences(backbone, get_variant(variant))):
+        raise ConversionError(f"The checkpoint is not a {variant}: {'; '.join(wrong)}.")
+    return _Source(checkpoint, source_format, architecture, official, config)
 
 
 def build_model(tensors: StateDict, config: PreTrainedConfig, architecture: Architecture) -> PreTrainedModel:
@@ -142,29 +148,39 @@ def _save(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor | 
             processor.save_pretrained(folder)
 
 
-def _evaluate_source(
-    checkpoint: Checkpoint,
-    official: StateDict,
-    config: PreTrainedConfig,
-    source_format: Format,
-    architecture: Architecture,
-) -> Outputs:
-    """What the source's weights give for the images of the comparison. Empties both dictionaries, for their memory."""
-    if source_format.evaluate is not None:
+def _evaluate(source: _Source) -> Outputs:
+    """What the source's weights give for the images of the comparison. Empties its dictionaries, for their memory."""
+    weights, official = source.checkpoint.weights, source.official
+    if source.format.evaluate is not None:
         official.clear()
-        expected = source_format.evaluate(checkpoint.weights, config, architecture.is_backbone)
+        expected = source.format.evaluate(weights, source.config, source.architecture.is_backbone)
     else:
-        expected = reference_outputs(official, config, architecture)
+        expected = reference_outputs(official, source.config, source.architecture)
         official.clear()
-    checkpoint.weights.clear()
+    weights.clear()
     return expected
 
 
-def _take_notes(
-    checkpoint: Checkpoint, config: PreTrainedConfig, architecture: Architecture, processor_origin: str
-) -> tuple[str, ...]:
+def _collect_facts(source: _Source, model: PreTrainedModel) -> dict[str, Any]:
+    """What the model card says of the source and the model."""
+    return {
+        "source": source.checkpoint.source,
+        "sha256": source.checkpoint.sha256,
+        "source_format": source.format,
+        "architecture": source.architecture,
+        "config": source.config,
+        "variant": find_variant(backbone_config(source.config)),
+        "model_class": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tensors": len(model.state_dict()),
+        "parameters": model.num_parameters(),
+    }
+
+
+def _take_notes(source: _Source, processor_origin: str) -> tuple[str, ...]:
     """What was decided, and is not in the checkpoint."""
-    backbone, labels, notes = backbone_config(config), list(config.id2label.values()), []
+    checkpoint, architecture, notes = source.checkpoint, source.architecture, []
+    backbone, labels = backbone_config(source.config), list(source.config.id2label.values())
     if checkpoint.set_aside:
         notes.append(f"left in the file: {', '.join(checkpoint.set_aside)}")
     if find_variant(backbone) is None and "num_attention_heads" not in checkpoint.config:
@@ -199,7 +215,7 @@ def export(saved_dir: Path, file: Path, to: str, overwrite: bool = False) -> Exp
     Args:
         saved_dir: Folder with `config.json` and `model.safetensors`.
         file: To write: with the ending `.safetensors` that format, else a plain state dict of `torch.save`.
-        to: One of `WRITABLE_FORMATS`: `"official"` or `"timm"` (v2 only).
+        to: One of `FROM_OFFICIAL`: `"official"` or `"timm"` (v2 only).
         overwrite: Replace `file`.
 
     Raises:
@@ -208,7 +224,7 @@ def export(saved_dir: Path, file: Path, to: str, overwrite: bool = False) -> Exp
     _check_export(saved_dir, file, overwrite)
     known = read_json(saved_dir / "config.json")
     architecture = find_saved_architecture(known, load_file(saved_dir / "model.safetensors"))
-    tensors = WRITABLE_FORMATS[to].from_official(architecture.read_saved(saved_dir, known))
+    tensors = FROM_OFFICIAL[to](architecture.read_saved(saved_dir, known))
     _write_state_dict(tensors, file)
     eps = (known.get("backbone_config") or known).get("patch_layer_norm_eps", OFFICIAL_EPS)
     note = f"the weights were trained with patch_layer_norm_eps {eps:.0e}, which no such file can say."

@@ -72,7 +72,9 @@ def mmdetection_3_to_official(tensors: StateDict) -> StateDict:
     Raises:
         ConversionError: For tensors that no rule knows.
     """
-    start, official, parts = "backbone.", {}, {}
+    start = "backbone."
+    official: StateDict = {}
+    parts: StateDict = {}
     for key, tensor in tensors.items():
         if not key.startswith(start):
             official[key] = tensor
@@ -148,7 +150,8 @@ FORMATS = (
         patch_layer_norm_eps=1e-6,  # its own PVT has the same epsilon in all norms
     ),
 )
-WRITABLE_FORMATS = {item.name: item for item in FORMATS if item.from_official is not None}
+# How to write a format, by its name.
+FROM_OFFICIAL = {item.name: item.from_official for item in FORMATS if item.from_official is not None}
 
 
 def detect_format(names: Iterable[str]) -> Format:

@@ -13,7 +13,7 @@ from ..models.configuration_pvt import PvtConfig
 from ..models.configuration_pvt_v2 import PvtV2Config
 from .rename import ConversionError, StateDict, quote
 
-_CONFIG_CLASSES = {"pvt": PvtConfig, "pvt_v2": PvtV2Config}
+_CONFIG_CLASSES: dict[str, type[PvtConfig] | type[PvtV2Config]] = {"pvt": PvtConfig, "pvt_v2": PvtV2Config}
 
 
 def infer_fields(weights: StateDict) -> dict[str, Any]:

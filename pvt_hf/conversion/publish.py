@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -61,7 +62,7 @@ def publish(folder: Path, repo: str, private: bool) -> str:
 
 
 @contextmanager
-def register_code(**auto_classes: type) -> Iterator[None]:
+def register_code(**auto_classes: type[Any]) -> Iterator[None]:
     """While it lasts, `save_pretrained` of these classes saves their code too, for `trust_remote_code=True`."""
     try:
         for auto_class, registered in auto_classes.items():

@@ -4,6 +4,7 @@ The official names are the hub: each of the other formats (`formats.py`) is rena
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -79,10 +80,10 @@ def rename_keys(
     keys: Iterable[str], rules: Iterable[tuple[str, str]], stage_offset: int, block_offset: int = 0
 ) -> dict[str, str]:
     """The new name of every key. Raises a `ConversionError` for keys without a rule or with the same new name."""
-    compiled = []
-    for source, target in rules:
-        pattern = re.escape(source).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{n\}", r"(?P<n>\d+)")
-        compiled.append((re.compile(pattern), target))
+    compiled = [
+        (re.compile(re.escape(source).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{n\}", r"(?P<n>\d+)")), target)
+        for source, target in rules
+    ]
     renamed, unknown = {}, []
     for key in keys:
         for pattern, target in compiled:
@@ -97,8 +98,7 @@ def rename_keys(
             unknown.append(key)
     if unknown:
         raise ConversionError(f"No rule renames {len(unknown)} tensors: {quote(unknown)}.")
-    taken = set()
-    if twice := {name for name in renamed.values() if name in taken or taken.add(name)}:
+    if twice := [name for name, count in Counter(renamed.values()).items() if count > 1]:
         raise ConversionError(f"Several tensors would get the same name: {quote(twice)}.")
     return renamed
 
@@ -114,7 +114,7 @@ def from_official(state_dict: StateDict) -> StateDict:
     Raises:
         ConversionError: For tensors that no rule knows.
     """
-    split = {}
+    split: StateDict = {}
     for key, tensor in state_dict.items():
         if ".attn.kv." in key:
             if not tensor.ndim or len(tensor) % 2:

@@ -21,10 +21,11 @@ from ..rename import ConversionError, StateDict
 
 Weights = Mapping[str, torch.Tensor]
 Outputs = list[torch.Tensor]
+Rules = tuple[tuple[str, str], ...]
 Shape = Callable[[str], tuple[int, ...]]  # of a tensor that has to be there
 
 # (official, pvt_hf) of the feature pyramid. The official names are those of mmdetection and mmsegmentation.
-FPN_RULES = (
+FPN_RULES: Rules = (
     ("neck.lateral_convs.{n}.conv.", "neck.lateral_convs.{n}."),
     ("neck.fpn_convs.{n}.conv.", "neck.output_convs.{n}."),
 )
@@ -44,7 +45,7 @@ class Architecture(ABC):
     """
 
     name: ClassVar[str]
-    auto_class: ClassVar[type]
+    auto_class: ClassVar[type[Any]]
     pipeline_tag: ClassVar[str]
     tags: ClassVar[tuple[str, ...]] = ()
     is_backbone: ClassVar[bool] = False
@@ -133,7 +134,7 @@ class DensePredictor(Architecture):
     config_class: ClassVar[type[PreTrainedConfig]]
     fixed_fields: ClassVar[Mapping[str, Any]] = {}
     class_names: ClassVar[tuple[str, ...]]
-    rules: ClassVar[tuple[tuple[str, str], ...]]
+    rules: ClassVar[Rules]
     backbone_prefix: ClassVar[str] = "backbone."
 
     @abstractmethod

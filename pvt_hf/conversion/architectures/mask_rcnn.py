@@ -1,11 +1,13 @@
 """Faster R-CNN and Mask R-CNN of mmdetection 2.13."""
 
+from typing import ClassVar
+
 import torch
 from transformers import AutoModelForInstanceSegmentation
 
 from ...models.configuration_mask_rcnn import MaskRCNNConfig
 from .. import reference_heads
-from .base import FPN_RULES, Detector, count_matches
+from .base import FPN_RULES, Detector, Rules, count_matches
 
 
 class FasterRCNN(Detector):
@@ -14,7 +16,7 @@ class FasterRCNN(Detector):
     signature = "roi_head.bbox_head."
     config_class = MaskRCNNConfig
     fixed_fields = {"use_masks": False}
-    rules = (
+    rules: ClassVar[Rules] = (
         *FPN_RULES,
         ("rpn_head.rpn_conv.", "rpn.conv."),
         ("rpn_head.rpn_cls.", "rpn.objectness_predictor."),
