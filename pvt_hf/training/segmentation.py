@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from ..data.samplers import EvaluationShare
 from ..data.segmentation import MapCollator
 from ..evaluation.metrics import ConfusionMatrix
 from ..evaluation.visualization import draw_overlays
@@ -91,7 +90,7 @@ class SegmentationTrainer(DensePredictionTrainer):
         dataset, args = self.eval_dataset if eval_dataset is None else eval_dataset, self.args
         return DataLoader(
             dataset,
-            sampler=EvaluationShare(len(dataset), args.process_index, args.world_size),
+            sampler=DistributedSampler(dataset, args.world_size, args.process_index, shuffle=False),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )

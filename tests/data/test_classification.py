@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader
 
 import pvt_hf
@@ -186,33 +185,6 @@ def test_seeded_leaves_no_trace():
     assert draws[0] == draws[1] and len(set(draws[0]) | set(draws[2])) == 6
     assert states[0] == random.getstate() and states[1] == np.random.get_state()[1].tolist()
     assert torch.equal(states[2], torch.get_rng_state())
-
-
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_processes_share_a_larger_batch(repeats):
-    """The n-th batches of two processes are the n-th of one with twice the size: images, augmentation seeds and all."""
-    one = EpochSampler(300, seed=5, repeats=repeats)
-    two = [EpochSampler(300, seed=5, rank=rank, world_size=2, repeats=repeats) for rank in (0, 1)]
-    for epoch in (0, 1):
-        for sampler in (one, *two):
-            sampler.set_epoch(epoch)
-        whole, parts = list(one), [list(sampler) for sampler in two]
-        assert len(one) == len(whole) and len(two[0]) == len(parts[0]) == len(parts[1]) == len(whole) // 2
-        for start in range(0, len(parts[0]) - 4, 4):
-            assert {*parts[0][start : start + 4], *parts[1][start : start + 4]} == {*whole[2 * start : 2 * start + 8]}
-        if repeats == 1:
-            assert sorted(index for index, *_ in whole) == list(range(300))
-    orders = [index for index, *_ in one], [index for index, *_ in EpochSampler(300, seed=5, repeats=repeats)]
-    assert orders[0] != orders[1]  # epoch 1 and epoch 0
-
-
-def test_repeated_augmentation_is_timms():
-    ours, timms = EpochSampler(1000, seed=0, rank=1, world_size=2, repeats=3), RepeatAugSampler(range(1000), 2, 1)
-    ours.set_epoch(4)
-    timms.set_epoch(4)
-    keys = list(ours)
-    assert [index for index, *_ in keys] == list(timms)
-    assert len(set(keys)) == len(keys) == len(timms)  # every repetition has an augmentation of its own
 
 
 @pytest.mark.parametrize("streaming", [False, True])

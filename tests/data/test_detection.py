@@ -406,32 +406,6 @@ def test_labels_come_back_as_detections(scenes):
     assert metrics["AP"] == pytest.approx(1) and metrics["AR100"] == pytest.approx(1)
 
 
-def test_orientation_batches():
-    sizes = [(3, 4)] * 23 + [(4, 3)] * 9 + [(3, 3)] * 5
-
-    def batches_of(sampler: AspectRatioSampler) -> list[list[tuple]]:
-        keys = list(sampler)
-        assert len(keys) == len(sampler)
-        return [keys[first : first + 4] for first in range(0, len(keys), 4)]
-
-    sampler = AspectRatioSampler(sizes, 4, seed=2)
-    epochs = []
-    for epoch in (0, 1):
-        sampler.set_epoch(epoch)
-        batches = batches_of(sampler)
-        assert len(batches) == 6 + 4
-        wide = [{sizes[index][1] > sizes[index][0] for index, *_ in batch} for batch in batches]
-        assert all(len(kinds) == 1 for kinds in wide) and wide != sorted(wide, key=str)
-        assert {index for batch in batches for index, *_ in batch} == set(range(37))
-        assert [position for batch in batches for *_, position in batch] == list(range(40))
-        epochs.append(batches)
-    assert epochs[0] != epochs[1]
-    shares = [batches_of(AspectRatioSampler(sizes, 4, seed=2, rank=rank, world_size=3)) for rank in range(3)]
-    assert [len(share) for share in shares] == [4] * 3
-    assert [shares[number % 3][number // 3] for number in range(10)] == epochs[0]  # dealt in turn
-    assert len(batches_of(AspectRatioSampler([(1, 2)], 4, seed=0, rank=3, world_size=4))) == 1
-
-
 def test_masks_survive_encoding():
     mask = np.random.default_rng(0).random((37, 51)) > 0.6
     encoded = json.loads(json.dumps(encode_mask(mask)))

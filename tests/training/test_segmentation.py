@@ -23,7 +23,6 @@ from transformers import AutoModelForSemanticSegmentation, UperNetConfig, UperNe
 
 import pvt_hf
 from pvt_hf.data.digits import write_scenes
-from pvt_hf.data.samplers import EvaluationShare
 from pvt_hf.evaluation.metrics import mean_iou_metric
 from pvt_hf.evaluation.visualization import draw_overlays, overlay, palette
 from pvt_hf.recipes import SEGMENTATION_RECIPES
@@ -166,15 +165,6 @@ def test_window_that_covers_the_images(data, tmp_path):
     assert trainer.processing_class.logits_stride == 4
     with pytest.raises(ValueError, match="`window` and `stride` go together, got 32 and None"):
         build(tmp_path, data, trainer={"window": 32})
-
-
-@pytest.mark.parametrize(("length", "world_size"), [(5, 2), (4, 2), (1, 3), (7, 4), (3, 1)])
-def test_share_of_a_process(length, world_size):
-    """Every image once, in shares of one length; what comes again is behind the end."""
-    shares = [list(EvaluationShare(length, rank, world_size)) for rank in range(world_size)]
-    assert {len(share) for share in shares} == {-(-length // world_size)}
-    together = [index for step in zip(*shares, strict=True) for index in step]
-    assert together[:length] == list(range(length)) and set(together[length:]) <= set(range(length))
 
 
 @pytest.mark.parametrize("normalization", ["all", "valid"])
