@@ -13,16 +13,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import pvt_hf
-from pvt_hf.data.augmentation import training_transform
+from pvt_hf.data.augmentation import build_training_transform
 from pvt_hf.data.classification import (
     EvaluationImages,
     StreamedImages,
     TrainingImages,
+    cache_stream,
     collate,
-    epoch_length,
-    label_names,
+    count_images,
+    find_labels,
     load_images,
-    stored,
 )
 from pvt_hf.data.images import ImageError, decode, seed_random_state
 from pvt_hf.data.samplers import EpochSampler
@@ -74,7 +74,7 @@ def value_of(image: Image.Image) -> torch.Tensor:
 
 def test_image_folder(folder):
     data = load_images(str(folder), "train")
-    assert label_names(data) == ("label", ["cat", "dog"]) and len(data) == 12
+    assert find_labels(data) == ("label", ["cat", "dog"]) and len(data) == 12
     assert decode(data[0]["image"], "x").size == (20, 24)
     assert len(load_images(str(folder), "validation")) == 12
     with pytest.raises(ImageError, match="Split 'test' of .* cannot be loaded"):
@@ -85,7 +85,7 @@ def test_image_folder(folder):
 
 def test_digits():
     train, validation = load_images(None, "train"), load_images(None, "validation")
-    assert (len(train), len(validation)) == (1437, 360) and label_names(train)[1] == list("0123456789")
+    assert (len(train), len(validation)) == (1437, 360) and find_labels(train)[1] == list("0123456789")
     seen = {row["image"]["bytes"] for row in train} & {row["image"]["bytes"] for row in validation}
     assert len(seen) < 20  # a few digits are the same pixel by pixel
 
@@ -98,13 +98,13 @@ def test_shards(shards, kind, streaming):
     assert sorted(int(row[column]) for row in data) == list(range(16))
     assert all(decode(row["image"], "x").getpixel((0, 0))[0] == int(row[column]) for row in data)
     if kind == "parquet" and not streaming:
-        assert label_names(data) == ("kind", [str(value) for value in range(16)])
+        assert find_labels(data) == ("kind", [str(value) for value in range(16)])
         with pytest.raises(ValueError, match="`label_column` must be one of the columns .* got species"):
-            label_names(data, "species")
+            find_labels(data, "species")
     elif streaming:
         with pytest.raises(ValueError, match="num_labels"):
-            label_names(data, column)
-        assert epoch_length(data, "train") is None
+            find_labels(data, column)
+        assert count_images(data, "train") is None
 
 
 def test_data_sets_in_a_folder(shards, folder):
@@ -112,12 +112,12 @@ def test_data_sets_in_a_folder(shards, folder):
     (shards / "set").mkdir()
     for number in range(2):
         (shards / f"{number}.parquet").rename(shards / "set" / f"train-0000{number}.parquet")
-    assert label_names(load_images(str(shards / "set"), "train"))[1] == [str(value) for value in range(8)]
+    assert find_labels(load_images(str(shards / "set"), "train"))[1] == [str(value) for value in range(8)]
 
 
 def test_stream_is_stored(shards):
     """For evaluation: the same rows, with a length, and any of them again."""
-    data = stored(load_images(f"{shards}/*.tar", "train", streaming=True))
+    data = cache_stream(load_images(f"{shards}/*.tar", "train", streaming=True))
     assert len(data) == 16 and sorted(data["cls"]) == list(range(16))
     assert decode(data[3]["image"], "x").getpixel((0, 0))[0] == data[3]["cls"]
 
@@ -130,13 +130,13 @@ def test_labels_that_are_no_classes():
     )
     data = datasets.Dataset.from_dict({"image": images, "kind": ["cat", "dog"]}, features=words)
     with pytest.raises(ValueError, match=r"`label_column` must hold class indices, but 'kind' holds .*string"):
-        label_names(data, "kind")
+        find_labels(data, "kind")
     with pytest.raises(ValueError, match=r"Found: \[\]"):
-        label_names(data)
+        find_labels(data)
     named = data.class_encode_column("kind")
-    assert label_names(named) == ("kind", ["cat", "dog"])
+    assert find_labels(named) == ("kind", ["cat", "dog"])
     with pytest.raises(ValueError, match="`num_labels` is 3, but 'kind' names 2 classes"):
-        label_names(named, num_labels=3)
+        find_labels(named, num_labels=3)
 
 
 @pytest.mark.parametrize("label", [-1, 2, "dog", None])
@@ -190,7 +190,7 @@ def test_seeded_leaves_no_trace():
 @pytest.mark.parametrize("streaming", [False, True])
 def test_augmentation_does_not_depend_on_workers(folder, streaming):
     """The real transform. For a stream, workers change the order, so it is compared with itself."""
-    transform = training_transform(ImageNetRecipe(), 32)
+    transform = build_training_transform(ImageNetRecipe(), 32)
     runs = []
     for workers in (1, 1) if streaming else (0, 2):
         if streaming:
@@ -254,7 +254,7 @@ def test_unreadable_shard(shards):
 
 
 def test_training_transform_is_timms_with_the_official_settings():
-    text = str(training_transform(ImageNetRecipe(), 224)).replace("\n", "")
+    text = str(build_training_transform(ImageNetRecipe(), 224)).replace("\n", "")
     for part in (
         "size=(224, 224), scale=(0.08, 1.0)",
         "interpolation=bicubic",
@@ -264,7 +264,9 @@ def test_training_transform_is_timms_with_the_official_settings():
         "mstd=0.5",
     ):
         assert part in text, part
-    operations = next(part.ops for part in training_transform(ImageNetRecipe(), 224).transforms if hasattr(part, "ops"))
+    operations = next(
+        part.ops for part in build_training_transform(ImageNetRecipe(), 224).transforms if hasattr(part, "ops")
+    )
     posterize = next(operation.aug_fn for operation in operations if operation.name == "PosterizeIncreasing")
     image = Image.new("RGB", (2, 2), (200, 100, 7))
     assert [posterize(image, bits).getpixel((0, 0))[0] for bits in (0, 1, 2, 8)] == [0, 128, 192, 200]

@@ -260,8 +260,8 @@ def test_images_for_training(coco_json, caplog):
 
     data = read_coco(*coco_json(change))
     assert [record.image_id for record in data.for_training().records] == [7, 3]
-    assert "leaves out 2 of 4 images: 1 have a side of less than 32 pixels, 1 others have no annotations" in caplog.text
-    assert "leaves out 1 of 3 annotations: {'it is a crowd': 1}" in caplog.text
+    assert "skips 2 of 4 images: 1 have a side of less than 32 pixels, 1 others have no annotations" in caplog.text
+    assert "skips 1 of 3 annotations: {'it is a crowd': 1}" in caplog.text
     assert [record.image_id for record in data.for_training(empty=True).records] == [7, 3, 8]
     data.records[1].annotations[0]["bbox"] = [1, 2, math.nan, 4]
     with pytest.raises(AnnotationError, match="Annotation 1 of image 3 has `bbox` .*four finite numbers"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pvt_hf.data.digits import CLASSES, digit_images, draw_scene, write_scenes
+from pvt_hf.data.digits import CLASSES, draw_scene, load_digit_images, write_scenes
 from pvt_hf.models.annotations import rasterize
 
 
@@ -43,7 +43,7 @@ def test_files_agree(folder):
 
 
 def test_what_is_on_them():
-    glyphs, labels = digit_images("train")
+    glyphs, labels = load_digit_images("train")
     scenes = [draw_scene(glyphs, labels, np.random.default_rng(seed)) for seed in range(200)]
     counts = [len(scene.labels) for scene in scenes]
     assert 2 <= counts.count(0) <= 20 and max(counts) == 5 and 2 < np.mean(counts) < 3.5
@@ -61,10 +61,10 @@ def test_what_is_on_them():
 
 
 def test_no_digit_is_in_both_splits():
-    (train, labels), (validation, held_out_labels) = digit_images("train"), digit_images("validation")
-    assert len(train) == len(labels) == 1437 and len(validation) == len(held_out_labels) == 360
+    (train, labels), (validation, validation_labels) = load_digit_images("train"), load_digit_images("validation")
+    assert len(train) == len(labels) == 1437 and len(validation) == len(validation_labels) == 360
     assert not {glyph.tobytes() for glyph in train} & {glyph.tobytes() for glyph in validation}
-    assert set(held_out_labels) == set(range(10))
+    assert set(validation_labels) == set(range(10))
 
 
 def test_same_seed_same_bytes(folder, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import pvt_hf
-from pvt_hf.data.augmentation import SegmentationAugmentation, photometric_distortion, to_hsv, to_rgb
+from pvt_hf.data.augmentation import SegmentationAugmentation, apply_photometric_distortion, to_hsv, to_rgb
 from pvt_hf.data.digits import write_scenes
 from pvt_hf.data.images import ImageError
 from pvt_hf.data.samplers import EpochSampler
@@ -63,7 +63,7 @@ def test_colours_are_opencvs():
 def test_photometric_distortion():
     """Each of the four by the amounts of the official code, and the others as they are."""
     image = torch.tensor([150, 100, 70], dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 2)
-    changed = [photometric_distortion(image, np.random.default_rng(seed))[:, 0, 0] for seed in range(400)]
+    changed = [apply_photometric_distortion(image, np.random.default_rng(seed))[:, 0, 0] for seed in range(400)]
     same = [torch.equal(pixel, image[:, 0, 0]) for pixel in changed]
     assert 10 < sum(same) < 45  # 1 in 16
     hue, saturation, value = to_hsv(torch.stack(changed).T[..., None])[..., 0].int()
@@ -72,7 +72,7 @@ def test_photometric_distortion():
     assert -20 <= turned.min() < -12 and 12 < turned.max() <= 20 and 150 < (turned.abs() <= 2).sum() < 260
     assert value.min() < 75 and value.max() > 220 and saturation.min() < 80 and saturation.max() > 180
     assert torch.equal(
-        photometric_distortion(image, np.random.default_rng(3)), changed[3].view(3, 1, 1).expand(3, 2, 2)
+        apply_photometric_distortion(image, np.random.default_rng(3)), changed[3].view(3, 1, 1).expand(3, 2, 2)
     )
 
 
