@@ -150,7 +150,7 @@ def test_metrics_are_those_of_a_slow_evaluation(window, data, tmp_path):
     np.testing.assert_allclose([float(row["IoU"]) for row in rows], iou, rtol=1e-5)
     metric = mean_iou_metric(11)
     metric.add_batch(predictions=maps, references=[trainer.eval_dataset[index]["labels"] for index in range(5)])
-    assert metric.compute()["mIoU"] == pytest.approx(metrics["eval_mIoU"], rel=1e-9)
+    assert metric.compute()["mean_iou"] == pytest.approx(metrics["eval_mIoU"], rel=1e-9)
 
 
 def test_window_that_covers_the_images(data, tmp_path):
