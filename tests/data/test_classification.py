@@ -72,7 +72,7 @@ def value_of(image: Image.Image) -> torch.Tensor:
     return torch.tensor([image.getpixel((0, 0))[0], random.random(), np.random.rand(), torch.rand(1).item()])
 
 
-def test_image_folder(folder):
+def test_image_folders_are_loaded_by_split(folder):
     data = load_images(str(folder), "train")
     assert find_labels(data) == ("label", ["cat", "dog"]) and len(data) == 12
     assert decode(data[0]["image"], "x").size == (20, 24)
@@ -83,7 +83,7 @@ def test_image_folder(folder):
         load_images("no/such/dataset", "train")
 
 
-def test_digits():
+def test_without_a_source_the_bundled_digits_are_loaded():
     train, validation = load_images(None, "train"), load_images(None, "validation")
     assert (len(train), len(validation)) == (1437, 360) and find_labels(train)[1] == list("0123456789")
     seen = {row["image"]["bytes"] for row in train} & {row["image"]["bytes"] for row in validation}
@@ -92,7 +92,7 @@ def test_digits():
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_shards(shards, kind, streaming):
+def test_shards_are_loaded_whatever_their_columns_are_called(shards, kind, streaming):
     data = load_images(f"{shards}/*.{kind}", "train", streaming=streaming)
     column = {"parquet": "kind", "tar": "cls"}[kind]
     assert sorted(int(row[column]) for row in data) == list(range(16))
@@ -107,7 +107,7 @@ def test_shards(shards, kind, streaming):
         assert count_images(data, "train") is None
 
 
-def test_data_sets_in_a_folder(shards, folder):
+def test_parquet_files_in_a_folder_are_a_data_set(shards, folder):
     """Parquet files in a folder are a data set of theirs, and not images."""
     (shards / "set").mkdir()
     for number in range(2):
@@ -115,14 +115,14 @@ def test_data_sets_in_a_folder(shards, folder):
     assert find_labels(load_images(str(shards / "set"), "train"))[1] == [str(value) for value in range(8)]
 
 
-def test_stream_is_stored(shards):
+def test_cached_stream_has_the_same_rows(shards):
     """For evaluation: the same rows, with a length, and any of them again."""
     data = cache_stream(load_images(f"{shards}/*.tar", "train", streaming=True))
     assert len(data) == 16 and sorted(data["cls"]) == list(range(16))
     assert decode(data[3]["image"], "x").getpixel((0, 0))[0] == data[3]["cls"]
 
 
-def test_labels_that_are_no_classes():
+def test_labels_that_are_not_classes_are_an_error():
     """Words, and another number of classes than the names say, before any image is read."""
     images, words = (
         [{"bytes": png(1)}] * 2,
@@ -140,7 +140,7 @@ def test_labels_that_are_no_classes():
 
 
 @pytest.mark.parametrize("label", [-1, 2, "dog", None])
-def test_wrong_label(label):
+def test_wrong_label_is_an_error_that_names_the_image(label):
     """The image is named."""
     data = [{"image": {"bytes": png(1), "path": "a.png"}, "label": label}]
     with pytest.raises(ImageError, match=rf"label of a\.png must be a class in \[0, 2\), got {label!r}"):
@@ -149,7 +149,7 @@ def test_wrong_label(label):
         EvaluationImages(data, "label", 2, pvt_hf.PvtImageProcessorPil())[0]
 
 
-def test_two_columns_of_images(tmp_path):
+def test_two_columns_of_images_are_an_error(tmp_path):
     features = datasets.Features({"a": datasets.Image(), "b": datasets.Image()})
     datasets.Dataset.from_dict({"a": [png(1)], "b": [png(2)]}, features=features).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(ImageError, match=r"must have one column of images, got \['a', 'b'\]"):
@@ -157,7 +157,7 @@ def test_two_columns_of_images(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", png(3)[:60]], ids=["empty", "text", "cut"])
-def test_damaged_image(folder, content):
+def test_corrupt_image_is_skipped_or_an_error(folder, content):
     path = folder / "train" / "dog" / "03.png"
     path.write_bytes(content)
     data = load_images(str(folder), "train")
@@ -176,7 +176,7 @@ def test_damaged_image(folder, content):
         collate(map(EvaluationImages(data, "label", 16, processor).__getitem__, range(12)))
 
 
-def test_seeded_leaves_no_trace():
+def test_seeding_leaves_no_trace():
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     draws = []
     for seed in (1, 1, 2):
@@ -236,7 +236,7 @@ def test_stream_has_as_many_batches_as_it_says(shards):
         assert [len(batch) for batch in loader] == [4] * len(loader) == [4] * 7
 
 
-def test_stream_that_is_too_short_or_too_thin(shards):
+def test_short_stream_begins_again_and_each_worker_needs_a_shard(shards):
     data = load_images(f"{shards}/*.parquet", "train", streaming=True)
     longer = StreamedImages(data, "kind", 16, value_of, 40, seed=0, buffer_size=4)
     counts = np.bincount([row["labels"] for row in longer])
@@ -245,7 +245,7 @@ def test_stream_that_is_too_short_or_too_thin(shards):
         list(DataLoader(longer, 2, collate_fn=list, num_workers=5))
 
 
-def test_unreadable_shard(shards):
+def test_unreadable_shard_is_an_error(shards):
     path = shards / "2.parquet"
     data = load_images(f"{shards}/*.parquet", "train", streaming=True)
     path.write_bytes(path.read_bytes()[:200])
@@ -253,7 +253,7 @@ def test_unreadable_shard(shards):
         list(StreamedImages(data, "kind", 16, value_of, 16, seed=0, buffer_size=1))
 
 
-def test_training_transform_is_timms_with_the_official_settings():
+def test_training_transform_is_timms_with_the_papers_settings():
     text = str(build_training_transform(ImageNetRecipe(), 224)).replace("\n", "")
     for part in (
         "size=(224, 224), scale=(0.08, 1.0)",

@@ -142,7 +142,7 @@ def test_crop_may_leave_nothing():
     assert len(cut) == 0 and cut.boxes.shape == (0, 4) and cut.masks.shape == (0, 1, 1)
 
 
-def test_recipes_of_augmentation():
+def test_augmentation_draws_sizes_flips_and_crops_as_often_as_it_should():
     """What is drawn: short sides, flips and crops, each as often as it should be."""
     image, objects = squares(100, 160, count=1)
     one = DetectionAugmentation((64,), 200)
@@ -169,7 +169,7 @@ def test_recipes_of_augmentation():
     assert torch.equal(again[0][0], again[1][0]) and torch.equal(again[0][1].boxes, again[1][1].boxes)
 
 
-def test_read_coco(coco_json):
+def test_coco_categories_become_labels_and_back(coco_json):
     data = read_coco(*coco_json())
     assert data.label_names == ["dog", "emu", "cat"] and data.category_ids == [4, 11, 90]
     assert [record.image_id for record in data.records] == [7, 3]
@@ -199,19 +199,19 @@ def test_read_coco(coco_json):
         (lambda content: content["categories"][0].update(id=4), "`categories` whose ids are not different"),
     ],
 )  # fmt: skip
-def test_malformed_json(coco_json, change, message):
+def test_malformed_coco_json_is_an_error_that_says_where(coco_json, change, message):
     with pytest.raises(AnnotationError, match=rf"annotations\.json.*{message}"):
         read_coco(*coco_json(change))
 
 
-def test_file_that_is_no_json(tmp_path):
+def test_file_that_is_not_json_is_an_error(tmp_path):
     (tmp_path / "x.json").write_text("{")
     for name in ("x.json", "missing.json"):
         with pytest.raises(AnnotationError, match=rf"{name} cannot be read"):
             read_coco(tmp_path / name, tmp_path)
 
 
-def test_damaged_images(coco_json):
+def test_corrupt_image_is_skipped_or_an_error(coco_json):
     file, folder = coco_json()
     data = read_coco(file, folder)
     (folder / "b.png").write_bytes(b"no image")
@@ -232,7 +232,7 @@ def test_damaged_images(coco_json):
         data.image(1)
 
 
-def test_orientation(coco_json):
+def test_exif_orientation_is_applied_as_by_opencv(coco_json):
     """Applied as OpenCV does, unless the json has the size of the stored pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     exif = Image.Exif()
@@ -250,7 +250,7 @@ def test_orientation(coco_json):
         assert image.shape == expected.shape and np.abs(image.astype(int) - expected).mean() < 2
 
 
-def test_images_for_training(coco_json, caplog):
+def test_small_and_empty_images_are_not_trained_on(coco_json, caplog):
     def change(content):
         content["images"] += [
             {"id": 8, "file_name": "c.png", "width": 90, "height": 90},
@@ -270,7 +270,7 @@ def test_images_for_training(coco_json, caplog):
         data.for_training(min_side=1000)
 
 
-def test_hub(scenes):
+def test_data_set_of_the_hub_equals_coco_json(scenes):
     """The scenes as a data set with the columns of the Hub's are the same data."""
     expected = read_coco(scenes / "annotations.json", scenes / "images")
     rows = []
@@ -316,7 +316,7 @@ def test_hub(scenes):
         read_detection_dataset(datasets.Dataset.from_list([{"image": None, "objects": {"box": [1]}}]))
 
 
-def test_hub_without_names():
+def test_classes_without_names_are_numbered():
     png = {"bytes": None, "path": "x.png"}
     rows = [{"image": png, "height": 4, "width": 5, "objects": {"bbox": [[0, 0, 1, 1]], "label": [2]}}] * 2
     features = datasets.Features(
@@ -342,7 +342,7 @@ def test_hub_without_names():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_batches(scenes, workers):
+def test_training_batches_do_not_depend_on_workers(scenes, workers):
     data = read_coco(scenes / "annotations.json", scenes / "images").for_training()
     training = TrainingDetections(data, DetectionAugmentation((64, 96), 128), masks=True)
     sampler = AspectRatioSampler([record.size for record in data.records], 4, seed=1)
@@ -371,7 +371,7 @@ def test_training_batches(scenes, workers):
     assert len(next(iter(plain))["labels"]) == 4
 
 
-def test_evaluation_batches(scenes):
+def test_evaluation_batches_are_the_processors(scenes):
     data = read_coco(scenes / "annotations.json", scenes / "images")
     loader = DataLoader(EvaluationDetections(data), 5, collate_fn=DetectionCollator(PROCESSOR, masks=True))
     ids = []

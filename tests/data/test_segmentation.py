@@ -50,7 +50,7 @@ def picture(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return labels.to(torch.uint8).expand(3, -1, -1), labels
 
 
-def test_colours_are_opencvs():
+def test_colors_are_opencvs():
     rgb = np.mgrid[0:256:5, 0:256:5, 0:256:5].reshape(3, 1, -1).astype(np.uint8)
     expected = cv2.cvtColor(rgb.transpose(1, 2, 0), cv2.COLOR_RGB2HSV).transpose(2, 0, 1)
     np.testing.assert_array_equal(to_hsv(torch.from_numpy(rgb)).numpy(), expected)
@@ -60,8 +60,8 @@ def test_colours_are_opencvs():
     assert difference.max() <= 1 and (difference > 0).mean() < 0.03
 
 
-def test_photometric_distortion():
-    """Each of the four by the amounts of the official code, and the others as they are."""
+def test_photometric_distortion_changes_each_by_mmsegmentations_amounts():
+    """Each of the four by the amounts of `PhotoMetricDistortion`, and the others as they are."""
     image = torch.tensor([150, 100, 70], dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 2)
     changed = [apply_photometric_distortion(image, np.random.default_rng(seed))[:, 0, 0] for seed in range(400)]
     same = [torch.equal(pixel, image[:, 0, 0]) for pixel in changed]
@@ -111,7 +111,7 @@ def test_crops_have_several_classes():
     assert shares[0.75] > 0.9 > 0.6 > shares[1.1] > 0.1
 
 
-def test_folders(files):
+def test_folders_pair_images_and_maps_by_name(files):
     data = read_segmentation_folders(*files, num_labels=4)
     image, labels = data.read(1)
     expected = np.asarray(Image.open(files[1] / "deep" / "b.png"))
@@ -128,7 +128,7 @@ def test_folders(files):
         read_segmentation_folders(files[0] / "none", files[1] / "none")
 
 
-def test_maps_that_cannot_be_used(files):
+def test_corrupt_or_unusable_map_is_skipped_or_an_error(files):
     path = files[1] / "deep" / "b.png"
     data = read_segmentation_folders(*files)
     Image.new("RGB", (40, 30)).save(path)
@@ -153,7 +153,7 @@ def test_maps_that_cannot_be_used(files):
         EvaluationMaps(data, PROCESSOR)[0]
 
 
-def test_hub(folder):
+def test_data_set_of_the_hub_equals_folders(folder):
     expected = read_segmentation_folders(folder / "images", folder / "maps", num_labels=11)
     rows = {"image": [row["image"]["path"] for row in expected.rows]}
     rows |= {"annotation": [row["label_map"]["path"] for row in expected.rows], "other": list(range(len(expected)))}
@@ -168,7 +168,7 @@ def test_hub(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_batches(folder, workers):
+def test_training_batches_do_not_depend_on_workers(folder, workers):
     data = read_segmentation_folders(folder / "images", folder / "maps", num_labels=11)
     augment = SegmentationAugmentation(64, 256, crop=(64, 96))
     training, collate = TrainingMaps(data, augment), MapCollator(PROCESSOR, (64, 96))
@@ -185,7 +185,7 @@ def test_training_batches(folder, workers):
     assert padded > 0
 
 
-def test_evaluation(folder):
+def test_evaluation_keeps_labels_at_the_original_size(folder):
     data = read_segmentation_folders(folder / "images", folder / "maps", num_labels=11)
     row = EvaluationMaps(data, PROCESSOR)[3]
     image, labels = data.read(3)

@@ -86,7 +86,7 @@ def test_coco_metrics_are_pycocotools(data, masks, capsys):
         assert evaluation.stats[3] > 0 and evaluation.stats[5] == -1
 
 
-def test_coco_metrics_of_all_and_nothing(data, tmp_path):
+def test_coco_metrics_are_1_for_all_and_0_for_nothing(data, tmp_path):
     truth = data.ground_truth()
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     for masks in (False, True):
@@ -113,7 +113,7 @@ def _gather(rank: int, store: str, queue) -> None:
     dist.destroy_process_group()
 
 
-def test_processes_are_gathered(tmp_path):
+def test_processes_gather_results_and_counts(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [context.Process(target=_gather, args=(rank, str(tmp_path / "store"), queue)) for rank in range(2)]
@@ -155,7 +155,7 @@ def maps(classes: int = 6) -> tuple[np.ndarray, np.ndarray]:
     return predictions, labels
 
 
-def test_mean_iou():
+def test_mean_iou_equals_counting_pixel_by_pixel():
     predictions, labels = maps()
     whole, parts = ConfusionMatrix(6), [ConfusionMatrix(6) for _ in labels]
     whole.update(predictions, labels)
@@ -171,7 +171,7 @@ def test_mean_iou():
     assert iou[4] == 0 and math.isnan(iou[5]) and math.isnan(accuracy[4])
 
 
-def test_mean_iou_of_wrong_values():
+def test_values_that_are_not_classes_are_an_error():
     matrix = ConfusionMatrix(3)
     with pytest.raises(ValueError, match=r"`label` has the values \[-1, 3, 9\], the classes are 0 to 2"):
         matrix.update(torch.tensor([0, 1, 2, 0]), torch.tensor([3, 9, 255, -1]))
@@ -182,7 +182,7 @@ def test_mean_iou_of_wrong_values():
     assert not matrix.counts.any()
 
 
-def test_mean_iou_as_a_metric_of_evaluate():
+def test_mean_iou_metric_starts_anew_after_computing():
     predictions, labels = maps()
     metric = mean_iou_metric(6)
     expected = pytest.approx(slow_metrics(predictions, labels, 6))
@@ -264,7 +264,7 @@ def test_mean_iou_metric_says_what_to_install(monkeypatch):
         mean_iou_metric(2)
 
 
-def test_classification():
+def test_accuracies_and_loss_equal_those_of_sorted_logits():
     logits, labels = torch.randn(40, 12), torch.randint(0, 12, (40,))
     statistics = classification_statistics((logits, "more"), labels)
     metrics = classification_metrics(EvalPrediction(tuple(part.numpy() for part in statistics), labels.numpy()))
