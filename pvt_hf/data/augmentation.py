@@ -70,9 +70,9 @@ def resize_keep_ratio(image: torch.Tensor, objects: Objects, shortest_edge: int,
         shortest_edge: Limit of the shorter side in pixels.
         longest_edge: Limit of the longer side in pixels.
     """
-    source = tuple(image.shape[-2:])
-    target = keep_ratio_size(*source, shortest_edge, longest_edge)
-    return resize_bilinear(image, target), objects.resize(source, target)
+    height, width = image.shape[-2:]
+    target = keep_ratio_size(height, width, shortest_edge, longest_edge)
+    return resize_bilinear(image, target), objects.resize((height, width), target)
 
 
 def flip(image: torch.Tensor, objects: Objects) -> Sample:
@@ -142,8 +142,8 @@ class SegmentationAugmentation:
             The new image and its labels, at most as large as `crop`.
         """
         scale = generator.uniform(*self.scales)
-        limits = int(self.shortest_edge * scale), int(self.longest_edge * scale)
-        size = keep_ratio_size(*image.shape[-2:], *limits)
+        height, width = image.shape[-2:]
+        size = keep_ratio_size(height, width, int(self.shortest_edge * scale), int(self.longest_edge * scale))
         image, labels = resize_bilinear(image, size), resize_nearest(labels, size)
         window = self._draw_window(labels, generator)
         image, labels = image[(slice(None), *window)], labels[window]
@@ -154,12 +154,14 @@ class SegmentationAugmentation:
         return image, labels
 
     def _draw_window(self, labels: torch.Tensor, generator: np.random.Generator) -> tuple[slice, slice]:
+        """Rows and columns of a crop."""
+
         def draw() -> tuple[slice, slice]:
-            starts = [
+            top, left = (
                 int(generator.integers(max(side - cut, 0) + 1))
                 for side, cut in zip(labels.shape, self.crop, strict=True)
-            ]
-            return tuple(slice(start, start + cut) for start, cut in zip(starts, self.crop, strict=True))
+            )
+            return slice(top, top + self.crop[0]), slice(left, left + self.crop[1])
 
         window = draw()
         for _ in range(10):

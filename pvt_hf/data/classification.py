@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -290,7 +290,7 @@ class StreamedImages(_AugmentedImages, IterableDataset):
                 for position in range(batch * self.batch_size, (batch + 1) * self.batch_size):
                     yield self.augment(next(rows), (self.seed, self.epoch, self.rank, position), position)
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self) -> Generator[dict[str, Any], None, None]:
         for lap in range(2**31):
             self.data.set_epoch(self.epoch + 100_003 * lap)
             row = None

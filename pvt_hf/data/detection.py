@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..models.annotations import Objects
     from ..models.image_processing_detection import PvtDetectionImageProcessor
 
-    Augment = Callable[[torch.Tensor, Objects, np.random.Generator], tuple[torch.Tensor, Objects]]
+    Augment: TypeAlias = Callable[[torch.Tensor, Objects, np.random.Generator], tuple[torch.Tensor, Objects]]
 
 logger = logging.get_logger(__name__)
 

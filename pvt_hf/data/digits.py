@@ -131,10 +131,9 @@ def _write_split(folder: Path, split: str, images: int, seed: int) -> None:
         height, width = scene.pixels.shape[:2]
         records["images"].append({"id": image_id, "file_name": name, "height": height, "width": width})
         for label, mask in zip(scene.labels, scene.masks, strict=True):
-            annotation = {"id": len(records["annotations"]) + 1, "image_id": image_id, "category_id": label + 1}
-            annotation |= {"bbox": _surround(mask), "area": int(mask.sum()), "iscrowd": 0}
-            annotation |= {"segmentation": encode_mask(mask)}
-            records["annotations"].append(annotation)
+            ids = {"id": len(records["annotations"]) + 1, "image_id": image_id, "category_id": label + 1}
+            shape = {"bbox": _surround(mask), "area": int(mask.sum()), "iscrowd": 0, "segmentation": encode_mask(mask)}
+            records["annotations"].append(ids | shape)
     records["categories"] = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
     (folder / "annotations.json").write_text(json.dumps(records))
 

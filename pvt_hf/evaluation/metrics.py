@@ -7,8 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import distribution
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
     import evaluate
     from transformers import EvalPrediction
 
-    LabelMap = torch.Tensor | np.ndarray | Sequence[Sequence[int]]
-    Results = Mapping[int, list[dict[str, Any]]]
+    LabelMap: TypeAlias = torch.Tensor | np.ndarray | Sequence[Sequence[int]]
+    Results: TypeAlias = Mapping[int, list[dict[str, Any]]]
 
 # COCO's twelve numbers in its own order: over IoU 0.5:0.95 and 100 detections unless the name says otherwise.
 COCO_METRICS = (
@@ -128,9 +127,8 @@ def coco_metrics(results: Results, ground_truth: str | Path | dict[str, Any], ma
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
-    if not isinstance(ground_truth, dict):
-        ground_truth = json.loads(Path(ground_truth).read_text())
-    wanted = {image["id"] for image in ground_truth["images"]}
+    coco = ground_truth if isinstance(ground_truth, dict) else json.loads(Path(ground_truth).read_text())
+    wanted = {image["id"] for image in coco["images"]}
     if wanted != results.keys():
         missing, others = sorted(wanted - results.keys()), sorted(results.keys() - wanted)
         raise ValueError(
@@ -138,13 +136,13 @@ def coco_metrics(results: Results, ground_truth: str | Path | dict[str, Any], ma
             f"({missing[:5]}), {len(others)} are others ({others[:5]})."
         )
     found = [result for image in results.values() for result in image]
-    categories = {category["id"] for category in ground_truth["categories"]}
+    categories = {category["id"] for category in coco["categories"]}
     if unknown := {result["category_id"] for result in found} - categories:
         raise ValueError(f"`results` have categories that the ground truth does not have: {sorted(unknown)}.")
     # With a box, COCO's code would take its area for the mask's.
     drop = "bbox" if masks else "segmentation"
     found = [{name: value for name, value in result.items() if name != drop} for result in found]
-    truth = COCO(ground_truth, use_deepcopy=True)
+    truth = COCO(coco, use_deepcopy=True)
     evaluation = COCOeval_faster(truth, truth.loadRes(found), "segm" if masks else "bbox")
     for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
         step()
@@ -174,24 +172,24 @@ class ConfusionMatrix:
         Raises:
             ValueError: If the shapes differ, or there are values that are not classes; they are listed.
         """
-        prediction, label = (
+        predicted, labelled = (
             (values if isinstance(values, torch.Tensor) else torch.from_numpy(np.asarray(values))).long().cpu()
             for values in (prediction, label)
         )
-        if prediction.shape != label.shape:
+        if predicted.shape != labelled.shape:
             raise ValueError(
-                f"`prediction` and `label` must have one shape, got {list(prediction.shape)} and {list(label.shape)}."
+                f"`prediction` and `label` must have one shape, got {list(predicted.shape)} and {list(labelled.shape)}."
             )
-        label = reduce_labels(label) if self.reduce_labels else label
-        counted = label != self.ignore_index
-        label, prediction = label[counted], prediction[counted]  # (pixels,)
-        for name, values in (("label", label), ("prediction", prediction)):
+        labelled = reduce_labels(labelled) if self.reduce_labels else labelled
+        counted = labelled != self.ignore_index
+        labelled, predicted = labelled[counted], predicted[counted]  # (pixels,)
+        for name, values in (("label", labelled), ("prediction", predicted)):
             wrong = values[(values < 0) | (values >= self.num_labels)]
             if wrong.numel():
                 raise ValueError(
                     f"`{name}` has the values {wrong.unique().tolist()}, the classes are 0 to {self.num_labels - 1}."
                 )
-        pairs = label * self.num_labels + prediction  # the place of each pixel in the flattened matrix
+        pairs = labelled * self.num_labels + predicted  # the place of each pixel in the flattened matrix
         self.counts += pairs.bincount(minlength=self.num_labels**2).view_as(self.counts)
 
     def __iadd__(self, other: ConfusionMatrix) -> ConfusionMatrix:
@@ -245,11 +243,14 @@ def mean_iou_metric(
     Raises:
         ImportError: If the package `evaluate` is not installed.
     """
-    evaluate, datasets = _import_evaluate()
-    settings = {"num_labels": num_labels, "ignore_index": ignore_index, "reduce_labels": reduce_labels}
+    _load_evaluate()
+    import datasets
+    import evaluate
+
+    settings: dict[str, Any] = {"num_labels": num_labels, "ignore_index": ignore_index, "reduce_labels": reduce_labels}
 
     class MeanIoU(evaluate.Metric):
-        matrix: ConfusionMatrix | None
+        matrix: Any  # a ConfusionMatrix, where `num_labels` is known
 
         def _info(self) -> evaluate.MetricInfo:
             label_maps = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
@@ -295,18 +296,16 @@ def mean_iou_metric(
     return metric
 
 
-def _import_evaluate() -> tuple[ModuleType, ModuleType]:
-    """The packages `evaluate` and `datasets`, also for a program beside a file `evaluate.py`, as in `examples`."""
+def _load_evaluate() -> None:
+    """Imports the package `evaluate`, also for a program beside a file `evaluate.py`, as those in `examples` are."""
     try:
         packages = str(distribution("evaluate").locate_file(""))
         sys.path.insert(0, packages)
         try:
-            import datasets
             import evaluate
         finally:
             sys.path.remove(packages)
     except ImportError as error:
-        raise ImportError("`mean_iou_metric` needs `pip install evaluate datasets`.") from error
+        raise ImportError("`mean_iou_metric` needs `pip install evaluate`.") from error
     if not hasattr(evaluate, "Metric"):
         raise ImportError(f"`mean_iou_metric` needs the package `evaluate`, but {evaluate.__file__} has its name.")
-    return evaluate, datasets

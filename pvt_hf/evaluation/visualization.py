@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..models.image_processing_segmentation import IGNORE_INDEX
 if TYPE_CHECKING:
     from ..data.detection import DetectionData
 
-    Color = tuple[int, int, int]
+    Color: TypeAlias = tuple[int, int, int]
 
 # In pixels: around pairs of pictures, within a pair, and above them all.
 _MARGIN, _GAP, _TITLE = 8, 4, 32

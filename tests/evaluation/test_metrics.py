@@ -260,7 +260,7 @@ def test_mean_iou_metric_finds_the_package_beside_a_file_of_its_name(tmp_path, m
 
 def test_mean_iou_metric_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
-    with pytest.raises(ImportError, match="needs `pip install evaluate datasets`"):
+    with pytest.raises(ImportError, match="needs `pip install evaluate`"):
         mean_iou_metric(2)
 
 
