@@ -117,7 +117,7 @@ class SegmentationAugmentation:
             are not ignored, and there are two classes (default: 0.75).
         flip: Probability of mirroring left and right (default: 0.5).
         distortion: Whether brightness, contrast, saturation and hue change (default: `True`).
-        ignored: The label of ignored pixels (default: 255).
+        ignore_index: The label of ignored pixels (default: 255).
     """
 
     shortest_edge: int = 512
@@ -127,7 +127,7 @@ class SegmentationAugmentation:
     max_share: float = 0.75
     flip: float = 0.5
     distortion: bool = True
-    ignored: int = 255
+    ignore_index: int = 255
 
     def __call__(
         self, image: torch.Tensor, labels: torch.Tensor, generator: np.random.Generator
@@ -166,7 +166,7 @@ class SegmentationAugmentation:
         window = draw()
         for _ in range(10):
             values, counts = labels[window].unique(return_counts=True)
-            counts = counts[values != self.ignored]
+            counts = counts[values != self.ignore_index]
             if len(counts) > 1 and counts.max() / counts.sum() < self.max_share:
                 break
             window = draw()

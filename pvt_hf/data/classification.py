@@ -93,7 +93,7 @@ def cache_stream(stream: datasets.IterableDataset) -> datasets.Dataset:
     """
     import datasets
 
-    def rows(stream):
+    def rows(stream: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
         yield from stream
 
     return datasets.Dataset.from_generator(rows, features=stream.features, gen_kwargs={"stream": stream})

@@ -196,15 +196,15 @@ class MapCollator:
     Args:
         image_processor: Normalises and pads.
         size: (height, width) of the crops in pixels, to which smaller images are padded.
-        ignored: The label of ignored pixels in the batch (default: 255, their label in the rows).
+        ignore_index: The label of ignored pixels in the batch (default: 255, their label in the rows).
     """
 
     image_processor: PvtSegmentationImageProcessor
     size: tuple[int, int]
-    ignored: int = IGNORE_INDEX
+    ignore_index: int = IGNORE_INDEX
 
     def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
         kept, skipped = drop_skipped(rows)
         batch = self.image_processor.batch([row["image"] for row in kept], [row["labels"] for row in kept], self.size)
-        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == IGNORE_INDEX, self.ignored)
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == IGNORE_INDEX, self.ignore_index)
         return dict(batch) | {"names": [row["names"] for row in kept], "skipped": skipped}
