@@ -66,7 +66,9 @@ def draw_objects(
     factor = (height or picture.height) / picture.height
     picture = picture.resize((round(picture.width * factor), round(picture.height * factor)))
     colors = [pick_color(int(label)) for label in class_labels]
-    pixels = _draw_masks(pil_to_tensor(picture), () if masks is None else masks, colors)
+    pixels = pil_to_tensor(picture)
+    if masks is not None:
+        pixels = _draw_masks(pixels, masks, colors)
     corners = (torch.as_tensor(boxes).reshape(-1, 4) * factor).round()
     size = max(11, round(min(picture.size) / 24))
     if colors:  # the best is drawn last
@@ -85,8 +87,8 @@ def _draw_masks(
 ) -> torch.Tensor:
     """Pixels, uint8 `(3, height, width)`, with masks of any size over them: translucent, their outlines opaque."""
     # One call for each, the best last: within a call, torchvision blackens what two masks share.
-    for mask, color in reversed(list(zip(masks, colors, strict=True)) if len(masks) else []):
-        given = torch.as_tensor(np.asarray(mask), dtype=torch.float32)[None, None]  # (1, 1, height, width)
+    for mask, color in reversed(list(zip(masks, colors, strict=True))):
+        given = torch.as_tensor(mask).float().cpu()[None, None]  # (1, 1, height, width)
         inside = F.interpolate(given, pixels.shape[-2:], mode="bilinear") >= 0.5
         outline = inside & (F.avg_pool2d(inside.float(), 3, stride=1, padding=1) < 0.95)  # some of 3 x 3 are outside
         pixels = draw_segmentation_masks(pixels, inside[0], 0.45, color)
@@ -99,7 +101,7 @@ def _write_name(
     draw: ImageDraw.ImageDraw,
     box: Sequence[float],
     text: str,
-    font: Any,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     color: Color,
     size: tuple[int, int],
 ) -> None:
