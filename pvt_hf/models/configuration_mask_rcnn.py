@@ -1,6 +1,6 @@
 """Configuration of Mask R-CNN."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -54,6 +54,7 @@ class MaskRCNNConfig(PreTrainedConfig):
     """
 
     model_type = "pvt_hf_mask_rcnn"
+    backbone_out_features: ClassVar[tuple[str, ...]] = ("stage1", "stage2", "stage3", "stage4")
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig,

@@ -1,6 +1,6 @@
 """Configuration of RetinaNet."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -40,6 +40,7 @@ class RetinaNetConfig(PreTrainedConfig):
     """
 
     model_type = "pvt_hf_retinanet"
+    backbone_out_features: ClassVar[tuple[str, ...]] = ("stage2", "stage3", "stage4")
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig, model_type="pvt", init_kwargs={"out_features": ["stage2", "stage3", "stage4"]}

@@ -1,6 +1,6 @@
 """Configuration of Semantic FPN."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -33,6 +33,7 @@ class SemanticFPNConfig(PreTrainedConfig):
     """
 
     model_type = "pvt_hf_semantic_fpn"
+    backbone_out_features: ClassVar[tuple[str, ...]] = ("stage1", "stage2", "stage3", "stage4")
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig,

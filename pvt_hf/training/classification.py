@@ -24,7 +24,7 @@ class ImageClassificationTrainer(VisionTrainer):
 
     Args:
         recipe: Mixing of whole batches, repeats, and the learning-rate schedule.
-        official_schedule: Whether the learning rate is the recipe's, instead of `args.lr_scheduler_type`.
+        recipe_schedule: Whether the learning rate is the recipe's, instead of `args.lr_scheduler_type`.
         layer_decay: Factor of the learning rate from a block to the one before it.
         train_dataset: [`~pvt_hf.data.classification.TrainingImages`] or [`~pvt_hf.data.classification.StreamedImages`].
         *args, **kwargs: As of [`~pvt_hf.training.trainer.VisionTrainer`], as are the errors.
@@ -42,7 +42,7 @@ class ImageClassificationTrainer(VisionTrainer):
         self,
         *args,
         recipe: ImageNetRecipe,
-        official_schedule: bool = True,
+        recipe_schedule: bool = True,
         layer_decay: float = 1.0,
         **kwargs,
     ):
@@ -57,7 +57,7 @@ class ImageClassificationTrainer(VisionTrainer):
                 model, self.args.learning_rate, self.args.weight_decay, layer_decay
             ),
             schedule=(lambda *steps: cosine_multiplier(recipe, self.args.learning_rate, *steps))
-            if official_schedule
+            if recipe_schedule
             else None,
             repeats=recipe.repeats,
             **kwargs,

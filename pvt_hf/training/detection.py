@@ -31,7 +31,7 @@ class DetectionTrainer(DensePredictionTrainer):
         model: Of the system that the recipe is for. A DETR gets the official loss.
         recipe: Learning-rate schedule and groups of the optimiser.
         processing_class: Puts batches together, and makes detections from outputs.
-        official_schedule: Whether the learning rate is the recipe's, instead of `args.lr_scheduler_type`.
+        recipe_schedule: Whether the learning rate is the recipe's, instead of `args.lr_scheduler_type`.
         train_dataset: [`~pvt_hf.data.detection.TrainingDetections`], with masks where the model has a mask head.
         eval_dataset: [`~pvt_hf.data.detection.EvaluationDetections`].
         *args, **kwargs: As of [`~pvt_hf.training.trainer.VisionTrainer`], as are the errors.
@@ -46,7 +46,7 @@ class DetectionTrainer(DensePredictionTrainer):
         *args,
         recipe: DetectionRecipe,
         processing_class: PvtDetectionImageProcessor,
-        official_schedule: bool = True,
+        recipe_schedule: bool = True,
         **kwargs,
     ):
         is_detr = isinstance(model, DetrForObjectDetection)
@@ -67,7 +67,7 @@ class DetectionTrainer(DensePredictionTrainer):
             parameter_groups=lambda model: detection_parameter_groups(
                 model, recipe, self.args.learning_rate, self.args.weight_decay
             ),
-            schedule=(lambda *steps: step_multiplier(recipe, *steps)) if official_schedule else None,
+            schedule=(lambda *steps: step_multiplier(recipe, *steps)) if recipe_schedule else None,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # transformers' DETR takes any argument, which does not mean this one

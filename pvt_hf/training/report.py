@@ -143,7 +143,7 @@ def _percentages(metrics: dict[str, float], prefix: str, metric_names: dict[str,
     return ", ".join(f"**{100 * metrics[f'{prefix}_{key}']:.2f} %** {name}" for key, name in metric_names.items())
 
 
-def run_settings(recipe: Any, arguments: Any, epochs: float, official_schedule: bool) -> dict[str, Any]:
+def run_settings(recipe: Any, arguments: Any, epochs: float, recipe_schedule: bool) -> dict[str, Any]:
     """What a reader needs to repeat a run: the recipe with what `TrainingArguments` overrode, and its real length."""
     overrides = {
         "epochs": round(epochs, 2),
@@ -157,7 +157,7 @@ def run_settings(recipe: Any, arguments: Any, epochs: float, official_schedule: 
         "images per step": images_per_step(arguments),
         "processes": arguments.world_size,
         "accumulated batches": arguments.gradient_accumulation_steps,
-        "learning-rate schedule": "official" if official_schedule else str(arguments.lr_scheduler_type.value),
+        "learning-rate schedule": "the recipe's" if recipe_schedule else str(arguments.lr_scheduler_type.value),
         "precision": "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "float32",
         "seed": arguments.seed,
     }

@@ -33,7 +33,7 @@ def incompleteness(checkpoint: str | Path) -> str | None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole checkpoint of a run, if there is one. Those that are passed over are logged."""
+    """The newest complete checkpoint of a run, if there is one. Those that are passed over are logged."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         if (reason := incompleteness(folder)) is None:
@@ -73,5 +73,5 @@ def read_run(checkpoint: str | Path) -> dict[str, Any]:
         CheckpointError: If the checkpoint is not whole.
     """
     if reason := incompleteness(checkpoint):
-        raise CheckpointError(f"{checkpoint} is not a whole checkpoint: {reason}.")
+        raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {reason}.")
     return json.loads((Path(checkpoint) / _RUN).read_text())

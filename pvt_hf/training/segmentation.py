@@ -38,7 +38,7 @@ class SegmentationTrainer(DensePredictionTrainer):
     Args:
         model: With `logits` `(batch, num_labels, any height and width)`.
         recipe: Crops, decay, and the learning-rate schedule.
-        official_schedule: Whether the learning rate is the recipe's, instead of `args.lr_scheduler_type`.
+        recipe_schedule: Whether the learning rate is the recipe's, instead of `args.lr_scheduler_type`.
         window, stride: If given, evaluation is in windows of these pixels of the network's input: see
             [`~pvt_hf.models.sliding_window.sliding_window_logits`].
         train_dataset: [`~pvt_hf.data.segmentation.TrainingMaps`].
@@ -60,7 +60,7 @@ class SegmentationTrainer(DensePredictionTrainer):
         *args,
         recipe: SegmentationRecipe,
         processing_class: Any,
-        official_schedule: bool = True,
+        recipe_schedule: bool = True,
         window: int | None = None,
         stride: int | None = None,
         **kwargs,
@@ -79,7 +79,7 @@ class SegmentationTrainer(DensePredictionTrainer):
             parameter_groups=lambda model: segmentation_parameter_groups(
                 model, self.args.learning_rate, self.args.weight_decay
             ),
-            schedule=(lambda *steps: polynomial_multiplier(recipe.power, *steps)) if official_schedule else None,
+            schedule=(lambda *steps: polynomial_multiplier(recipe.power, *steps)) if recipe_schedule else None,
             **kwargs,
         )
         if self.args.world_size > 1 and self.args.device.type == "cuda":

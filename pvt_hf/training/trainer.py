@@ -251,7 +251,7 @@ class VisionTrainer(Trainer):
             rotate_checkpoints(output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in `Trainer`; `True` is the last whole checkpoint of `output_dir`, or the beginning if there is none.
+        """As in `Trainer`; `True` is the last complete checkpoint of `output_dir`, or the beginning if there is none.
 
         Raises:
             CheckpointError: If the given checkpoint is not whole, or of a run that would go on differently.

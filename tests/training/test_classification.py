@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -18,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from pvt_hf.data.images import ImageError
-from pvt_hf.recipes import imagenet_recipe
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
 from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
 from tests.support import classification_run as training_run
@@ -286,9 +284,9 @@ def test_checkpoint_that_was_interrupted(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(transformers.utils.logging._get_library_root_logger(), "propagate", True)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert "checkpoint-8 is not used: it was interrupted while it was written" in caplog.text
-    with pytest.raises(CheckpointError, match="checkpoint-8 is not a whole checkpoint: it was interrupted"):
+    with pytest.raises(CheckpointError, match="checkpoint-8 is not a complete checkpoint: it was interrupted"):
         build(tmp_path).train(str(tmp_path / "checkpoint-8"))
-    with pytest.raises(CheckpointError, match="checkpoint-7 is not a whole checkpoint: there is no such folder"):
+    with pytest.raises(CheckpointError, match="checkpoint-7 is not a complete checkpoint: there is no such folder"):
         build(tmp_path).train(str(tmp_path / "checkpoint-7"))
     optimizer = tmp_path / "checkpoint-4" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
@@ -431,18 +429,3 @@ def test_lora(tmp_path):
     torch.testing.assert_close(merged(pixels).logits, expected, rtol=1e-4, atol=1e-5)
     assert merged.state_dict().keys() == base.keys()
     assert not torch.equal(merged.state_dict()["classifier.weight"], base["classifier.weight"])
-
-
-def test_defaults_of_the_recipe_reach_the_program(monkeypatch):
-    """`examples/train_classification.py` without arguments is the official run of the variant."""
-    program = runpy.run_path(str(ROOT / "examples" / "train_classification.py"))
-
-    def parsed(*arguments) -> tuple:
-        monkeypatch.setattr(sys, "argv", ["train", "--output_dir", "x", "--variant", *arguments])
-        options, args = program["parse_arguments"]()
-        return args.learning_rate, args.weight_decay, args.max_grad_norm, args.num_train_epochs, options.recipe
-
-    assert parsed("pvt_medium") == (0.000125, 0.05, 1.0, 300, imagenet_recipe("pvt_medium"))
-    chosen = ["--learning_rate", "0.01", "--mixup", "0", "--max_grad_norm", "3", "--num_train_epochs", "9"]
-    *numbers, recipe = parsed("pvt_v2_b0", *chosen)
-    assert numbers == [0.01, 0.05, 3.0, 9.0] and recipe.mixup == 0

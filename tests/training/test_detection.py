@@ -3,35 +3,26 @@
 import dataclasses
 import json
 import os
-import runpy
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
-import datasets
 import pytest
 import torch
 import transformers
-from huggingface_hub import ModelCard
-from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, pipeline
+from transformers import AutoModelForObjectDetection
 
-import pvt_hf
 from pvt_hf.data.detection import EvaluationDetections, read_coco
 from pvt_hf.data.digits import write_scenes
 from pvt_hf.data.images import ImageError
 from pvt_hf.evaluation.metrics import COCO_METRICS
 from pvt_hf.models.annotations import AnnotationError
 from pvt_hf.training.optimization import step_multiplier
-from tests.support.detection_run import build, small_detector
-from tests.support.small_models import ROOT, small_config
+from tests.support.detection_run import build
+from tests.support.small_models import ROOT
 
-PROGRAM = str(ROOT / "examples" / "train_detection.py")
 SYSTEMS = pytest.mark.parametrize("recipe", ["retinanet_1x", "mask_rcnn_3x_ms", "detr_50ep"])
 
 
@@ -40,96 +31,8 @@ def scenes(tmp_path_factory):
     return write_scenes(tmp_path_factory.mktemp("data") / "scenes", images=16, validation=5)
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("classifier")
-    AutoModelForImageClassification.from_config(small_config("v2")).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def program(monkeypatch):
-    """Runs the example, or one of its functions, with these arguments in this process."""
-
-    def run(*arguments, function="main"):
-        monkeypatch.setattr(sys, "argv", [PROGRAM, *map(str, arguments)])
-        return runpy.run_path(PROGRAM)[function]()
-
-    return run
-
-
-def coco_arguments(folder):
-    arguments = []
-    for name, split in (("train", "train"), ("eval", "validation")):
-        arguments += [f"--{name}_annotations", folder / split / "annotations.json"]
-        arguments += [f"--{name}_images", folder / split / "images"]
-    return arguments
-
-
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_smoke_run(program, classifier, tmp_path, capsys):
-    """Mask R-CNN from a classifier: what it says, saves and draws is what pycocotools finds in its json."""
-    run = tmp_path / "run"
-    arguments = ["--smoke", "--recipe", "mask_rcnn_1x", "--backbone_checkpoint", classifier, "--output_dir", run]
-    program(*arguments, "--num_train_epochs", "1", "--disable_tqdm", "true")
-    printed = capsys.readouterr().out
-    count = len(pvt_hf.PvtV2Backbone.from_pretrained(classifier).state_dict())
-    assert f"all {count} tensors of the backbone are from {classifier}" in printed
-    assert "on 8 images\n0 corrupt images were left out" in printed
-    measured = json.loads((run / "eval_results.json").read_text())
-    card = ModelCard.load(run / "README.md")
-    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert values.keys() == {"AP", "AP50", "mask_AP", "mask_AP50"} and card.data.pipeline_tag == "object-detection"
-    truth = COCO(str(tmp_path / "scenes-16" / "validation" / "annotations.json"))
-    for kind, prefix in (("bbox", ""), ("segm", "mask_")):
-        found = json.loads((run / "predictions.json").read_text())
-        if kind == "segm":
-            found = [{key: value for key, value in result.items() if key != "bbox"} for result in found]
-        evaluation = COCOeval(truth, truth.loadRes(found), kind)
-        for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
-            step()
-        numbers = dict(zip([f"eval_{prefix}{name}" for name in COCO_METRICS], evaluation.stats, strict=True))
-        assert measured == measured | {key: pytest.approx(value, abs=1e-9) for key, value in numbers.items()}
-        assert values[f"{prefix}AP50"] == pytest.approx(evaluation.stats[1], abs=1e-9)
-    assert not list(run.glob("*.incomplete")) and not list(run.glob("scenes*"))
-    for name in ("curves.png", "predictions.png"):
-        with Image.open(run / name) as picture:
-            assert len(picture.convert("RGB").getcolors(10**7)) > 100
-        assert f"]({name})" in card.content
-    detections = pipeline("object-detection", model=str(run), threshold=0.0)(Image.new("RGB", (150, 120)))
-    assert all(detection["label"] in "0123456789" for detection in detections)
-    with pytest.raises(SystemExit, match="--resume_from_checkpoint true goes on from them"):
-        program(*arguments)
-
-
-def test_fine_tuning_on_other_classes(program, scenes, tmp_path, capsys):
-    """From a checkpoint with ten classes to a data set of the Hub with two; the ids of the json stay in the results."""
-    build(tmp_path / "first", scenes).save_model()
-    content = json.loads((scenes / "validation" / "annotations.json").read_text())
-    rows = []
-    for image in content["images"]:
-        own = [entry for entry in content["annotations"] if entry["image_id"] == image["id"]]
-        objects = {"bbox": [entry["bbox"] for entry in own], "category": [entry["category_id"] % 2 for entry in own]}
-        path = scenes / "validation" / "images" / image["file_name"]
-        rows.append({"image_id": image["id"], "image": str(path), "objects": objects})
-    label = datasets.ClassLabel(names=["even", "odd"])
-    objects = {"bbox": datasets.List(datasets.List(datasets.Value("float32"))), "category": datasets.List(label)}
-    features = {"image_id": datasets.Value("int64"), "image": datasets.Image(), "objects": objects}
-    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
-    data.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "data.parquet"))
-    program(
-        *("--smoke", "--model_name_or_path", tmp_path / "first", "--dataset_name", tmp_path / "data.parquet"),
-        *("--output_dir", tmp_path / "second", "--num_train_epochs", "1", "--warmup_iterations", "0"),
-        *("--disable_tqdm", "true", "--save_strategy", "no"),
-    )
-    first, second = (AutoModelForObjectDetection.from_pretrained(tmp_path / name) for name in ("first", "second"))
-    assert second.config.id2label == {0: "even", 1: "odd"} and first.config.num_labels == 10
-    assert "on 5 images" in capsys.readouterr().out
-    # One step with the recipe's small rate moves nothing far: the rest really came from the checkpoint.
-    torch.testing.assert_close(second.neck.state_dict(), first.neck.state_dict(), atol=2e-3, rtol=0)
 
 
 @SYSTEMS
@@ -281,54 +184,3 @@ def test_unreadable_image(scenes, tmp_path, monkeypatch, caplog):
     assert trainer.skipped_images() >= 1 and f"{record.name} (image {record.image_id}) cannot be read" in caplog.text
     with pytest.raises(ImageError, match=message):
         trainer.evaluate(EvaluationDetections(data))
-
-
-def test_bad_input_of_the_program(program, scenes, classifier, tmp_path):
-    """It ends before any work is done, with a message that says what to change."""
-    wrong = tmp_path / "wrong"
-    for split in ("train", "validation"):
-        (wrong / split).mkdir(parents=True)
-        content = json.loads((scenes / split / "annotations.json").read_text())
-        del content["categories"]
-        (wrong / split / "annotations.json").write_text(json.dumps(content))
-    arguments = ["--smoke", "--output_dir", tmp_path / "run", "--disable_tqdm", "true"]
-    with pytest.raises(AnnotationError, match=r"annotations.json is not COCO json: it has no list \['categories'\]"):
-        program(*arguments, *coco_arguments(wrong))
-    with pytest.raises(SystemExit, match="--train_annotations, .* and --eval_images go together"):
-        program(*arguments, *coco_arguments(scenes)[:4])
-    with pytest.raises(SystemExit, match="a RetinaNetConfig has no fields \\['neck_chanels'\\]"):
-        program(*arguments, *coco_arguments(scenes), "--config_overrides", '{"neck_chanels": 8}')
-    fewer = tmp_path / "fewer"
-    shutil.copytree(scenes, fewer)
-    content = json.loads((fewer / "validation" / "annotations.json").read_text())
-    content["categories"].pop()
-    content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] < 10]
-    (fewer / "validation" / "annotations.json").write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match="Training has the classes .*'9'], evaluation .*'8']"):
-        program(*arguments, *coco_arguments(fewer))
-    small_detector("retinanet").save_pretrained(tmp_path / "detector")
-    with pytest.raises(SystemExit, match="--recipe detr_50ep is not for a pvt_hf_retinanet"):
-        program(*arguments, "--recipe", "detr_50ep", "--model_name_or_path", tmp_path / "detector")
-    with pytest.raises(SystemExit, match="is not a pvt_v2_b2"):
-        program(*arguments, "--variant", "pvt_v2_b2", "--backbone_checkpoint", classifier)
-    with pytest.raises(ValueError, match="`warmup_iterations` must be less than the 10 steps .* got 500"):
-        program(*arguments, *coco_arguments(scenes), "--warmup_iterations", "500")
-    assert not (tmp_path / "run" / "model.safetensors").exists()
-
-
-def test_defaults_of_a_recipe_reach_the_program(program, tmp_path):
-    """Without arguments it is the official run, its rate scaled to the real number of images per step."""
-
-    def parsed(*arguments):
-        options, args = program("--output_dir", tmp_path / "x", *arguments, function="parse_arguments")
-        numbers = (args.learning_rate, args.weight_decay, args.max_grad_norm, args.num_train_epochs)
-        return numbers, options.recipe
-
-    assert parsed()[0] == (pytest.approx(1e-4 * 2 / 16), 1e-4, 0, 12)
-    assert parsed("--recipe", "detr_50ep", "--variant", "pvt_small")[0] == (pytest.approx(1.25e-5), 1e-4, 0.1, 50)
-    numbers, recipe = parsed("--recipe", "mask_rcnn_3x_ms", "--per_device_train_batch_size", "8")
-    assert numbers == (pytest.approx(5e-5), 0.05, 0, 36) and not recipe.decays_norms
-    numbers, _ = parsed("--recipe", "mask_rcnn_1x", "--variant", "pvt_v2_b5", "--gradient_accumulation_steps", "4")
-    assert numbers == (pytest.approx(2e-4 / 1.4), 1e-4, 0, 12)
-    numbers, recipe = parsed("--learning_rate", "0.01", "--num_train_epochs", "3", "--shortest_edges", "96", "128")
-    assert numbers == (0.01, 1e-4, 0, 3) and recipe.shortest_edges == [96, 128] and recipe.longest_edge == 1333

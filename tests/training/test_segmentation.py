@@ -3,23 +3,18 @@ pictures, bad input, and the program as a user starts it."""
 
 import csv
 import json
-import re
-import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
 
-import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoModelForSemanticSegmentation, UperNetConfig, UperNetForSemanticSegmentation, pipeline
+from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
 import pvt_hf
 from pvt_hf.data.digits import write_scenes
@@ -28,11 +23,9 @@ from pvt_hf.evaluation.metrics import mean_iou_metric
 from pvt_hf.evaluation.visualization import draw_overlays, overlay, palette
 from pvt_hf.recipes import SEGMENTATION_RECIPES
 from pvt_hf.training.optimization import freeze_stages, polynomial_multiplier, segmentation_parameter_groups
-from tests.support.segmentation_run import build, losses, read
+from tests.support.segmentation_run import build, losses
 from tests.support.small_models import ROOT, STAGES, randomize, small_config
 from tests.training.test_classification import assert_close, environment, weights
-
-PROGRAM = ROOT / "examples" / "train_segmentation.py"
 
 
 @pytest.fixture(scope="module")
@@ -296,111 +289,3 @@ def test_pictures(tmp_path):
         shown = np.array(picture.convert("RGB")).reshape(-1, 3)
     assert all((shown == color).all(1).sum() > 1000 for color in (expected.tolist(), [0, 0, 0], [100, 100, 100]))
     assert ((shown == colors[150].numpy()).all(1)).sum() > 50  # the legend
-
-
-def program(*arguments) -> list[str]:
-    return [str(PROGRAM), "--use_cpu", "true", "--disable_tqdm", "true", *map(str, arguments)]
-
-
-def test_program(data, tmp_path, monkeypatch, capsys):
-    """Everything from bundled data; then fine-tuning of the result on folders of palette maps with other classes."""
-    classifier = pvt_hf.PvtV2ForImageClassification(pvt_hf.build_config("pvt_v2_b0", num_labels=10))
-    classifier.save_pretrained(tmp_path / "classifier")
-    arguments = ["--smoke", "--output_dir", tmp_path / "run", "--backbone_checkpoint", tmp_path / "classifier"]
-    monkeypatch.setattr(sys, "argv", program(*arguments))
-    runpy.run_path(str(PROGRAM), run_name="__main__")
-    output = capsys.readouterr().out
-    assert f"all {len(classifier.pvt_v2.state_dict())} tensors of the backbone are from" in output
-    miou = re.search(r"eval: mIoU ([\d.]+), .* on 9 images", output)[1]
-    card = ModelCard.load(tmp_path / "run" / "README.md")
-    shown = re.search(r"\*\*([\d.]+) %\*\* mIoU", card.content)[1]
-    assert float(shown) == pytest.approx(100 * float(miou), abs=0.011)
-    assert card.data.pipeline_tag == "image-segmentation"
-    assert "![predictions](predictions.png)" in card.content and "scikit-learn digits" in card.content
-    for picture in ("predictions.png", "curves.png"):
-        with Image.open(tmp_path / "run" / picture) as opened:
-            assert len(opened.convert("RGB").getcolors(10**6)) > 100
-
-    config = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run").config
-    assert config.loss_normalization == "all" and config.id2label[10] == "9" and config.id2label[0] == "background"
-    image = Image.open(data / "validation" / "images" / "000001.png")
-    segments = pipeline("image-segmentation", model=str(tmp_path / "run"))(image)
-    assert segments and all(segment["mask"].size == image.size for segment in segments)
-
-    folders = []
-    for split in ("train", "validation"):
-        (tmp_path / split).mkdir()
-        for path in (data / split / "maps").glob("*.png"):
-            labels = Image.fromarray((np.array(Image.open(path)) > 0).astype(np.uint8) + 1)
-            labels.putpalette(bytes(range(255, -1, -1)) * 3)
-            labels.save(tmp_path / split / path.name)
-        folders += [data / split / "images", tmp_path / split]
-    (tmp_path / "names.json").write_text(json.dumps({"0": "paper", "1": "ink"}))
-    names = ("--train_images", "--train_maps", "--eval_images", "--eval_maps")
-    arguments = [value for pair in zip(names, folders, strict=True) for value in pair]
-    arguments += ["--smoke", "--max_steps", "2", "--reduce_labels", "--class_names", tmp_path / "names.json"]
-    arguments += ["--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "tuned", "--window", 48]
-    monkeypatch.setattr(sys, "argv", program(*arguments, "--stride", 32))
-    runpy.run_path(str(PROGRAM), run_name="__main__")
-    assert "on 5 images" in capsys.readouterr().out
-    tuned, before = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "run"))
-    assert tuned["head.classifier.weight"].shape == (2, 32, 1, 1)
-    name = "neck.lateral_convs.0.weight"
-    assert 0 < (tuned[name] - before[name]).abs().max() < 0.01
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--train_images", "images"], "--train_images, --train_maps, --eval_images and --eval_maps go together"),
-        (["--dataset_name", "me/maps"], "--class_names is missing"),
-        (["--backbone_checkpoint", "classifier", "--variant", "pvt_tiny"], "classifier is not a pvt_tiny"),
-    ],
-)
-def test_wrong_arguments_of_the_program(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    pvt_hf.build_config("pvt_v2_b0").save_pretrained("classifier")
-    monkeypatch.setattr(sys, "argv", program("--smoke", "--output_dir", "runs/x", *arguments))
-    with pytest.raises(SystemExit, match=message):
-        runpy.run_path(str(PROGRAM), run_name="__main__")
-
-
-def test_official_run_of_the_program(monkeypatch, tmp_path):
-    """Without arguments it is the recipe, with the rate for as many images as there are; and a choice is kept."""
-    monkeypatch.setattr(sys, "argv", program("--output_dir", tmp_path))
-    parse_arguments = runpy.run_path(str(PROGRAM))["parse_arguments"]
-    options, args = parse_arguments()
-    assert options.recipe == SEGMENTATION_RECIPES["semantic_fpn_40k"] and args.max_steps == 40_000
-    assert args.learning_rate == pytest.approx(2e-4 * 4 / 32) and args.weight_decay == 1e-4 and not args.fp16
-    assert (args.max_grad_norm, args.optim, args.adam_epsilon) == (0.0, "adamw_torch_fused", 1e-8)
-    chosen = ["--output_dir", tmp_path, "--num_train_epochs", 3, "--learning_rate", 0.5, "--crop_size", 96, "--flip", 0]
-    monkeypatch.setattr(sys, "argv", program(*chosen))
-    options, args = parse_arguments()
-    assert (args.max_steps, args.num_train_epochs, args.learning_rate) == (-1, 3, 0.5)
-    assert (options.recipe.crop_size, options.recipe.flip, options.recipe.max_share) == (96, 0.0, 0.75)
-
-
-def test_data_of_the_program(data, monkeypatch, tmp_path):
-    """A data set of the Hub with the columns `image` and `annotation` gives what the folders give."""
-    for split in ("train", "validation"):
-        paths = {name: sorted(map(str, (data / split / name).glob("*.png"))) for name in ("images", "maps")}
-        rows = {"image": paths["images"], "annotation": paths["maps"]}
-        features = datasets.Features(dict.fromkeys(rows, datasets.Image()))
-        table = datasets.Dataset.from_dict(rows, features=features)
-        table.map(lambda row: row).to_parquet(tmp_path / "hub" / f"{split}-00000.parquet")
-    (tmp_path / "names.json").write_text(json.dumps(list("abcdefghijk")))
-    arguments = ["--dataset_name", tmp_path / "hub", "--class_names", tmp_path / "names.json", "--output_dir", tmp_path]
-    monkeypatch.setattr(sys, "argv", program(*arguments))
-    module = runpy.run_path(str(PROGRAM))
-    options, args = module["parse_arguments"]()
-    names = module["class_names"](options)
-    assert names == list("abcdefghijk")
-    for found, split in zip(module["load_data"](options, args, names), ("train", "validation"), strict=True):
-        expected = read(data, split)
-        assert len(found) == len(expected)
-        assert all(torch.equal(*pair) for pair in zip(found.read(3), expected.read(3), strict=True))
-    options.class_names = tmp_path / "few.json"
-    options.class_names.write_text(json.dumps({"0": "background", "1": "zero"}))
-    few = module["load_data"](options, args, module["class_names"](options))[0]
-    with pytest.raises(ValueError, match=r"label map .* has the labels \[.*10\], the classes are 0 to 1"):
-        [few.read(index) for index in range(len(few))]
