@@ -45,12 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="pvt-hf",
-        description="Pyramid Vision Transformers: train, measure, convert. `pvt-hf COMMAND --help` says more.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100),
+        usage="pvt-hf COMMAND ...",
+        description="Pyramid Vision Transformers: train, measure, convert.",
+        epilog="\n".join(
+            [
+                "commands (each has its own --help):",
+                *(f"  {name:22}{command.summary}" for name, command in COMMANDS.items()),
+            ]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.summary, add_help=False)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     name = parser.parse_args(argv[:1]).command
     command = COMMANDS[name]
     try:
