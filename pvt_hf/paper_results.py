@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .variants import VARIANTS
-
 
 @dataclass(frozen=True)
 class PublishedResult:
@@ -106,21 +104,3 @@ def _results() -> list[PublishedResult]:
 
 
 PUBLISHED: dict[tuple[str, str], PublishedResult] = {(result.recipe, result.variant): result for result in _results()}
-
-
-def markdown_table() -> str:
-    """Box AP (of Mask R-CNN box / mask AP) on COCO and mIoU on ADE20K, in percent, of all recipes and variants. Where
-    the release states another number than the paper, it stands in brackets."""
-    recipes = [*_DETECTION, *_INSTANCE_SEGMENTATION, "semantic_fpn_40k"]
-    lines = [f"| variant | {' | '.join(f'`{recipe}`' for recipe in recipes)} |", "|--|" + "--|" * len(recipes)]
-    for variant in VARIANTS:
-        cells = (_cell(PUBLISHED.get((recipe, variant))) for recipe in recipes)
-        lines.append(f"| `{variant}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(result: PublishedResult | None) -> str:
-    if result is None:
-        return ""
-    values = " / ".join(f"{result.metrics[key]}" for key in ("AP", "mask_AP", "mIoU") if key in result.metrics)
-    return f"{values} ({result.released_metrics['mIoU']})" if result.released_metrics else values

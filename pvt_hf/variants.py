@@ -104,28 +104,6 @@ def get_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def markdown_table() -> str:
-    """The registry as the README shows it; where paper and release disagree, the release stands in brackets."""
-    lines = [
-        "| variant | depths | channels | parameters (M) | multiply-adds (G) | top-1 (%) | drop-path |",
-        "|--|--|--|--|--|--|--|",
-    ]
-    for variant in VARIANTS.values():
-        depths, channels = (", ".join(map(str, values)) for values in (variant.depths, variant.hidden_sizes))
-        params, top1 = (
-            f"{paper}" if paper == released else f"{paper} ({released})"
-            for paper, released in (
-                (variant.paper_params, variant.released_params),
-                (variant.paper_top1, variant.released_top1),
-            )
-        )
-        lines.append(
-            f"| [`{variant.name}`]({variant.checkpoint_url}) | {depths} | {channels} | {params} "
-            f"| {variant.paper_gflops} | {top1} | {variant.drop_path_rate} |"
-        )
-    return "\n".join(lines)
-
-
 def build_config(name: str, **overrides: Any) -> PreTrainedConfig:
     """Builds the configuration of a variant.
 

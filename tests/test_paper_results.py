@@ -5,8 +5,7 @@ import torch
 from transformers import AutoModelForInstanceSegmentation, AutoModelForObjectDetection, AutoModelForSemanticSegmentation
 
 from pvt_hf import MaskRCNNConfig, RetinaNetConfig, SemanticFPNConfig, build_config
-from pvt_hf.paper_results import PUBLISHED, markdown_table
-from tests.support.small_models import ROOT
+from pvt_hf.paper_results import PUBLISHED
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SYSTEMS = {
@@ -24,8 +23,3 @@ def test_parameters_are_the_papers(recipe, variant):
         model = auto_class.from_config(config_class(backbone_config=backbone_config, num_labels=num_labels))
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert parameters == pytest.approx(PUBLISHED[recipe, variant].params, abs=0.06)
-
-
-def test_table_of_the_readme():
-    table = (ROOT / "README.md").read_text().split("paper_results import")[1].split("-->\n")[1].split("<!-- End")[0]
-    assert table.strip() == markdown_table()
