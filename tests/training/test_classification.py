@@ -159,7 +159,7 @@ def test_two_processes_resumed(tmp_path):
     ("settings", "message"),
     [
         ({"per_device_train_batch_size": 16}, "images per batch is 16, not 8"),
-        ({"trainer": {"ema_decay": 0.9}}, "decay of the averaged weights is 0.9, not None"),
+        ({"trainer": {"ema_decay": 0.9}}, "EMA decay is 0.9, not None"),
         ({"data_seed": 7}, "seed of the data is 7, not None"),
     ],
 )
