@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from .variants import get_variant
 
@@ -111,7 +112,7 @@ class DetectionRecipe:
     flip: float = 0.5
 
 
-_LONG = {"epochs": 36, "decay_epochs": (27, 33), "decays_norms": False}
+_LONG: dict[str, Any] = {"epochs": 36, "decay_epochs": (27, 33), "decays_norms": False}
 # RetinaNet's 3x run is in the paper only (v1 section 5.2); its norms are treated as in the 3x configuration there is.
 DETECTION_RECIPES = {
     "retinanet_1x": DetectionRecipe("retinanet"),
@@ -185,7 +186,7 @@ class SegmentationRecipe:
     weight_decay: float = 1e-4
     max_grad_norm: float = 0.0
     drop_path_rate: float = 0.1
-    loss_normalization: str = "all"
+    loss_normalization: Literal["all", "valid"] = "all"
     shortest_edge: int = 512
     longest_edge: int = 2048
     crop_size: int = 512

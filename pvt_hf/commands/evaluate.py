@@ -28,8 +28,8 @@ from .presets import EVALUATION
 
 def find_checkpoints(options: EvaluationArguments) -> list[str]:
     """What is measured: checkpoints by name, or the converted ones of the variants."""
-    if options.model_name_or_path:
-        return options.model_name_or_path
+    if options.variant is None:
+        return options.model_name_or_path or []
     names = VARIANTS if options.variant == "all" else [options.variant]
     checkpoints = [Path(options.checkpoint_root) / name for name in names]
     if missing := [str(checkpoint) for checkpoint in checkpoints if not checkpoint.is_dir()]:
@@ -37,7 +37,7 @@ def find_checkpoints(options: EvaluationArguments) -> list[str]:
     return [str(checkpoint) for checkpoint in checkpoints]
 
 
-def table_rows(checkpoint: str, percentages: dict[str, float], paper: dict[str, float], images: int) -> list[str]:
+def table_rows(checkpoint: str, percentages: dict[str, float], paper: dict[str, float], images: float) -> list[str]:
     """Lines of the table, one per metric."""
     rows = []
     for name, value in percentages.items():

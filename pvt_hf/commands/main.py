@@ -30,7 +30,7 @@ COMMANDS = {
     "convert": Command("convert checkpoints of the released code, timm, mm*", "conversion"),
 }
 # What a command may need beside that. Other packages come with pvt_hf, and their absence is an error as any other.
-_OPTIONAL = ("evaluate", "faster_coco_eval", "peft", "sklearn", "timm")
+_OPTIONAL = ("evaluate", "faster_coco_eval", "peft", "scipy", "sklearn", "timm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

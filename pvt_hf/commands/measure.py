@@ -76,7 +76,7 @@ def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArgument
 
 def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
     model = AutoModelForObjectDetection.from_pretrained(checkpoint, dtype=torch.float32)
-    if options.annotations:
+    if options.annotations and options.images:
         data = read_coco(options.annotations, options.images)
     elif options.dataset_name:
         data = read_detection_dataset(
@@ -100,7 +100,7 @@ def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments
     model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
     image_processor = AutoImageProcessor.from_pretrained(checkpoint)
     settings = {"num_labels": model.config.num_labels, "reduce_labels": image_processor.do_reduce_labels}
-    if options.maps:
+    if options.maps and options.images:
         data = read_segmentation_folders(options.images, options.maps, **settings)
     elif options.dataset_name:
         rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.eval_split)

@@ -10,6 +10,8 @@ from ..models.backbone import load_pretrained_backbone
 from ..training.trainer import VisionTrainer
 from ..variants import backbone_config, build_config, find_variant
 
+DEFAULT_VARIANT = "pvt_v2_b0"
+
 
 def label_fields(names: list[str]) -> dict[str, dict]:
     """The fields `id2label` and `label2id` of a configuration for these classes."""
@@ -30,7 +32,7 @@ def read_backbone_config(checkpoint: str | None, variant: str | None) -> tuple[P
         SystemExit: If the checkpoint is of another variant.
     """
     if checkpoint is None:
-        variant = variant or "pvt_v2_b0"
+        variant = variant or DEFAULT_VARIANT
         return build_config(variant), variant
     config = backbone_config(AutoConfig.from_pretrained(checkpoint))
     found = getattr(find_variant(config), "name", None)

@@ -14,10 +14,11 @@ pattern of parquet files or WebDataset shards.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
+from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, PreTrainedModel, TrainingArguments, set_seed
 
 import pvt_hf
@@ -43,7 +44,7 @@ def parse(argv: Sequence[str] | None) -> tuple:
     groups = parse_arguments(CLASSIFICATION, argv, "pvt-hf train-classification", __doc__, presets.CLASSIFICATION)
     model_args, data_args, recipe_args, options = groups
     _, model_args.variant = shared.read_backbone_config(model_args.model_name_or_path, model_args.variant)
-    recipe = override_recipe(imagenet_recipe(model_args.variant or "pvt_v2_b0"), recipe_args)
+    recipe = override_recipe(imagenet_recipe(model_args.variant or shared.DEFAULT_VARIANT), recipe_args)
     return groups, recipe, build_training_arguments(options, recipe, num_train_epochs=recipe.epochs, fp16=True)
 
 
@@ -54,13 +55,16 @@ def load_model(model_args: ClassificationModelArguments, recipe: ImageNetRecipe,
             model_args.model_name_or_path, ignore_mismatched_sizes=True, **fields
         )
     else:
-        config = pvt_hf.build_config(model_args.variant, image_size=model_args.image_size, **fields)
+        config = pvt_hf.build_config(
+            model_args.variant or shared.DEFAULT_VARIANT, image_size=model_args.image_size, **fields
+        )
         model = AutoModelForImageClassification.from_config(config)
     if rank := model_args.lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        targets = {"target_modules": ["query", "key", "value"], "modules_to_save": ["classifier"]}
-        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, **targets))
+        layers = ["query", "key", "value"]
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, modules_to_save=["classifier"])
+        model = get_peft_model(model, adapter)
     freeze_stages(model, model_args.freeze_stages)
     return model
 
@@ -78,14 +82,30 @@ def load_splits(data_args: ClassificationDataArguments, args: TrainingArguments)
         return train, images.stored(images.load_images(source, data_args.eval_split, config, streaming=True))
 
 
-def stream_options(train: datasets.IterableDataset, data_args: ClassificationDataArguments, args: TrainingArguments):
-    """How long an epoch of the stream is, and which share of it this process reads."""
-    length = data_args.samples_per_epoch or images.epoch_length(train, data_args.train_split)
+def build_training_set(
+    rows: datasets.Dataset | datasets.IterableDataset,
+    classes: tuple[str, int],
+    transform: Callable,
+    data_args: ClassificationDataArguments,
+    args: TrainingArguments,
+) -> Dataset:
+    """The augmented images: of a stream, those of this process."""
+    if not data_args.streaming:
+        return images.TrainingImages(rows, *classes, transform, skip_corrupt=data_args.skip_corrupt)
+    length = data_args.samples_per_epoch or images.epoch_length(rows, data_args.train_split)
     if length is None:
         raise SystemExit("The stream does not say how many images it has: pass --samples_per_epoch")
-    share = {"seed": args.seed, "rank": args.process_index, "world_size": args.world_size}
-    buffer_size = data_args.shuffle_buffer // max(1, args.dataloader_num_workers)
-    return share | {"samples_per_epoch": length, "buffer_size": buffer_size}
+    return images.StreamedImages(
+        rows,
+        *classes,
+        transform,
+        samples_per_epoch=length,
+        seed=args.seed,
+        rank=args.process_index,
+        world_size=args.world_size,
+        buffer_size=data_args.shuffle_buffer // max(1, args.dataloader_num_workers),
+        skip_corrupt=data_args.skip_corrupt,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,9 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     train, validation = load_splits(data_args, args)
     column, names = images.label_names(train, data_args.label_column, data_args.num_labels)
     image_processor = pvt_hf.PvtImageProcessorPil(crop_size=model_args.image_size)
-    training_set, share = images.TrainingImages, {}
-    if data_args.streaming:
-        training_set, share = images.StreamedImages, stream_options(train, data_args, args)
     transform = training_transform(recipe, model_args.image_size)
     trainer = ImageClassificationTrainer(
         model=load_model(model_args, recipe, names),
@@ -106,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layer_decay=recipe_args.layer_decay,
         ema_decay=recipe_args.ema_decay,
         channels_last=model_args.channels_last,
-        train_dataset=training_set(train, column, len(names), transform, skip_corrupt=data_args.skip_corrupt, **share),
+        train_dataset=build_training_set(train, (column, len(names)), transform, data_args, args),
         eval_dataset=images.EvaluationImages(validation, column, len(names), image_processor),
         processing_class=image_processor,
         dataset_name=data_args.dataset_name,

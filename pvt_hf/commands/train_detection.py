@@ -19,7 +19,7 @@ on scenes. The learning rate is that of the recipe for the real number of images
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from transformers import (
     AutoConfig,
@@ -49,7 +49,7 @@ from ..training.optimization import freeze_stages
 from . import presets, shared
 
 # By architecture; DETR is transformers'.
-CLASSES = {
+CLASSES: dict[str, tuple[Any, Any]] = {
     "retinanet": (pvt_hf.RetinaNetConfig, pvt_hf.RetinaNetForObjectDetection),
     "mask_rcnn": (pvt_hf.MaskRCNNConfig, pvt_hf.MaskRCNNForInstanceSegmentation),
 }
@@ -78,8 +78,11 @@ def load_splits(
 ) -> tuple[data.DetectionData, data.DetectionData]:
     """The training set and the validation set."""
     if data_args.train_annotations:
-        train = data.read_coco(data_args.train_annotations, data_args.train_images)
-        validation = data.read_coco(data_args.eval_annotations, data_args.eval_images)
+        files: list[tuple[Any, Any]] = [
+            (data_args.train_annotations, data_args.train_images),
+            (data_args.eval_annotations, data_args.eval_images),
+        ]
+        train, validation = (data.read_coco(*pair) for pair in files)
     elif data_args.dataset_name:
         splits = data_args.train_split, data_args.eval_split
         rows = (load_images(data_args.dataset_name, split, data_args.dataset_config_name) for split in splits)
@@ -113,7 +116,7 @@ def load_model(
         )
     else:
         backbone.drop_path_rate = recipe.drop_path_rate
-        values = shared.label_fields(names) | model_args.config_overrides
+        values = shared.label_fields(names) | cast(dict, model_args.config_overrides)
         model = build_detector(recipe.architecture, backbone, values)
     shared.load_backbone(model, model_args.backbone_checkpoint)
     freeze_stages(model, model_args.freeze_stages)

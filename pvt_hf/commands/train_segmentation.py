@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 from transformers import (
@@ -76,14 +77,15 @@ def load_splits(
     data_args: SegmentationDataArguments, args: TrainingArguments, num_labels: int
 ) -> list[data.SegmentationData]:
     """The training set and the validation set."""
-    settings = {"num_labels": num_labels, "reduce_labels": data_args.reduce_labels}
+    settings: dict[str, Any] = {"num_labels": num_labels, "reduce_labels": data_args.reduce_labels}
     if data_args.dataset_name:
         splits = data_args.train_split, data_args.eval_split
         name, config = data_args.dataset_name, data_args.dataset_config_name
         rows = (datasets.load_dataset(name, config, split=split) for split in splits)
         return [data.read_segmentation_dataset(split, data_args.map_column, **settings) for split in rows]
+    folders: list[tuple[Any, Any]]
     if data_args.train_images:
-        folders = (data_args.train_images, data_args.train_maps), (data_args.eval_images, data_args.eval_maps)
+        folders = [(data_args.train_images, data_args.train_maps), (data_args.eval_images, data_args.eval_maps)]
     else:
         scenes = shared.draw_scenes(args, data_args.num_scenes)
         folders = [(scenes / split / "images", scenes / split / "maps") for split in ("train", "validation")]

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES
+from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES, DetectionRecipe, ImageNetRecipe, SegmentationRecipe
 from ..variants import VARIANTS
 from .optimization import images_per_step
 from .run_checkpoints import last_complete_checkpoint
 
-Recipe = TypeVar("Recipe")
+Recipe = TypeVar("Recipe", ImageNetRecipe, DetectionRecipe, SegmentationRecipe)
 
 
 def option(default: Any, help: str, **parser_options: Any) -> Any:
@@ -379,7 +379,7 @@ def parse_arguments(
     try:
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
-        parser.error(str(error))
+        return parser.error(str(error))
 
 
 def _read_file(file: str, parser: argparse.ArgumentParser) -> list[str]:

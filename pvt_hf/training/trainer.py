@@ -336,7 +336,7 @@ class VisionTrainer(Trainer):
         Returns:
             What was reached, in words.
         """
-        average = self.evaluate_average() if self.ema is not None else {}
+        average: dict[str, float] = self.evaluate_average() if self.ema is not None else {}
         metrics = average | self.evaluate()  # whose predictions are the ones that are kept
         self.save_model()
         self.save_metrics("eval", metrics)
