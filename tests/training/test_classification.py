@@ -1,13 +1,6 @@
 """Training: the same result however it is split, interrupted or computed, and a clear end where it cannot go on."""
 
 import errno
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import peft
 import pytest
@@ -19,57 +12,12 @@ from transformers import AutoModelForImageClassification
 from pvt_hf.data.images import ImageError
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
 from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
-from tests.support import classification_run as training_run
+from tests.support import classification_run
 from tests.support.classification_run import build
-from tests.support.small_models import ROOT, small_config
+from tests.support.processes import kill_after, read_result
+from tests.support.small_models import assert_close, small_config
 
 RICH = {"mixup": 0.8, "cutmix": 1.0, "repeats": 3, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
-
-
-def command(output_dir, settings: dict, processes: int = 1) -> list[str]:
-    program = [str(ROOT / "tests" / "support" / "classification_run.py"), str(output_dir), json.dumps(settings)]
-    if processes == 1:
-        return [sys.executable, *program]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    return [sys.executable, *launch, *program]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the processes have that results are compared with."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def run(output_dir, processes: int = 1, **settings) -> dict:
-    """What a run leaves in `result.json`: in this process if it is to be one."""
-    if processes == 1:
-        training_run.main(str(output_dir), settings)
-    else:
-        result = subprocess.run(
-            command(output_dir, settings, processes), capture_output=True, text=True, env=environment(), timeout=200
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((output_dir / "result.json").read_text())
-
-
-def weights(output_dir) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "model.safetensors")
-
-
-def assert_close(actual: dict, expected: dict, atol: float = 2e-5) -> None:
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def trained(tmp_path, name: str, **settings) -> tuple[list[float], dict]:
@@ -106,53 +54,12 @@ def test_same_result(settings, plain_run, tmp_path):
     assert_close(final, plain_run[1])
 
 
-def test_two_processes_are_one(tmp_path):
-    """DDP with gloo: 2 x 4 images are 8; and 13 validation images are counted once each."""
-    settings = {"optim": "sgd", "learning_rate": 0.1, "trainer": {"ema_decay": 0.9}}
-    one = run(tmp_path / "one", per_device_train_batch_size=8, **settings)
-    two = run(tmp_path / "two", processes=2, per_device_train_batch_size=4, **settings)
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"))
-    assert_close(*(torch.load(tmp_path / name / "ema.pt") for name in ("two", "one")))
-    for key in ("eval_images", "eval_accuracy", "eval_top5_accuracy"):
-        assert two["metrics"][key] == one["metrics"][key]
-    assert one["metrics"]["eval_images"] == 13
-    assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], rel=1e-4)
-
-
-def test_fsdp2_is_one_process(tmp_path):
-    """Sharded over two processes: the same losses and weights, whole in every file, also after a resume."""
-    settings = {"adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 6}
-    one = run(tmp_path / "one", per_device_train_batch_size=8, **settings)
-    settings |= {"per_device_train_batch_size": 4, "sharded": True}
-    two = run(tmp_path / "two", processes=2, **settings)
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"))
-    assert two["metrics"]["eval_accuracy"] == one["metrics"]["eval_accuracy"] and two["metrics"]["eval_images"] == 13
-    resumed = run(tmp_path / "two", processes=2, resume=str(tmp_path / "two" / "checkpoint-12"), **settings)
-    assert resumed["losses"] == two["losses"]
-    assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"))
-
-
 def test_sharding_that_accelerate_would_ignore(tmp_path):
     """On CPUs it does, and every process would have the whole model."""
     trainer = build(tmp_path)
     trainer.args.fsdp = True
     with pytest.raises(ValueError, match="`fsdp` is set, but accelerate does not shard here"):
         trainer._check_arguments()
-
-
-def test_two_processes_resumed(tmp_path):
-    """With accumulation, workers and everything random: the same weights, bit by bit; each process draws its own."""
-    settings = {"recipe": RICH, "model": {"drop_path_rate": 0.2}, "images": 144, "dataloader_num_workers": 1}
-    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
-    settings |= {"save_steps": 2}
-    whole = run(tmp_path, processes=2, **settings)
-    final, seeds = weights(tmp_path), [json.loads((tmp_path / f"seed-{rank}.json").read_text()) for rank in (0, 1)]
-    resumed = run(tmp_path, processes=2, resume=str(tmp_path / "checkpoint-4"), **settings)
-    assert resumed["losses"] == whole["losses"] and len(whole["losses"]) == 18
-    assert all(torch.equal(value, weights(tmp_path)[key]) for key, value in final.items())
-    assert seeds == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +148,8 @@ def test_resumed_at_the_end_of_an_epoch(tmp_path):
     assert all(torch.equal(resumed.model.state_dict()[key], value) for key, value in expected.items())
 
 
-def test_killed_and_resumed(tmp_path):
+@pytest.mark.process
+def test_killed_run_resumes_bit_for_bit(tmp_path):
     """SIGKILL within an epoch, everything random: same batches, augmentations, mixup, drop-path, rates, average."""
     settings = {
         "recipe": RICH,
@@ -250,27 +158,18 @@ def test_killed_and_resumed(tmp_path):
         "save_strategy": "steps",
         "save_steps": 3,
     }
-    whole = run(tmp_path / "whole", **settings)
+    classification_run.main(tmp_path / "uninterrupted", settings)
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(killed, settings | {"slow": 0.3}),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not (killed / "checkpoint-12" / "complete.json").exists():  # of 16, the epoch has 8
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "result.json").exists()
+    kill_after(killed / "checkpoint-12", "classification", settings)  # of 16, the epoch has 8
+    assert not (killed / "result-0.json").exists()
     assert last_complete_checkpoint(killed) == str(killed / "checkpoint-12")
-    resumed = run(killed, resume=True, **settings)
-    assert resumed["losses"][-4:] == whole["losses"][-4:]
+    classification_run.main(killed, settings | {"resume": True})
+    expected, resumed = read_result(tmp_path / "uninterrupted"), read_result(killed)
+    assert resumed["losses"][-4:] == expected["losses"][-4:]
     for file in ("model.safetensors", "checkpoint-15/ema.safetensors"):
-        actual, expected = (load_file(tmp_path / name / file) for name in ("killed", "whole"))
+        actual, expected = (load_file(tmp_path / name / file) for name in ("killed", "uninterrupted"))
         assert all(torch.equal(actual[key], value) for key, value in expected.items()), file
-    actual, expected = (torch.load(tmp_path / name / "ema.pt") for name in ("killed", "whole"))
+    actual, expected = (torch.load(tmp_path / name / "ema.pt") for name in ("killed", "uninterrupted"))
     assert all(torch.equal(actual[key], value) for key, value in expected.items())
 
 

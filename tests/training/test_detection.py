@@ -1,18 +1,10 @@
 """Training of detectors: runs of the program, several processes, interruptions, and bad input that ends clearly."""
 
 import dataclasses
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForObjectDetection
 
 from pvt_hf.data.detection import EvaluationDetections, read_coco
 from pvt_hf.data.digits import write_scenes
@@ -21,7 +13,7 @@ from pvt_hf.evaluation.metrics import COCO_METRICS
 from pvt_hf.models.annotations import AnnotationError
 from pvt_hf.training.optimization import step_multiplier
 from tests.support.detection_run import build
-from tests.support.small_models import ROOT
+from tests.support.processes import kill_after
 
 SYSTEMS = pytest.mark.parametrize("recipe", ["retinanet_1x", "mask_rcnn_3x_ms", "detr_50ep"])
 
@@ -62,78 +54,20 @@ def test_official_loss_of_detr(scenes, tmp_path):
     assert {"loss_ce", "loss_ce_0"} <= outputs.loss_dict.keys() and not trainer.model_accepts_loss_kwargs
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def run_command(output_dir, settings: dict, processes: int = 1) -> list[str]:
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "support" / "detection_run.py"),
-        str(output_dir),
-        json.dumps(settings),
-    ]
-    if processes == 1:
-        return command
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    return [sys.executable, *launch, *command[1:]]
-
-
-def test_two_processes(scenes, tmp_path):
-    """Both see the numbers that one process sees: of five images, one comes to both and counts once."""
-    settings = {"scenes": str(scenes), "recipe": "mask_rcnn_1x", "max_steps": 3, "per_device_train_batch_size": 2}
-    settings |= {"per_device_eval_batch_size": 1}  # in a batch, an image's padding depends on the others
-    command = run_command(tmp_path, settings, processes=2)
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
-    assert result.returncode == 0, result.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1))
-    assert first["metrics"]["eval_images"] == 5 and set(first["seen"]) | set(second["seen"]) == set(range(1, 6))
-    assert len(first["seen"]) == len(second["seen"]) == 3
-    alone = build(tmp_path / "alone", scenes, recipe="mask_rcnn_1x", per_device_eval_batch_size=1)
-    alone.model.load_state_dict(AutoModelForObjectDetection.from_pretrained(tmp_path).state_dict())
-    expected = alone.evaluate()
-    for key in [f"eval_{part}{name}" for part in ("", "mask_") for name in COCO_METRICS]:
-        assert first["metrics"][key] == second["metrics"][key] == pytest.approx(expected[key], abs=1e-6), key
-    together, single = (
-        json.loads((folder / "predictions.json").read_text()) for folder in (tmp_path, tmp_path / "alone")
-    )
-    assert len(single) > 0
-    for results in (together, single):
-        results.sort(key=lambda result: (result["image_id"], -result["score"], result["category_id"]))
-    assert [result["image_id"] for result in together] == [result["image_id"] for result in single]
-    assert [result["score"] for result in together] == pytest.approx([result["score"] for result in single], abs=1e-5)
-
-
-def test_killed_and_resumed(scenes, tmp_path):
+@pytest.mark.process
+def test_killed_run_resumes_bit_for_bit(scenes, tmp_path):
     """SIGKILL within an epoch: same batches, augmentations, sampled regions, stochastic depth and rates to the end."""
     settings = {"recipe": "mask_rcnn_3x_ms", "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
     killed = tmp_path / "killed"
-    command = run_command(killed, settings | {"scenes": str(scenes), "slow": 0.3})
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment(), **silent)
-    try:
-        while not (killed / "checkpoint-6" / "complete.json").exists():
-            assert process.poll() is None
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_after(killed / "checkpoint-6", "detection", settings | {"scenes": scenes})
     assert not (killed / "result-0.json").exists()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in that process, for the same bits
-    try:
-        whole = build(tmp_path / "whole", scenes, **settings)
-        whole.train()
-        expected = {key: value.clone() for key, value in whole.model.state_dict().items()}
-        resumed = build(killed, scenes, **settings)
-        resumed.train(True)
-    finally:
-        torch.set_num_threads(threads)
-    assert losses(resumed) == losses(whole) and len(losses(whole)) >= 8
-    assert all(torch.equal(resumed.model.state_dict()[key], value) for key, value in expected.items())
+    uninterrupted = build(tmp_path / "uninterrupted", scenes, **settings)
+    uninterrupted.train()
+    resumed = build(killed, scenes, **settings)
+    resumed.train(True)
+    assert losses(resumed) == losses(uninterrupted) and len(losses(uninterrupted)) >= 8
+    final = uninterrupted.model.state_dict()
+    assert all(torch.equal(resumed.model.state_dict()[key], value) for key, value in final.items())
 
 
 def test_loss_that_is_not_finite(scenes, tmp_path):

@@ -3,11 +3,6 @@ pictures, bad input, and the program as a user starts it."""
 
 import csv
 import json
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,47 +12,19 @@ from PIL import Image
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
 import pvt_hf
-from pvt_hf.data.digits import write_scenes
 from pvt_hf.data.samplers import EvaluationShare
 from pvt_hf.evaluation.metrics import mean_iou_metric
 from pvt_hf.evaluation.visualization import draw_overlays, overlay, palette
 from pvt_hf.recipes import SEGMENTATION_RECIPES
 from pvt_hf.training.optimization import freeze_stages, polynomial_multiplier, segmentation_parameter_groups
-from tests.support.segmentation_run import build, losses
-from tests.support.small_models import ROOT, STAGES, randomize, small_config
-from tests.training.test_classification import assert_close, environment, weights
+from tests.support.processes import kill_after
+from tests.support.segmentation_run import build, losses, write_data
+from tests.support.small_models import STAGES, assert_close, randomize, small_config
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 scenes to train on, 5 held out: of several sizes, and with some pixels ignored."""
-    root = write_scenes(tmp_path_factory.mktemp("data") / "scenes", images=24, validation=5)
-    for index, path in enumerate(sorted(root.glob("*/maps/*.png"))):
-        labels = np.array(Image.open(path))
-        labels[: 7 * (index % 5)] = 255
-        Image.fromarray(labels).save(path)
-    return root
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes that results are compared with; and enough for models of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def started(output_dir, data, settings: dict, **variables: object) -> subprocess.Popen:
-    program = [
-        str(ROOT / "tests" / "support" / "segmentation_run.py"),
-        str(output_dir),
-        str(data),
-        json.dumps(settings),
-    ]
-    variables = {name: str(value) for name, value in variables.items()}
-    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *program], env=environment() | variables, **output)
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def slow_metrics(trainer, windows=None, num_labels: int = 11) -> tuple[dict, list[float], list[torch.Tensor]]:
@@ -196,49 +163,20 @@ def test_ignored_pixels_are_marked_for_the_count(data, tmp_path):
     assert torch.equal(batches["valid"], batches["all"].masked_fill(ignored, -100))
 
 
-def test_two_processes(data, tmp_path):
-    """2 x 4 images are 8, and the five validation images are counted once each, in whichever process."""
-    settings = {"fixed_norms": True, "optim": "sgd", "learning_rate": 0.1, "drop_path_rate": 0.0, "max_steps": 3}
-    settings |= {"fields": {"classifier_dropout": 0.0}}
-    one = build(tmp_path / "one", data, per_device_train_batch_size=8, **settings)
-    one.train()
-    expected = one.evaluate()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 2}
-    settings |= {"per_device_train_batch_size": 4}
-    processes = [started(tmp_path / "two", data, settings, RANK=rank, LOCAL_RANK=rank, **group) for rank in (0, 1)]
-    for process in processes:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors[-3000:]
-    two = json.loads((tmp_path / "two" / "result.json").read_text())
-    assert two["losses"] == pytest.approx(losses(one), rel=1e-4)
-    assert_close(weights(tmp_path / "two"), one.model.state_dict())
-    assert two["metrics"]["eval_images"] == expected["eval_images"] == 5
-    for key in ("mIoU", "mAcc", "aAcc", "loss"):
-        assert two["metrics"][f"eval_{key}"] == pytest.approx(expected[f"eval_{key}"], rel=1e-4), key
-    with (tmp_path / "two" / "eval_classes.csv").open() as file:
-        assert sum(int(row["pixels"]) for row in csv.DictReader(file)) == one.matrix.counts.sum()
-
-
-def test_killed_and_resumed(data, tmp_path):
-    """SIGKILL in the second epoch: the same losses and weights, bit by bit, statistics of the norms included."""
+@pytest.mark.process
+def test_killed_run_resumes_bit_for_bit(data, tmp_path):
+    """SIGKILL in the second epoch: the same losses and weights, statistics of the norms included."""
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 10}
-    whole = build(tmp_path / "whole", data, **settings)
-    whole.train()
+    uninterrupted = build(tmp_path / "uninterrupted", data, **settings)
+    uninterrupted.train()
     killed = tmp_path / "killed"
-    process = started(killed, data, settings | {"slow": 0.5})
-    while not (killed / "checkpoint-8" / "complete.json").exists():  # the epoch has 6
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (killed / "result.json").exists()
+    kill_after(killed / "checkpoint-8", "segmentation", settings | {"scenes": data})  # the epoch has 6
+    assert not (killed / "result-0.json").exists()
     resumed = build(killed, data, **settings)
     resumed.train(True)
-    assert losses(resumed)[-2:] == losses(whole)[-2:]
+    assert losses(resumed)[-2:] == losses(uninterrupted)[-2:]
     final = resumed.model.state_dict()
-    assert all(torch.equal(final[key], value) for key, value in whole.model.state_dict().items())
+    assert all(torch.equal(final[key], value) for key, value in uninterrupted.model.state_dict().items())
 
 
 def test_other_segmenters(data, tmp_path):
