@@ -8,16 +8,16 @@ from pvt_hf import MaskRCNNConfig, RetinaNetConfig, SemanticFPNConfig, build_con
 from pvt_hf.paper_results import PUBLISHED
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-SYSTEMS = {
+ARCHITECTURES = {
     "retinanet_1x": (AutoModelForObjectDetection, RetinaNetConfig, STAGES[1:], 80),
     "mask_rcnn_1x": (AutoModelForInstanceSegmentation, MaskRCNNConfig, STAGES, 80),
     "semantic_fpn_40k": (AutoModelForSemanticSegmentation, SemanticFPNConfig, STAGES, 150),
 }
 
 
-@pytest.mark.parametrize(("recipe", "variant"), [key for key in PUBLISHED if key[0] in SYSTEMS])
+@pytest.mark.parametrize(("recipe", "variant"), [key for key in PUBLISHED if key[0] in ARCHITECTURES])
 def test_parameters_are_the_papers(recipe, variant):
-    auto_class, config_class, stages, num_labels = SYSTEMS[recipe]
+    auto_class, config_class, stages, num_labels = ARCHITECTURES[recipe]
     backbone_config = build_config(variant, out_features=stages)
     with torch.device("meta"):
         model = auto_class.from_config(config_class(backbone_config=backbone_config, num_labels=num_labels))

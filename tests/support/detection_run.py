@@ -25,12 +25,12 @@ HEADS = {
 FIRST_STAGE = {"retinanet": 1, "mask_rcnn": 0, "detr": 3}
 
 
-def small_detector(system: str, num_labels: int = 10, **overrides):
-    backbone = small_config("v2", out_features=STAGES[FIRST_STAGE[system] :], drop_path_rate=0.1)
-    fields = HEADS[system] | {"num_labels": num_labels} | overrides
-    if system == "detr":
+def small_detector(architecture: str, num_labels: int = 10, **overrides):
+    backbone = small_config("v2", out_features=STAGES[FIRST_STAGE[architecture] :], drop_path_rate=0.1)
+    fields = HEADS[architecture] | {"num_labels": num_labels} | overrides
+    if architecture == "detr":
         return pvt_hf.build_detr(pvt_hf.build_detr_config(backbone, **fields))
-    if system == "mask_rcnn":
+    if architecture == "mask_rcnn":
         return pvt_hf.MaskRCNNForInstanceSegmentation(pvt_hf.MaskRCNNConfig(backbone_config=backbone, **fields))
     return pvt_hf.RetinaNetForObjectDetection(pvt_hf.RetinaNetConfig(backbone_config=backbone, **fields))
 

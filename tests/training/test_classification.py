@@ -46,7 +46,7 @@ def plain_run(tmp_path_factory):
     ],
     ids=["accumulation 2", "accumulation 4", "eager", "checkpointing", "channels last", "workers"],
 )
-def test_same_result(settings, plain_run, tmp_path):
+def test_other_ways_of_computing_give_the_same_losses_and_weights(settings, plain_run, tmp_path):
     """Losses at every step, and the weights in the end. (SGD: Adam's first steps are signs, which rounding turns.)"""
     losses, final = trained(tmp_path, "other", optim="sgd", learning_rate=0.1, **settings)
     assert losses == pytest.approx(plain_run[0], rel=1e-4) and len(losses) == 16
@@ -54,7 +54,7 @@ def test_same_result(settings, plain_run, tmp_path):
     assert_close(final, plain_run[1])
 
 
-def test_sharding_that_accelerate_would_ignore(tmp_path):
+def test_sharding_that_accelerate_would_ignore_is_an_error(tmp_path):
     """On CPUs it does, and every process would have the whole model."""
     trainer = build(tmp_path)
     trainer.args.fsdp = True
@@ -70,14 +70,14 @@ def test_sharding_that_accelerate_would_ignore(tmp_path):
         ({"data_seed": 7}, "seed of the data is 7, not None"),
     ],
 )
-def test_resuming_another_run(settings, message, tmp_path):
+def test_resuming_another_run_is_an_error(settings, message, tmp_path):
     """Another batch size would skip images, or end at once."""
     build(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     with pytest.raises(CheckpointError, match=message):
         build(tmp_path, **settings).train(True)
 
 
-def test_seed_of_the_data(tmp_path):
+def test_data_seed_changes_the_order_only(tmp_path):
     """It changes the order of the images, and nothing else."""
     orders = []
     for seed in (None, 5, 5):
@@ -116,7 +116,7 @@ class Streamed(torch.utils.data.IterableDataset):
             yield self.images[index, 0, self.epoch, position]
 
 
-def test_stream_resumed_and_damaged(tmp_path):
+def test_stream_resumes_where_a_corrupt_shard_ended_it(tmp_path):
     """A resumed stream has the same images; an unreadable shard ends the run, with the last checkpoint intact."""
     settings = {"save_strategy": "steps", "save_steps": 3}
 
@@ -137,7 +137,7 @@ def test_stream_resumed_and_damaged(tmp_path):
     assert all(torch.equal(value, final[key]) for key, value in repaired.model.state_dict().items())
 
 
-def test_resumed_at_the_end_of_an_epoch(tmp_path):
+def test_evaluation_draws_no_random_numbers_of_training(tmp_path):
     """Evaluation, which lies between that checkpoint and the next epoch, draws no random numbers of training."""
     settings = {"model": {"drop_path_rate": 0.3}, "save_strategy": "steps", "save_steps": 8, "eval_strategy": "epoch"}
     whole = build(tmp_path, **settings)
@@ -173,7 +173,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path):
     assert all(torch.equal(actual[key], value) for key, value in expected.items())
 
 
-def test_checkpoint_that_was_interrupted(tmp_path, caplog, monkeypatch):
+def test_incomplete_checkpoint_is_never_used(tmp_path, caplog, monkeypatch):
     """It is never used; the last good one is, and the log says so."""
     trainer = build(tmp_path, save_strategy="steps", save_steps=4, max_steps=8)
     trainer.train()
@@ -194,7 +194,7 @@ def test_checkpoint_that_was_interrupted(tmp_path, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["full disk while the optimizer is written", "full disk while the model is written"])
-def test_full_disk(kind, tmp_path, monkeypatch):
+def test_full_disk_leaves_the_last_checkpoint(kind, tmp_path, monkeypatch):
     """A clear error, and the last checkpoint is untouched even when only one may be kept."""
     trainer = build(tmp_path, save_strategy="steps", save_steps=3, save_total_limit=1)
 
@@ -216,12 +216,12 @@ def test_full_disk(kind, tmp_path, monkeypatch):
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
-def test_only_as_many_checkpoints_as_wanted(tmp_path):
+def test_only_as_many_checkpoints_as_wanted_are_kept(tmp_path):
     build(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=2, max_steps=8).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_loss_that_is_not_finite(tmp_path):
+def test_loss_that_is_not_finite_ends_the_run(tmp_path):
     trainer = build(tmp_path, save_strategy="steps", save_steps=2)
     step, steps = trainer.training_step, []
 
@@ -238,7 +238,7 @@ def test_loss_that_is_not_finite(tmp_path):
     assert all(name in str(error.value) for name in steps[3]) and "checkpoint-2" in str(error.value)
 
 
-def test_schedule_and_optimizer_of_a_run(tmp_path):
+def test_every_step_has_the_rate_of_its_epoch(tmp_path):
     """Each step of an epoch has the epoch's rate, with layer-wise decay on top of it."""
     settings = {"recipe": {"warmup_epochs": 1}, "trainer": {"layer_decay": 0.5}, "num_train_epochs": 4}
     trainer = build(tmp_path, images=16, gradient_accumulation_steps=2, per_device_train_batch_size=4, **settings)
@@ -251,7 +251,7 @@ def test_schedule_and_optimizer_of_a_run(tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(list(trainer.model.parameters()))
 
 
-def test_mixup(tmp_path):
+def test_mixup_gives_mixtures_and_probabilities(tmp_path):
     """Targets are probabilities with smoothing, images are mixtures; an odd image out stays alone."""
     trainer = build(tmp_path, recipe={"mixup": 0.8, "cutmix": 1.0})
     images, labels = torch.rand(7, 3, 8, 8), torch.arange(7)
@@ -274,12 +274,12 @@ def test_mixup(tmp_path):
         ({"per_device_train_batch_size": 100}, r"`per_device_train_batch_size` \(100\) is larger than the 64 images"),
     ],
 )
-def test_wrong_arguments(settings, message, tmp_path):
+def test_arguments_that_would_be_ignored_are_errors(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         build(tmp_path, **settings).train()
 
 
-def test_damaged_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
+def test_corrupt_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
     trainer = build(tmp_path, num_train_epochs=1)
     data = trainer.train_dataset
     data.skip_corrupt, rows = True, list(data.data)
@@ -297,7 +297,7 @@ def test_damaged_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
     assert "broken.png cannot be read" in caplog.text and "image 9 cannot be read" in caplog.text
 
 
-def test_fine_tuning_at_another_resolution_with_frozen_stages(tmp_path):
+def test_frozen_stages_stay_as_they_are_at_another_resolution(tmp_path):
     """v1, pretrained at 64 pixels, takes 32: its position embeddings stay those of 64."""
     trainer = build(tmp_path, version="v1")
     frozen = freeze_stages(trainer.model, 2)
@@ -308,7 +308,7 @@ def test_fine_tuning_at_another_resolution_with_frozen_stages(tmp_path):
     assert changed == before.keys() - set(frozen)
 
 
-def test_lora(tmp_path):
+def test_adapter_is_saved_loaded_and_merged(tmp_path):
     """Adapters of query, key and value: trained, saved, loaded, merged."""
     trainer = build(tmp_path)
     config = peft.LoraConfig(r=2, target_modules=["query", "key", "value"], modules_to_save=["classifier"])

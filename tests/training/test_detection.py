@@ -15,7 +15,7 @@ from pvt_hf.training.optimization import step_multiplier
 from tests.support.detection_run import build
 from tests.support.processes import kill_after
 
-SYSTEMS = pytest.mark.parametrize("recipe", ["retinanet_1x", "mask_rcnn_3x_ms", "detr_50ep"])
+ARCHITECTURES = pytest.mark.parametrize("recipe", ["retinanet_1x", "mask_rcnn_3x_ms", "detr_50ep"])
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@SYSTEMS
-def test_run_of_a_recipe(recipe, scenes, tmp_path):
+@ARCHITECTURES
+def test_run_follows_its_recipe(recipe, scenes, tmp_path):
     """The loss falls, every step has the schedule's rates, and validation images give a loss and COCO's numbers."""
     trainer = build(tmp_path, scenes, recipe=recipe, num_train_epochs=3, learning_rate=3e-3)
     trainer.train()
@@ -46,7 +46,7 @@ def test_run_of_a_recipe(recipe, scenes, tmp_path):
     }
 
 
-def test_official_loss_of_detr(scenes, tmp_path):
+def test_detr_has_auxiliary_losses(scenes, tmp_path):
     """Auxiliary losses included, and accumulated batches are averaged."""
     trainer = build(tmp_path, scenes, recipe="detr_50ep")
     batch = next(iter(trainer.get_train_dataloader()))
@@ -70,7 +70,7 @@ def test_killed_run_resumes_bit_for_bit(scenes, tmp_path):
     assert all(torch.equal(resumed.model.state_dict()[key], value) for key, value in final.items())
 
 
-def test_loss_that_is_not_finite(scenes, tmp_path):
+def test_loss_that_is_not_finite_ends_the_run(scenes, tmp_path):
     trainer = build(tmp_path, scenes)
     step, names = trainer.training_step, []
 
@@ -86,8 +86,8 @@ def test_loss_that_is_not_finite(scenes, tmp_path):
     assert all(name in str(error.value) for name in names[2])
 
 
-@SYSTEMS
-def test_only_empty_images(recipe, scenes, tmp_path):
+@ARCHITECTURES
+def test_images_without_objects_train(recipe, scenes, tmp_path):
     """Batches without a single object train: everything is background."""
     data = read_coco(scenes / "train" / "annotations.json", scenes / "train" / "images")
     empty = dataclasses.replace(data, records=[dataclasses.replace(record, annotations=[]) for record in data.records])
@@ -99,7 +99,7 @@ def test_only_empty_images(recipe, scenes, tmp_path):
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
-def test_unreadable_image(scenes, tmp_path, monkeypatch, caplog):
+def test_corrupt_image_is_named_or_skipped(scenes, tmp_path, monkeypatch, caplog):
     """An error with its name, or left out and counted; never in an evaluation."""
     monkeypatch.setattr(transformers.utils.logging._get_library_root_logger(), "propagate", True)
     monkeypatch.setattr(transformers.utils.logging.get_logger("pvt_hf.data.detection"), "propagate", True)

@@ -1,4 +1,4 @@
-"""Training and evaluation of segmenters: the official schedule, metrics against a slow evaluation, processes, resume,
+"""Training and evaluation of segmenters: mmcv's schedule, metrics against a slow evaluation, processes, resume,
 pictures, bad input, and the program as a user starts it."""
 
 import csv
@@ -55,7 +55,7 @@ def slow_metrics(trainer, windows=None, num_labels: int = 11) -> tuple[dict, lis
     return {key: float(value) for key, value in metrics.items()} | {"loss": total / pixels}, iou.tolist(), maps
 
 
-def test_schedule_at_every_step():
+def test_schedule_is_mmcvs_at_every_step():
     """mmcv's `PolyLrUpdaterHook` with `power=0.9, min_lr=0.0, by_epoch=False`."""
     recipe = SEGMENTATION_RECIPES["semantic_fpn_40k"]
     assert (recipe.steps, recipe.learning_rate, recipe.reference_batch_size) == (40_000, 2e-4, 32)
@@ -72,7 +72,7 @@ def test_schedule_at_every_step():
 
 
 def test_every_parameter_is_decayed(data, tmp_path):
-    """Norms, biases and position embeddings too, as officially; frozen stages are skipped."""
+    """Norms, biases and position embeddings too, as in mmsegmentation; frozen stages are skipped."""
     backbone = small_config("v1", out_features=STAGES)
     model = pvt_hf.SemanticFPNForSemanticSegmentation(pvt_hf.SemanticFPNConfig(backbone_config=backbone))
     (group,) = segmentation_parameter_groups(model, 2e-4, 1e-4)
@@ -84,7 +84,7 @@ def test_every_parameter_is_decayed(data, tmp_path):
     assert frozen and set(frozen).isdisjoint(group["names"]) and len(group["params"]) == len(group["names"])
 
 
-def test_run_of_the_recipe(data, tmp_path):
+def test_run_follows_its_recipe(data, tmp_path):
     """The rate at each step, one group, and the loss falls."""
     trainer = build(tmp_path, data, max_steps=12, learning_rate=3e-3)
     trainer.train()
@@ -114,7 +114,7 @@ def test_metrics_are_those_of_a_slow_evaluation(window, data, tmp_path):
     assert metric.compute()["mIoU"] == pytest.approx(metrics["eval_mIoU"], rel=1e-9)
 
 
-def test_window_that_covers_the_images(data, tmp_path):
+def test_window_that_covers_the_image_equals_the_whole_image(data, tmp_path):
     """The logits at the network's size: the same two resizes as for the whole image."""
     trainer = build(tmp_path, data)
     randomize(trainer.model, std=0.3)
@@ -138,7 +138,7 @@ def test_share_of_a_process(length, world_size):
 
 
 @pytest.mark.parametrize("normalization", ["all", "valid"])
-def test_gradient_accumulation(normalization, data, tmp_path):
+def test_accumulated_batches_train_as_one(normalization, data, tmp_path):
     """4 times 2 images are 8, although the crops have different numbers of ignored pixels."""
     settings = {"fixed_norms": True, "optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
     settings |= {"fields": {"loss_normalization": normalization, "classifier_dropout": 0.0}}
@@ -179,7 +179,7 @@ def test_killed_run_resumes_bit_for_bit(data, tmp_path):
     assert all(torch.equal(final[key], value) for key, value in uninterrupted.model.state_dict().items())
 
 
-def test_other_segmenters(data, tmp_path):
+def test_upernet_is_evaluated_at_its_own_stride(data, tmp_path):
     """UperNet: its logits are as large as its input, and the saved image processor says so."""
     names = {"id2label": {label: str(label) for label in range(11)}}
     names["label2id"] = {name: label for label, name in names["id2label"].items()}
@@ -193,7 +193,7 @@ def test_other_segmenters(data, tmp_path):
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["logits_stride"] == 1
 
 
-def test_images_that_are_ignored_altogether(data, tmp_path):
+def test_images_that_are_ignored_altogether_do_no_harm(data, tmp_path):
     """A batch without a label has the loss 0, also with weights that are trained on; and it is not evaluated."""
     for path in (*(data / "train" / "maps").glob("*.png"), *(data / "validation" / "maps").glob("*.png")):
         target = tmp_path / path.relative_to(data)
@@ -210,7 +210,7 @@ def test_images_that_are_ignored_altogether(data, tmp_path):
     assert metrics["eval_loss"] == 0 and metrics["eval_images"] == 5 and np.isnan(metrics["eval_mIoU"])
 
 
-def test_pictures(tmp_path):
+def test_pictures_have_the_colours_of_the_classes(tmp_path):
     """The classes' colours over the image's brightness, black where ignored, and a legend of what is there."""
     colors = palette(151)
     assert colors.shape == (151, 3) and len({tuple(color) for color in colors.tolist()}) == 151

@@ -75,7 +75,7 @@ def test_resume_restores_every_parameter(version, tmp_path):
 
 
 @VERSIONS
-def test_load_best_model_at_end(version, tmp_path):
+def test_best_model_is_loaded_at_the_end(version, tmp_path):
     """The first of two checkpoints is the best, so loading it has to undo the last steps in every parameter."""
     scores = iter([1.0, 0.0])
     trainer = train(
