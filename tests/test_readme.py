@@ -21,7 +21,7 @@ def fenced(info: str) -> list[str]:
 
 def test_first_commands():
     assert fenced("bash") == [
-        'pip install ".[examples]" && python examples/quickstart.py\n',
+        'pip install ".[training]" && python examples/quickstart.py\n',
         'pip install ".[test]" && pytest\n',
     ]
 

@@ -137,19 +137,22 @@ class VisionTrainer(Trainer):
             raise ValueError("`label_smoothing_factor` has no effect here; the recipe has `label_smoothing`.")
         if args.dataloader_persistent_workers and isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             raise ValueError("`dataloader_persistent_workers` would repeat the first epoch of a stream.")
-        if args.fsdp and not self.is_fsdp_enabled:
+        if args.fsdp or self.is_fsdp_enabled:
+            self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        if not self.is_fsdp_enabled:
             raise ValueError(
                 "`fsdp` is set, but accelerate does not shard here (it does not on CPUs, and needs several processes)."
             )
-        if self.is_fsdp_enabled:
-            kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
-            if "FULL" not in kind:
-                raise ValueError(
-                    f"FSDP would save shards of the weights with the state dict type {kind}: choose FULL_STATE_DICT "
-                    "(`fsdp_config` or `accelerate config`)."
-                )
-            if self.ema_decay is not None:
-                raise ValueError("`ema_decay` needs all weights in every process, which FSDP does not have.")
+        kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if "FULL" not in kind:
+            raise ValueError(
+                f"FSDP would save shards of the weights with the state dict type {kind}: choose FULL_STATE_DICT "
+                "(`fsdp_config` or `accelerate config`)."
+            )
+        if self.ema_decay is not None:
+            raise ValueError("`ema_decay` needs all weights in every process, which FSDP does not have.")
 
     def get_train_dataloader(self) -> DataLoader:
         """Each process reads its own share: nothing is left for accelerate to split."""
@@ -300,15 +303,20 @@ class VisionTrainer(Trainer):
             layout["workers of the stream"] = args.dataloader_num_workers
         return layout
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As in `Trainer`; the random generators of training are not touched."""
-        with keep_random_state():
-            return super().evaluate(*args, **kwargs)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.ema is not None:
+            self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
 
     def skipped_images(self) -> int:
         """How many corrupt images the run left out, over all processes."""
         count = torch.tensor(self.skipped, device=self.args.device)
         return self.skipped_before + int(self.accelerator.reduce(count).item())
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As in `Trainer`; the random generators of training are not touched."""
+        with keep_random_state():
+            return super().evaluate(*args, **kwargs)
 
     def evaluate_average(self) -> dict[str, float]:
         """As `evaluate`, of the averaged weights (`ema_accuracy` ...), which it also saves, to `output_dir/ema`."""
@@ -323,11 +331,6 @@ class VisionTrainer(Trainer):
         finally:
             self.model.load_state_dict(trained)
         return metrics
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.ema is not None:
-            self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
 
     def finish(self) -> str:
         """The end of a training program, called by every process: evaluates the model (and its averaged weights), saves
