@@ -25,7 +25,7 @@ _TRAINING = ("accelerate", "datasets", "matplotlib")
 COMMANDS = {
     "train-classification": Command("train a classifier", "training", (*_TRAINING, "timm")),
     "train-detection": Command("train RetinaNet, Mask R-CNN or DETR", "training", (*_TRAINING, "faster_coco_eval")),
-    "train-segmentation": Command("train Semantic FPN", "training", _TRAINING),
+    "train-segmentation": Command("train Semantic FPN", "training", (*_TRAINING, "evaluate")),
     "evaluate": Command("measure checkpoints beside the papers' numbers", "training", ("accelerate", "datasets")),
     "convert": Command("convert checkpoints of the released code, timm, mm*", "conversion"),
 }

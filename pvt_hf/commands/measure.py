@@ -17,7 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data.classification import EvaluationImages, collate, label_names, load_images
+from ..data.classification import EvaluationImages, collate, find_labels, load_images
 from ..data.detection import EvaluationDetections, read_coco, read_detection_dataset
 from ..data.digits import write_scenes
 from ..data.segmentation import EvaluationMaps, read_segmentation_dataset, read_segmentation_folders
@@ -60,7 +60,7 @@ def draw_scenes(options: EvaluationArguments) -> Path:
 def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
     model = AutoModelForImageClassification.from_pretrained(checkpoint, dtype=torch.float32)
     rows = load_images(options.dataset_name, options.eval_split, options.dataset_config_name)
-    column, names = label_names(rows, options.label_column)
+    column, names = find_labels(rows, options.label_column)
     check_num_labels(model, checkpoint, len(names))
     image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # exactly as torchvision on PIL
     trainer = Trainer(

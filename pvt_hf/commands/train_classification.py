@@ -24,7 +24,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, Train
 import pvt_hf
 
 from ..data import classification as images
-from ..data.augmentation import training_transform
+from ..data.augmentation import build_training_transform
 from ..recipes import ImageNetRecipe, imagenet_recipe
 from ..training.arguments import (
     CLASSIFICATION,
@@ -79,7 +79,7 @@ def load_splits(data_args: ClassificationDataArguments, args: TrainingArguments)
     if not data_args.streaming:
         return train, images.load_images(source, data_args.eval_split, config)
     with args.main_process_first(desc="writing the validation set to the cache"):
-        return train, images.stored(images.load_images(source, data_args.eval_split, config, streaming=True))
+        return train, images.cache_stream(images.load_images(source, data_args.eval_split, config, streaming=True))
 
 
 def build_training_set(
@@ -92,7 +92,7 @@ def build_training_set(
     """The augmented images: of a stream, those of this process."""
     if not data_args.streaming:
         return images.TrainingImages(rows, *classes, transform, skip_corrupt=data_args.skip_corrupt)
-    length = data_args.samples_per_epoch or images.epoch_length(rows, data_args.train_split)
+    length = data_args.samples_per_epoch or images.count_images(rows, data_args.train_split)
     if length is None:
         raise SystemExit("The stream does not say how many images it has: pass --samples_per_epoch")
     return images.StreamedImages(
@@ -112,9 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), recipe, args = parse(argv)
     set_seed(args.seed)
     train, validation = load_splits(data_args, args)
-    column, names = images.label_names(train, data_args.label_column, data_args.num_labels)
+    column, names = images.find_labels(train, data_args.label_column, data_args.num_labels)
     image_processor = pvt_hf.PvtImageProcessorPil(crop_size=model_args.image_size)
-    transform = training_transform(recipe, model_args.image_size)
+    transform = build_training_transform(recipe, model_args.image_size)
     trainer = ImageClassificationTrainer(
         model=load_model(model_args, recipe, names),
         args=args,

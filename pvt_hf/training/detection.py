@@ -103,7 +103,7 @@ class DetectionTrainer(DensePredictionTrainer):
 
     def evaluation_metrics(self) -> dict[str, float]:
         """COCO's twelve numbers, and with the prefix `mask_` those of the masks."""
-        self.results = gather_results(self.results)
+        self.results = dict(gather_results(self.results))
         truth = self.evaluated.ground_truth()
         metrics = coco_metrics(self.results, truth)
         if self.masks:
