@@ -16,6 +16,7 @@ pattern of parquet files or WebDataset shards.
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import datasets
 from torch.utils.data import Dataset
@@ -38,8 +39,10 @@ from ..training.classification import ImageClassificationTrainer
 from ..training.optimization import freeze_stages
 from . import presets, shared
 
+Images: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 
-def parse(argv: Sequence[str] | None) -> tuple:
+
+def parse(argv: Sequence[str] | None) -> tuple[tuple[Any, ...], ImageNetRecipe, TrainingArguments]:
     """The groups of arguments, the recipe, and the `TrainingArguments`."""
     groups = parse_arguments(CLASSIFICATION, argv, "pvt-hf train-classification", __doc__, presets.CLASSIFICATION)
     model_args, data_args, recipe_args, options = groups
@@ -69,7 +72,7 @@ def load_model(model_args: ClassificationModelArguments, recipe: ImageNetRecipe,
     return model
 
 
-def load_splits(data_args: ClassificationDataArguments, args: TrainingArguments) -> tuple:
+def load_splits(data_args: ClassificationDataArguments, args: TrainingArguments) -> tuple[Images, datasets.Dataset]:
     """The training set, perhaps a stream, and the validation set."""
     config, source = data_args.dataset_config_name, data_args.eval_dataset_name or data_args.dataset_name
     train = images.load_images(data_args.dataset_name, data_args.train_split, config, data_args.streaming)
@@ -83,7 +86,7 @@ def load_splits(data_args: ClassificationDataArguments, args: TrainingArguments)
 
 
 def build_training_set(
-    rows: datasets.Dataset | datasets.IterableDataset,
+    rows: Images,
     classes: tuple[str, int],
     transform: Callable,
     data_args: ClassificationDataArguments,

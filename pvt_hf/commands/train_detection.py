@@ -55,7 +55,9 @@ CLASSES: dict[str, tuple[Any, Any]] = {
 }
 
 
-def parse(argv: Sequence[str] | None) -> tuple:
+def parse(
+    argv: Sequence[str] | None,
+) -> tuple[tuple[Any, ...], PreTrainedConfig, DetectionRecipe, TrainingArguments]:
     """The groups of arguments, the backbone's configuration, the recipe, and the `TrainingArguments`."""
     groups = parse_arguments(DETECTION, argv, "pvt-hf train-detection", __doc__, presets.DETECTION)
     model_args, data_args, recipe_args, options = groups

@@ -50,7 +50,9 @@ from ..training.segmentation import SegmentationTrainer
 from . import presets, shared
 
 
-def parse(argv: Sequence[str] | None) -> tuple:
+def parse(
+    argv: Sequence[str] | None,
+) -> tuple[tuple[Any, ...], PreTrainedConfig, SegmentationRecipe, TrainingArguments]:
     """The groups of arguments, the backbone's configuration, the recipe, and the `TrainingArguments`."""
     groups = parse_arguments(SEGMENTATION, argv, "pvt-hf train-segmentation", __doc__, presets.SEGMENTATION)
     model_args, data_args, recipe_args, options = groups

@@ -186,7 +186,7 @@ class RecipeArguments:
     """How it is trained, beside the fields of `TrainingArguments`: what replaces fields of the recipe."""
 
     smoke: bool = option(False, "everything on bundled data in under a minute (default: false)")
-    ema_decay: float | None = option(None, "EMA decay of averaged weights, for example 0.9999 (default: no average)")
+    ema_decay: float | None = option(None, "EMA decay of the weights, for example 0.9999 (default: no EMA)")
     drop_path_rate: float | None = option(None, "stochastic depth of the last block (default: the recipe's)")
 
 

@@ -70,7 +70,7 @@ def training_card(
         name: Of the run.
         config: Of the model.
         log_history: `trainer.state.log_history` with evaluations (`eval_images` and `eval_` with each metric), the last
-            of which is that of the model, and perhaps one of averaged weights (`ema_images` ...).
+            of which is that of the model, and perhaps one of the EMA weights (`ema_images` ...).
         settings: Recipe and arguments of the run.
         dataset: Where the images are from, as the command named it; `None` for scikit-learn's digits.
         initial_weights: The checkpoint that training began with, or `None` for random weights.
@@ -79,12 +79,10 @@ def training_card(
         pictures: Names of files beside the card.
     """
     evaluations = [entry for entry in log_history if "eval_images" in entry]
-    averages = [entry for entry in log_history if "ema_images" in entry]
+    of_ema = [entry for entry in log_history if "ema_images" in entry]
     values = {key: evaluations[-1][f"eval_{key}"] for key in metric_names}
     metadata = _metadata(name, config, task, dataset, initial_weights, values)
-    average = ""
-    if averages:
-        average = f"\nThe averaged weights (in `ema`) reach {_percentages(averages[-1], 'ema', metric_names)}.\n"
+    ema = f"\nThe EMA weights (in `ema`) reach {_percentages(of_ema[-1], 'ema', metric_names)}.\n" if of_ema else ""
     shown = "\n\n".join(f"![{Path(picture).stem}]({picture})" for picture in pictures)
     return ModelCard(
         f"""---
@@ -96,7 +94,7 @@ def training_card(
 A `{config.model_type}` with {config.num_labels} classes, trained by pvt_hf on `{dataset or _BUNDLED_DATA}` from
 {f"`{initial_weights}`" if initial_weights else "random weights"}. On the {evaluations[-1]["eval_images"]} validation
 images it reaches {_percentages(evaluations[-1], "eval", metric_names)}.
-{average}
+{ema}
 Use it with `import pvt_hf` and `{TASK_AUTO_CLASSES[task]}.from_pretrained`. What it is for and where it fails, whoever
 publishes it should say here.
 

@@ -1,5 +1,5 @@
 """`Trainer` with what training vision models at scale needs: exact resume, checkpoints that are complete or not there,
-schedules by step, averaged weights, and an end with a reason when the loss is not a number.
+schedules by step, an EMA of the weights, and an end with a reason when the loss is not a number.
 
 [`VisionTrainer`] is told what to train on, builds loader, optimiser and schedule, takes steps, writes checkpoints and
 resumes from them, evaluates, and finishes with a report; [`DensePredictionTrainer`] changes how it evaluates. What is
@@ -76,8 +76,8 @@ class VisionTrainer(Trainer):
             the schedule is that of `args.lr_scheduler_type`.
         parameter_groups: From the model to the groups of the optimiser; by default those of `Trainer`.
         repeats: How often an image is drawn in a row (default: 1): see [`~pvt_hf.data.samplers.EpochSampler`].
-        ema_decay: EMA decay of averaged weights (timm's `ModelEmaV3`), which every checkpoint has too; by default there
-            are none.
+        ema_decay: EMA decay of the weights (timm's `ModelEmaV3`), which every checkpoint has too; by default there
+            is none.
         channels_last: Whether model and images have that memory format (default: not).
         train_dataset: A data set that is asked for `(index, seed, epoch, position)`, or an iterable one with
             `set_epoch` and `batch_size`. With `data_collator` it makes batches that also have `names`, the images, and
@@ -270,7 +270,7 @@ class VisionTrainer(Trainer):
             **kwargs: As in `Trainer`.
 
         Raises:
-            CheckpointError: If the given checkpoint is not complete, or of a run that would go on differently.
+            CheckpointError: If the given checkpoint is not complete, or of another run.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -309,7 +309,7 @@ class VisionTrainer(Trainer):
             self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
 
     def skipped_images(self) -> int:
-        """How many corrupt images the run left out, over all processes."""
+        """How many corrupt images the run skipped, over all processes."""
         count = torch.tensor(self.skipped, device=self.args.device)
         return self.skipped_before + int(self.accelerator.reduce(count).item())
 
@@ -318,10 +318,10 @@ class VisionTrainer(Trainer):
         with keep_random_state():
             return super().evaluate(*args, **kwargs)
 
-    def evaluate_average(self) -> dict[str, float]:
-        """As `evaluate`, of the averaged weights (`ema_accuracy` ...), which it also saves, to `output_dir/ema`."""
+    def evaluate_ema(self) -> dict[str, float]:
+        """As `evaluate`, of the EMA weights (`ema_accuracy` ...), which it also saves, to `output_dir/ema`."""
         if self.ema is None:
-            raise ValueError("There are no averaged weights: `ema_decay` was not set.")
+            raise ValueError("There are no EMA weights: `ema_decay` was not set.")
         trained = {key: value.clone() for key, value in self.model.state_dict().items()}
         try:
             self.model.load_state_dict(self.ema.module.state_dict())
@@ -333,14 +333,14 @@ class VisionTrainer(Trainer):
         return metrics
 
     def finish(self) -> str:
-        """The end of a training program, called by every process: evaluates the model (and its averaged weights), saves
+        """The end of a training program, called by every process: evaluates the model (and its EMA weights), saves
         it with `eval_results.json`, pictures, curves and card, and pushes everything to the Hub if `args` says so.
 
         Returns:
             What was reached, in words.
         """
-        average: dict[str, float] = self.evaluate_average() if self.ema is not None else {}
-        metrics = average | self.evaluate()  # whose predictions are the ones that are kept
+        ema: dict[str, float] = self.evaluate_ema() if self.ema is not None else {}
+        metrics = ema | self.evaluate()  # whose predictions are the ones that are kept
         self.save_model()
         self.save_metrics("eval", metrics)
         self.draw_predictions()
@@ -352,7 +352,7 @@ class VisionTrainer(Trainer):
         skipped = self.skipped_images()
         if self.args.push_to_hub:
             self.push_to_hub()
-        lines.append(f"{skipped} corrupt images were left out; everything is in {self.args.output_dir}")
+        lines.append(f"{skipped} corrupt images were skipped; everything is in {self.args.output_dir}")
         self.accelerator.end_training()
         return "\n".join(lines)
 

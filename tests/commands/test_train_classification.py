@@ -47,7 +47,7 @@ def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
     with Image.open(io.BytesIO(hub.repos["me/digits"]["curves.png"])) as picture:
         assert picture.size == (1000, 700) and len(picture.convert("RGB").getcolors(10**6)) > 100
     assert results["eval_accuracy"] == accuracy and results["ema_images"] == 360
-    assert "The averaged weights (in `ema`) reach **" in card.content
+    assert "The EMA weights (in `ema`) reach **" in card.content
 
     measured = json.loads((tmp_path / "measured" / "results.json").read_text())["me/digits"]
     assert measured["accuracy"] == pytest.approx(100 * accuracy) and measured["images"] == 360
@@ -131,7 +131,7 @@ def test_recipe_decides_what_the_command_line_leaves_open():
 @pytest.mark.slow
 @pytest.mark.process
 def test_three_epochs_in_two_processes(python, tmp_path):
-    """Digits, launched by accelerate: it learns, goes on where it ended, and counts every validation image once."""
+    """Digits, launched by accelerate: it learns, resumes where it ended, and counts every validation image once."""
     arguments = ["--variant", "pvt_v2_b0", "--image_size", "32", "--num_train_epochs", "3", "--learning_rate", "2e-4"]
     arguments += ["--per_device_train_batch_size", "16", "--warmup_epochs", "0", "--output_dir", "run"]
     arguments += ["--repeats", "1", "--mixup", "0", "--cutmix", "0", "--drop_path_rate", "0"]

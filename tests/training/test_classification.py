@@ -1,4 +1,4 @@
-"""Training: the same result however it is split, interrupted or computed, and a clear end where it cannot go on."""
+"""Training: the same result however it is split, interrupted or computed, and a clear end where it cannot continue."""
 
 import errno
 
@@ -97,10 +97,10 @@ def test_skipped_step_does_not_shift_the_schedule(tmp_path, monkeypatch):
 
 
 class Streamed(torch.utils.data.IterableDataset):
-    """A stream of the first `damaged_at` images of a data set, and then an error."""
+    """A stream of the first `corrupt_at` images of a data set, and then an error."""
 
-    def __init__(self, images, damaged_at=10**9):
-        self.images, self.damaged_at, self.epoch = images, damaged_at, 0
+    def __init__(self, images, corrupt_at=10**9):
+        self.images, self.corrupt_at, self.epoch = images, corrupt_at, 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -111,7 +111,7 @@ class Streamed(torch.utils.data.IterableDataset):
     def __iter__(self):
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epoch)).tolist()
         for position, index in enumerate(order):
-            if self.epoch * len(order) + position == self.damaged_at:
+            if self.epoch * len(order) + position == self.corrupt_at:
                 raise ImageError("A shard of the stream cannot be read: train-3.tar")
             yield self.images[index, 0, self.epoch, position]
 
@@ -125,24 +125,24 @@ def test_stream_resumes_where_a_corrupt_shard_ended_it(tmp_path):
         trainer.train_dataset = Streamed(trainer.train_dataset, **options)
         return trainer
 
-    whole = streamed(tmp_path / "whole")
-    whole.train()
-    corrupt = streamed(tmp_path / "corrupt", damaged_at=64 + 5 * 8)
+    uninterrupted = streamed(tmp_path / "uninterrupted")
+    uninterrupted.train()
+    corrupt = streamed(tmp_path / "corrupt", corrupt_at=64 + 5 * 8)
     with pytest.raises(ImageError, match=r"train-3\.tar"):
         corrupt.train()
     assert last_complete_checkpoint(tmp_path / "corrupt") == str(tmp_path / "corrupt" / "checkpoint-12")
     repaired = streamed(tmp_path / "corrupt")
     repaired.train(True)
-    final = whole.model.state_dict()
+    final = uninterrupted.model.state_dict()
     assert all(torch.equal(value, final[key]) for key, value in repaired.model.state_dict().items())
 
 
 def test_evaluation_draws_no_random_numbers_of_training(tmp_path):
     """Evaluation, which lies between that checkpoint and the next epoch, draws no random numbers of training."""
     settings = {"model": {"drop_path_rate": 0.3}, "save_strategy": "steps", "save_steps": 8, "eval_strategy": "epoch"}
-    whole = build(tmp_path, **settings)
-    whole.train()
-    expected = {key: value.clone() for key, value in whole.model.state_dict().items()}
+    uninterrupted = build(tmp_path, **settings)
+    uninterrupted.train()
+    expected = {key: value.clone() for key, value in uninterrupted.model.state_dict().items()}
     resumed = build(tmp_path, **settings)
     resumed.train(str(tmp_path / "checkpoint-8"))
     assert all(torch.equal(resumed.model.state_dict()[key], value) for key, value in expected.items())
@@ -150,7 +150,7 @@ def test_evaluation_draws_no_random_numbers_of_training(tmp_path):
 
 @pytest.mark.process
 def test_killed_run_resumes_bit_for_bit(tmp_path):
-    """SIGKILL within an epoch, everything random: same batches, augmentations, mixup, drop-path, rates, average."""
+    """SIGKILL within an epoch, everything random: same batches, augmentations, mixup, drop-path, rates, EMA."""
     settings = {
         "recipe": RICH,
         "model": {"drop_path_rate": 0.2},

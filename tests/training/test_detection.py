@@ -36,8 +36,8 @@ def test_run_follows_its_recipe(recipe, scenes, tmp_path):
     assert sum(values[-3:]) < sum(values[:3])
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
     base = trainer.optimizer.param_groups[0]["initial_lr"]
-    factors = [step_multiplier(trainer.recipe, step, trainer.steps_per_epoch, steps) for step in range(steps)]
-    assert logged == pytest.approx([base * factor for factor in factors]) and len(set(logged)) > 1
+    multipliers = [step_multiplier(trainer.recipe, step, trainer.steps_per_epoch, steps) for step in range(steps)]
+    assert logged == pytest.approx([base * multiplier for multiplier in multipliers]) and len(set(logged)) > 1
     metrics = trainer.evaluate()
     parts = ("", "mask_") if recipe.startswith("mask") else ("",)
     assert {f"eval_{part}{name}" for part in parts for name in COCO_METRICS} | {"eval_loss"} <= metrics.keys()
@@ -100,7 +100,7 @@ def test_images_without_objects_train(recipe, scenes, tmp_path):
 
 
 def test_corrupt_image_is_named_or_skipped(scenes, tmp_path, monkeypatch, caplog):
-    """An error with its name, or left out and counted; never in an evaluation."""
+    """An error with its name, or skipped and counted; never in an evaluation."""
     monkeypatch.setattr(transformers.utils.logging._get_library_root_logger(), "propagate", True)
     monkeypatch.setattr(transformers.utils.logging.get_logger("pvt_hf.data.detection"), "propagate", True)
     data = read_coco(scenes / "train" / "annotations.json", scenes / "train" / "images")

@@ -98,8 +98,8 @@ def test_schedule_is_mmcvs_at_every_step(name, steps_per_epoch):
 def test_short_runs_decay_after_the_same_parts():
     """They decay after the same parts of the run, and need a short warm-up."""
     recipe = dataclasses.replace(recipes.DETECTION_RECIPES["retinanet_1x"], warmup_iterations=10)
-    factors = [optimization.step_multiplier(recipe, step, 20, 240) for step in range(240)]
-    assert [factors[step] for step in (10, 159, 160, 219, 220, 239)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    multipliers = [optimization.step_multiplier(recipe, step, 20, 240) for step in range(240)]
+    assert [multipliers[step] for step in (10, 159, 160, 219, 220, 239)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     with pytest.raises(ValueError, match="`warmup_iterations` must be less than the 240 steps of the run.*, got 500"):
         optimization.step_multiplier(recipes.DETECTION_RECIPES["retinanet_1x"], 0, 20, 240)
 
