@@ -1,1 +1,1 @@
-"""The command line `pvt-hf`: one module per command, each a thin program with `main(argv)`."""
+"""The `pvt-hf` command line: one file per subcommand, each a thin program with `main(argv)`."""

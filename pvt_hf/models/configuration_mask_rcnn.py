@@ -59,7 +59,7 @@ class MaskRCNNConfig(PreTrainedConfig):
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig,
             model_type="pvt",
-            init_kwargs={"out_features": ["stage1", "stage2", "stage3", "stage4"]},
+            init_kwargs={"out_features": list(backbone_out_features)},
         )
     }
 

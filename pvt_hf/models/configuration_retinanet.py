@@ -43,7 +43,7 @@ class RetinaNetConfig(PreTrainedConfig):
     backbone_out_features: ClassVar[tuple[str, ...]] = ("stage2", "stage3", "stage4")
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="pvt", init_kwargs={"out_features": ["stage2", "stage3", "stage4"]}
+            config_class=AutoConfig, model_type="pvt", init_kwargs={"out_features": list(backbone_out_features)}
         )
     }
 

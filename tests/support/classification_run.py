@@ -12,8 +12,8 @@ from pvt_hf.data.augmentation import build_training_transform
 from pvt_hf.data.classification import EvaluationImages, TrainingImages, load_images
 from pvt_hf.recipes import ImageNetRecipe
 from pvt_hf.training.classification import ImageClassificationTrainer
-from tests.support.processes import pause_after, write_result
 from tests.support.small_models import small_config
+from tests.support.training_processes import pause_after, write_result
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1, "warmup_epochs": 0, "random_erasing": 0.0, "auto_augment": None}
 

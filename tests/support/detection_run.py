@@ -11,8 +11,8 @@ from pvt_hf.data.augmentation import DetectionAugmentation
 from pvt_hf.data.detection import EvaluationDetections, TrainingDetections, read_coco
 from pvt_hf.recipes import DETECTION_RECIPES
 from pvt_hf.training.detection import DetectionTrainer
-from tests.support.processes import pause_after, write_result
 from tests.support.small_models import STAGES, small_config
+from tests.support.training_processes import pause_after, write_result
 
 SIDES = {"shortest_edges": (64, 96), "longest_edge": 128}
 HEADS = {

@@ -14,8 +14,8 @@ from pvt_hf.data.digits import write_scenes
 from pvt_hf.data.segmentation import EvaluationMaps, TrainingMaps, read_segmentation_folders
 from pvt_hf.recipes import SegmentationRecipe
 from pvt_hf.training.segmentation import SegmentationTrainer
-from tests.support.processes import pause_after, write_result
 from tests.support.small_models import STAGES, small_config
+from tests.support.training_processes import pause_after, write_result
 
 RECIPE = SegmentationRecipe(shortest_edge=48, longest_edge=192, crop_size=48)
 

@@ -14,8 +14,8 @@ from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
 from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
 from tests.support import classification_run
 from tests.support.classification_run import build
-from tests.support.processes import kill_after, read_result
 from tests.support.small_models import assert_close, small_config
+from tests.support.training_processes import kill_after, read_result
 
 RICH = {"mixup": 0.8, "cutmix": 1.0, "repeats": 3, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
 

@@ -13,7 +13,7 @@ from pvt_hf.evaluation.metrics import COCO_METRICS
 from pvt_hf.models.annotations import AnnotationError
 from pvt_hf.training.optimization import step_multiplier
 from tests.support.detection_run import build
-from tests.support.processes import kill_after
+from tests.support.training_processes import kill_after
 
 ARCHITECTURES = pytest.mark.parametrize("recipe", ["retinanet_1x", "mask_rcnn_3x_ms", "detr_50ep"])
 

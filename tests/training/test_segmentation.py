@@ -14,9 +14,9 @@ import pvt_hf
 from pvt_hf.evaluation.metrics import mean_iou_metric
 from pvt_hf.recipes import SEGMENTATION_RECIPES
 from pvt_hf.training.optimization import freeze_stages, polynomial_multiplier, segmentation_parameter_groups
-from tests.support.processes import kill_after
 from tests.support.segmentation_run import build, losses, write_data
 from tests.support.small_models import STAGES, assert_close, randomize, small_config
+from tests.support.training_processes import kill_after
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from transformers import AutoModelForObjectDetection
 from pvt_hf.data.digits import write_scenes
 from pvt_hf.evaluation.metrics import COCO_METRICS
 from tests.support import classification_run, detection_run, segmentation_run
-from tests.support.processes import Run, read_result, run_in_two_processes
 from tests.support.small_models import assert_close
+from tests.support.training_processes import Run, read_result, run_in_two_processes
 
 pytestmark = pytest.mark.process
 
