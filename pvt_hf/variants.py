@@ -20,7 +20,9 @@ class Variant:
     Attributes:
         name: The name in the official code, for example `pvt_v2_b2_li`.
         model_type: `pvt` (arXiv 2102.12122, Table 1) or `pvt_v2` (arXiv 2106.13797, Table 1).
-        depths, hidden_sizes, mlp_ratios: One value per stage.
+        depths: Blocks of each stage.
+        hidden_sizes: Channels of each stage.
+        mlp_ratios: Width of the MLPs of each stage, as a multiple of its channels.
         linear_attention: Linear spatial-reduction attention (v2 only).
         drop_path_rate: Stochastic depth of the official ImageNet recipe.
         paper_top1: ImageNet-1k top-1 accuracy at 224 x 224 in the paper, in percent.
