@@ -81,27 +81,11 @@ def draw(
     figure.savefig(path, dpi=100)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="pvt_v2_b0", choices=list(pvt_hf.VARIANTS))
-    parser.add_argument("--model_name_or_path", help="a checkpoint on the Hub or in a folder, instead of --variant")
-    parser.add_argument("--data_dir", help="an image folder, instead of the digits")
-    parser.add_argument("--output_dir", default="runs/quickstart", type=Path)
-    parser.add_argument("--image_size", type=int, help="pixels: 64 for digits, 224 for a folder, or a checkpoint's own")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--learning_rate", type=float, help="1e-4 for a checkpoint, 1e-3 for random weights")
-    parser.add_argument("--batch_size", type=int, default=32)
-    args = parser.parse_args()
-
-    set_seed(0)
-    train, validation = load_splits(args.data_dir)
-    names = train.features["label"].names
-    model, image_processor = load_model(args, names)
-
+def build_trainer(args: argparse.Namespace, model, image_processor, train, validation) -> Trainer:
     def transform(batch: dict) -> dict:
         return image_processor(batch["image"], return_tensors="pt") | {"labels": torch.tensor(batch["label"])}
 
-    trainer = Trainer(
+    return Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=args.output_dir,
@@ -123,6 +107,28 @@ def main() -> None:
         processing_class=image_processor,
         compute_metrics=lambda output: {"accuracy": float((output.predictions.argmax(-1) == output.label_ids).mean())},
     )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="pvt_v2_b0", choices=list(pvt_hf.VARIANTS), help="default: pvt_v2_b0")
+    parser.add_argument("--model_name_or_path", help="a checkpoint on the Hub or in a folder, instead of --variant")
+    parser.add_argument("--data_dir", help="an image folder, instead of the digits")
+    parser.add_argument("--output_dir", default="runs/quickstart", type=Path, help="default: runs/quickstart")
+    parser.add_argument("--image_size", type=int, help="pixels: 64 for digits, 224 for a folder, or a checkpoint's own")
+    parser.add_argument("--epochs", type=int, default=10, help="default: 10")
+    parser.add_argument("--learning_rate", type=float, help="1e-4 for a checkpoint, 1e-3 for random weights")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per step (default: 32)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    set_seed(0)
+    train, validation = load_splits(args.data_dir)
+    names = train.features["label"].names
+    model, image_processor = load_model(args, names)
+    trainer = build_trainer(args, model, image_processor, train, validation)
     trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"]
     trainer.save_model(args.output_dir)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .variants import VARIANTS
-
 
 @dataclass(frozen=True)
 class PublishedResult:
@@ -14,10 +12,10 @@ class PublishedResult:
     Attributes:
         recipe: The name of the recipe, for example `retinanet_1x`.
         variant: The name of the backbone's variant.
-        metrics: In percent, with the keys of the trainers' metrics: COCO's `AP` of boxes (and `AP50` ...) and
+        metrics: In per cent, with the keys of the trainers' metrics: COCO's `AP` of boxes (and `AP50` ...) and
             `mask_AP` of masks, ADE20K's `mIoU`.
-        params: Parameters in millions, where they are published.
-        released_metrics: What the official repository states, where it is another number.
+        params: Parameters in millions, where the papers state them.
+        released_metrics: As `metrics`, what the released code's README states, where it is another number.
     """
 
     recipe: str
@@ -71,7 +69,7 @@ _INSTANCE_SEGMENTATION = {
         "pvt_small": (44.1, (43.0, 65.3, 46.9, 39.9, 62.5, 42.8)),
         "pvt_medium": (63.9, (44.2, 66.0, 48.2, 40.5, 63.1, 43.5)),
         "pvt_large": (81.0, (44.5, 66.0, 48.3, 40.7, 63.4, 43.7)),
-        # Stated by the official repository only.
+        # Stated by the released code's README only.
         "pvt_v2_b0": (23.5, (41.6, 38.2)),
         "pvt_v2_b2": (45.0, (47.8, 43.1)),
     },
@@ -106,21 +104,3 @@ def _results() -> list[PublishedResult]:
 
 
 PUBLISHED: dict[tuple[str, str], PublishedResult] = {(result.recipe, result.variant): result for result in _results()}
-
-
-def markdown_table() -> str:
-    """Box AP (of Mask R-CNN box / mask AP) on COCO and mIoU on ADE20K, in percent, of all recipes and variants. Where
-    the release states another number than the paper, it stands in brackets."""
-    recipes = [*_DETECTION, *_INSTANCE_SEGMENTATION, "semantic_fpn_40k"]
-    lines = [f"| variant | {' | '.join(f'`{recipe}`' for recipe in recipes)} |", "|--|" + "--|" * len(recipes)]
-    for variant in VARIANTS:
-        cells = (_cell(PUBLISHED.get((recipe, variant))) for recipe in recipes)
-        lines.append(f"| `{variant}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(result: PublishedResult | None) -> str:
-    if result is None:
-        return ""
-    values = " / ".join(f"{result.metrics[key]}" for key in ("AP", "mask_AP", "mIoU") if key in result.metrics)
-    return f"{values} ({result.released_metrics['mIoU']})" if result.released_metrics else values

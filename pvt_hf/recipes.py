@@ -1,26 +1,39 @@
-"""The registry of the papers' training recipes: their hyper-parameters, task by task."""
+"""The registry of the papers' training recipes: their hyper-parameters, task by task.
+
+What they make the optimiser do is in [`~pvt_hf.training.optimization`].
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from .variants import get_variant
 
 
 @dataclass(frozen=True)
 class ImageNetRecipe:
-    """The official training of a variant on ImageNet-1k (v1 section 5.1, v2 section 4.1; `classification/main.py`).
+    """How the papers train a variant on ImageNet-1k (v1 section 5.1, v2 section 4.1); what they leave open is as in the
+    released code (`classification/main.py`).
 
     Attributes:
-        epochs, warmup_epochs: Length of the run and of its linear warm-up.
+        epochs: Length of the run.
+        warmup_epochs: Length of the linear warm-up.
         learning_rate: Peak learning rate for `reference_batch_size` images per step; it grows with the batch.
-        warmup_learning_rate, min_learning_rate: Where the warm-up starts and the cosine ends, whatever the batch.
+        reference_batch_size: Images per step.
+        warmup_learning_rate: Where the warm-up starts, whatever the batch.
+        min_learning_rate: Where the cosine ends, whatever the batch.
         weight_decay: Of AdamW, for tensors of two and more dimensions without the CLS token.
-        max_grad_norm: Gradients are clipped to it; 0 for no clipping.
+        max_grad_norm: Norm that gradients are clipped to; 0 for no clipping.
         drop_path_rate: Stochastic depth of the last block.
-        label_smoothing, mixup, cutmix, mixup_switch_prob: Of timm's `Mixup`.
-        auto_augment, color_jitter, random_erasing: Of timm's `create_transform`; bicubic, erased by noise per pixel.
+        label_smoothing: What the true class gives up to all of them, in [0, 1).
+        mixup: Mixup alpha; 0 for no Mixup.
+        cutmix: CutMix alpha; 0 for no CutMix.
+        mixup_switch_prob: Probability of CutMix instead of Mixup for a batch.
+        auto_augment: RandAugment in timm's notation, or `None`.
+        color_jitter: Strength of the colour jitter; timm leaves it out where there is `auto_augment`.
+        random_erasing: Probability that a rectangle is replaced by noise, pixel by pixel.
         repeats: How often an image is drawn, with different augmentations, in an epoch that sees a third of the images.
     """
 
@@ -44,14 +57,22 @@ class ImageNetRecipe:
 
 
 def imagenet_recipe(variant: str) -> ImageNetRecipe:
-    """The recipe of a variant. The deep ones (M, L, B3, B4, B5) have more stochastic depth, and clipped gradients."""
+    """The recipe of a variant. The deep ones (M, L, B3, B4, B5) have more stochastic depth, and clipped gradients.
+
+    Args:
+        variant: For example `"pvt_v2_b2"`.
+
+    Raises:
+        ValueError: If there is no such variant.
+    """
     rate = get_variant(variant).drop_path_rate
     return ImageNetRecipe(drop_path_rate=rate, max_grad_norm=1.0 if rate > 0.1 else 0.0)
 
 
 @dataclass(frozen=True)
 class DetectionRecipe:
-    """The official training of a detector on COCO (v1 section 5.2, v2 section 4.2; `detection/configs/`).
+    """How the papers train a detector on COCO (v1 section 5.2, v2 section 4.2); what they leave open is as in the
+    released configurations (`detection/configs/`).
 
     Attributes:
         architecture: `"retinanet"`, `"mask_rcnn"` or `"detr"`.
@@ -59,14 +80,18 @@ class DetectionRecipe:
         decay_epochs: After each of them the learning rate is a tenth of what it was. In a run of another length it
             happens after the same parts of the run.
         learning_rate: For `reference_batch_size` images per step; it grows with the batch.
-        backbone_multiplier: Factor of the backbone's learning rate.
-        warmup_iterations, warmup_ratio: Steps of the linear warm-up, and the factor of the learning rate at its start.
+        reference_batch_size: Images per step.
+        backbone_multiplier: Learning-rate multiplier of the backbone.
+        warmup_iterations: Steps of the linear warm-up.
+        warmup_ratio: Learning-rate multiplier at the start of the warm-up.
         weight_decay: Of AdamW.
-        decays_norms: Whether parameters with `norm` in their names are decayed as all others (officially biases too).
-        max_grad_norm: Gradients are clipped to it; 0 for no clipping.
+        decays_norms: Whether parameters with `norm` in their names are decayed. All others are, biases too.
+        max_grad_norm: Norm that gradients are clipped to; 0 for no clipping.
         drop_path_rate: Stochastic depth of the backbone's last block.
-        shortest_edges, longest_edge, crop_shortest_edges, flip: Of a
-            [`~pvt_hf.data.augmentation.DetectionAugmentation`].
+        shortest_edges: Pixels of the shortest edge; each image gets one of them by chance.
+        longest_edge: Largest longest edge, in pixels.
+        crop_shortest_edges: Pixels of the shortest edge of what half of the images are cropped from; none for no crops.
+        flip: Probability of a horizontal flip.
     """
 
     architecture: str
@@ -87,7 +112,7 @@ class DetectionRecipe:
     flip: float = 0.5
 
 
-_LONG = {"epochs": 36, "decay_epochs": (27, 33), "decays_norms": False}
+_LONG: dict[str, Any] = {"epochs": 36, "decay_epochs": (27, 33), "decays_norms": False}
 # RetinaNet's 3x run is in the paper only (v1 section 5.2); its norms are treated as in the 3x configuration there is.
 DETECTION_RECIPES = {
     "retinanet_1x": DetectionRecipe("retinanet"),
@@ -116,6 +141,10 @@ _BATCHES_OF_EIGHT = {
 def detection_recipe(name: str, variant: str | None = None) -> DetectionRecipe:
     """One of `DETECTION_RECIPES` for a variant: the largest have smaller batches, v1's deep ones no stochastic depth.
 
+    Args:
+        name: For example `"retinanet_1x"`.
+        variant: Of the backbone; `None` for another architecture than the papers'.
+
     Raises:
         ValueError: If there is no such recipe.
     """
@@ -129,18 +158,25 @@ def detection_recipe(name: str, variant: str | None = None) -> DetectionRecipe:
 
 @dataclass(frozen=True)
 class SegmentationRecipe:
-    """The official training of Semantic FPN on ADE20K (v1 section 5.3; `segmentation/configs/sem_fpn/PVT`).
+    """How the papers train Semantic FPN on ADE20K (v1 section 5.3), with the numbers of the released configurations
+    (`segmentation/configs/sem_fpn/PVT`), which differ from the paper's: more images per step for half as many steps.
 
     Attributes:
         steps: Length of the run.
         learning_rate: At the first step, for `reference_batch_size` images per step; it grows with the batch.
+        reference_batch_size: Images per step.
         power: The rate falls to 0 as this power of what is left of the run, from step to step and without a warm-up.
         weight_decay: Of AdamW, for every parameter: biases, norms and position embeddings too.
-        max_grad_norm: Gradients are clipped to it; 0 for no clipping.
+        max_grad_norm: Norm that gradients are clipped to; 0 for no clipping.
         drop_path_rate: Stochastic depth of the backbone's last block, the same for every variant.
-        loss_normalization: See [`SemanticFPNConfig`](configuration_semantic_fpn.py).
-        shortest_edge, longest_edge: Limits of the sides in pixels at the scale 1, also in evaluation.
-        crop_size, scales, max_share, flip, distortion: See [`~pvt_hf.data.augmentation.SegmentationAugmentation`].
+        loss_normalization: `"all"` or `"valid"`, see [`~pvt_hf.models.configuration_semantic_fpn.SemanticFPNConfig`].
+        shortest_edge: Shortest edge at the scale 1, in pixels, also in evaluation.
+        longest_edge: Largest longest edge at the scale 1, in pixels, also in evaluation.
+        crop_size: Height and width of the crops, in pixels.
+        scales: Lowest and highest random scale.
+        max_share: Largest part of a crop that one class may have.
+        flip: Probability of a horizontal flip.
+        distortion: Whether brightness, contrast, saturation and hue change.
     """
 
     steps: int = 40_000
@@ -150,7 +186,7 @@ class SegmentationRecipe:
     weight_decay: float = 1e-4
     max_grad_norm: float = 0.0
     drop_path_rate: float = 0.1
-    loss_normalization: str = "all"
+    loss_normalization: Literal["all", "valid"] = "all"
     shortest_edge: int = 512
     longest_edge: int = 2048
     crop_size: int = 512

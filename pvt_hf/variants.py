@@ -20,7 +20,9 @@ class Variant:
     Attributes:
         name: The name in the official code, for example `pvt_v2_b2_li`.
         model_type: `pvt` (arXiv 2102.12122, Table 1) or `pvt_v2` (arXiv 2106.13797, Table 1).
-        depths, hidden_sizes, mlp_ratios: One value per stage.
+        depths: Blocks of each stage.
+        hidden_sizes: Channels of each stage.
+        mlp_ratios: Width of the MLPs of each stage, as a multiple of its channels.
         linear_attention: Linear spatial-reduction attention (v2 only).
         drop_path_rate: Stochastic depth of the official ImageNet recipe.
         paper_top1: ImageNet-1k top-1 accuracy at 224 x 224 in the paper, in percent.
@@ -102,28 +104,6 @@ def get_variant(name: str) -> Variant:
         nearest = difflib.get_close_matches(str(name), VARIANTS, n=3, cutoff=0.3) or list(VARIANTS)
         raise ValueError(f"`name` must be a variant of PVT, got {name!r}. Nearest: {', '.join(nearest)}.")
     return VARIANTS[name]
-
-
-def markdown_table() -> str:
-    """The registry as the README shows it; where paper and release disagree, the release stands in brackets."""
-    lines = [
-        "| variant | depths | channels | parameters (M) | multiply-adds (G) | top-1 (%) | drop-path |",
-        "|--|--|--|--|--|--|--|",
-    ]
-    for variant in VARIANTS.values():
-        depths, channels = (", ".join(map(str, values)) for values in (variant.depths, variant.hidden_sizes))
-        params, top1 = (
-            f"{paper}" if paper == released else f"{paper} ({released})"
-            for paper, released in (
-                (variant.paper_params, variant.released_params),
-                (variant.paper_top1, variant.released_top1),
-            )
-        )
-        lines.append(
-            f"| [`{variant.name}`]({variant.checkpoint_url}) | {depths} | {channels} | {params} "
-            f"| {variant.paper_gflops} | {top1} | {variant.drop_path_rate} |"
-        )
-    return "\n".join(lines)
 
 
 def build_config(name: str, **overrides: Any) -> PreTrainedConfig:

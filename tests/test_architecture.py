@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "data": {"data", "models", "variants", "recipes"},
     "evaluation": {"evaluation", "data", "models"},
     "training": {"training", *BELOW_TRAINING},
-    "commands": {"commands", "training", "conversion", *BELOW_TRAINING},
+    "commands": {"__init__", "commands", "training", "conversion", *BELOW_TRAINING},
     "conversion": {"conversion", "models", "variants", "paper_results"},
 }
 OPTIONAL = {"accelerate", "datasets", "evaluate", "faster_coco_eval", "matplotlib", "peft", "scipy", "sklearn", "timm"}

@@ -5,27 +5,21 @@ import torch
 from transformers import AutoModelForInstanceSegmentation, AutoModelForObjectDetection, AutoModelForSemanticSegmentation
 
 from pvt_hf import MaskRCNNConfig, RetinaNetConfig, SemanticFPNConfig, build_config
-from pvt_hf.paper_results import PUBLISHED, markdown_table
-from tests.support.small_models import ROOT
+from pvt_hf.paper_results import PUBLISHED
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-SYSTEMS = {
+ARCHITECTURES = {
     "retinanet_1x": (AutoModelForObjectDetection, RetinaNetConfig, STAGES[1:], 80),
     "mask_rcnn_1x": (AutoModelForInstanceSegmentation, MaskRCNNConfig, STAGES, 80),
     "semantic_fpn_40k": (AutoModelForSemanticSegmentation, SemanticFPNConfig, STAGES, 150),
 }
 
 
-@pytest.mark.parametrize(("recipe", "variant"), [key for key in PUBLISHED if key[0] in SYSTEMS])
+@pytest.mark.parametrize(("recipe", "variant"), [key for key in PUBLISHED if key[0] in ARCHITECTURES])
 def test_parameters_are_the_papers(recipe, variant):
-    auto_class, config_class, stages, num_labels = SYSTEMS[recipe]
+    auto_class, config_class, stages, num_labels = ARCHITECTURES[recipe]
     backbone_config = build_config(variant, out_features=stages)
     with torch.device("meta"):
         model = auto_class.from_config(config_class(backbone_config=backbone_config, num_labels=num_labels))
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert parameters == pytest.approx(PUBLISHED[recipe, variant].params, abs=0.06)
-
-
-def test_table_of_the_readme():
-    table = (ROOT / "README.md").read_text().split("paper_results import")[1].split("-->\n")[1].split("<!-- End")[0]
-    assert table.strip() == markdown_table()

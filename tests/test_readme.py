@@ -1,4 +1,4 @@
-"""The README is true: its table is the registry, its code runs, its first command does what it promises."""
+"""The README is true: its code runs, its first command does what it promises."""
 
 import os
 import re
@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from pvt_hf.variants import markdown_table
 from tests.support.small_models import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -20,14 +19,9 @@ def fenced(info: str) -> list[str]:
     return re.findall(rf"^```{info}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_table_of_variants_is_generated():
-    table = README.split("<!-- Generated:")[1].split("-->\n")[1].split("<!-- End")[0]
-    assert table.strip() == markdown_table()
-
-
 def test_first_commands():
     assert fenced("bash") == [
-        'pip install ".[examples]" && python examples/quickstart.py\n',
+        'pip install ".[training]" && python examples/quickstart.py\n',
         'pip install ".[test]" && pytest\n',
     ]
 

@@ -45,13 +45,13 @@ def test_disagreements_of_paper_and_release_are_stored():
     ]
 
 
-def test_official_urls():
+def test_urls_are_those_of_the_release():
     url = "https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b2_li.pth"
     assert pvt_hf.VARIANTS["pvt_v2_b2_li"].checkpoint_url == url
     assert len({variant.checkpoint_url for variant in pvt_hf.VARIANTS.values()}) == 11
 
 
-def test_overrides():
+def test_overrides_are_fields():
     config = pvt_hf.build_config("pvt_small", num_labels=7, drop_path_rate=0.2, image_size=(512, 2048))
     assert (config.num_labels, config.drop_path_rate, config.image_shape) == (7, 0.2, (512, 2048))
     assert pvt_hf.build_config("pvt_v2_b2").num_labels == 1000

@@ -1,88 +1,452 @@
-"""What the command lines of all training programs share: the fields of `TrainingArguments`, and the official values."""
+"""The arguments of the training programs as dataclasses: shared ones, and what each task adds to them.
+
+`None` means that the recipe decides, or that the option is not used; the help text says which.
+"""
 
 import argparse
+import difflib
+import json
 import os
-from typing import Any
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES, DetectionRecipe, ImageNetRecipe, SegmentationRecipe
+from ..variants import VARIANTS
 from .optimization import images_per_step
 from .run_checkpoints import last_complete_checkpoint
 
-# Of all programs, where `TrainingArguments` has others. What is None is decided by the recipe.
-_DEFAULTS = {
-    "learning_rate": None,
-    "weight_decay": None,
-    "max_grad_norm": None,
-    "lr_scheduler_type": None,
-    "fp16": None,
-    "seed": 0,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "logging_steps": 50,
-}
+Recipe = TypeVar("Recipe", ImageNetRecipe, DetectionRecipe, SegmentationRecipe)
 
 
-def training_parser(description: str, **defaults: Any) -> HfArgumentParser:
-    """A parser of all fields of `TrainingArguments` and of what every training program has beside them.
+def option(default: Any, help: str, **parser_options: Any) -> Any:
+    """A field of a dataclass of arguments.
 
     Args:
-        description: The text above the list of arguments, as it is.
-        **defaults: Of the program, for example `output_dir`.
+        default: Its value where nobody gives one.
+        help: What it does, its unit, and its default.
+        **parser_options: Of `argparse`, for example `choices`.
+    """
+    return field(default=default, metadata={"help": help} | parser_options)
+
+
+def check_together(arguments: Any, *names: str) -> None:
+    """Raises a `ValueError` if only some of these arguments are given."""
+    if len({getattr(arguments, name) is None for name in names}) > 1:
+        *first, last = (f"--{name}" for name in names)
+        raise ValueError(f"{', '.join(first)} and {last} go together")
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str | None = option(
+        None, "checkpoint of this task to fine-tune: a folder, or a repository of the Hub (default: none)"
+    )
+    variant: str | None = option(
+        None,
+        "architecture of the PVT (default: that of the checkpoint; without one, pvt_v2_b0 from random weights)",
+        choices=list(VARIANTS),
+    )
+    freeze_stages: int = option(0, "how many stages of the backbone are not trained, from the image on (default: 0)")
+    channels_last: bool = option(False, "store images and weights with the channels last (default: false)")
+
+
+@dataclass
+class ClassificationModelArguments(ModelArguments):
+    """What is trained to classify images."""
+
+    image_size: int = option(224, "height and width of the images, in pixels (default: 224, the papers')")
+    lora_rank: int | None = option(
+        None, "train LoRA adapters of this rank on query, key and value instead of the model (default: none)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_rank and not self.model_name_or_path:
+            raise ValueError("--lora_rank adapts a trained model: pass --model_name_or_path")
+
+
+@dataclass
+class DetectionModelArguments(ModelArguments):
+    """What is trained to detect objects."""
+
+    backbone_checkpoint: str | None = option(
+        None, "classifier, detector or segmenter from whose weights the backbone starts (default: random weights)"
+    )
+    config_overrides: dict | str | None = option(
+        None, "JSON of fields of the detector's configuration, as '{\"neck_channels\": 64}' (default: none)"
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.config_overrides, str):
+            self.config_overrides = json.loads(self.config_overrides)
+
+
+@dataclass
+class SegmentationModelArguments(ModelArguments):
+    """What is trained to segment images."""
+
+    backbone_checkpoint: str | None = option(
+        None, "classifier, detector or segmenter from whose weights the backbone starts (default: random weights)"
+    )
+    neck_channels: int = option(256, "channels of the FPN of a new Semantic FPN (default: 256, the paper's)")
+    head_channels: int = option(128, "channels of the head of a new Semantic FPN (default: 128, the paper's)")
+    window: int | None = option(
+        None, "evaluate in windows of this many pixels of the network's input (default: the whole image)"
+    )
+    stride: int | None = option(None, "pixels from one window to the next (default: none; it goes with --window)")
+
+    def __post_init__(self) -> None:
+        check_together(self, "window", "stride")
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    dataset_name: str | None = option(None, "data set of the Hub (default: the bundled data)")
+    dataset_config_name: str | None = option(None, "configuration of the data set (default: its own)")
+    train_split: str = option("train", "split to train on (default: train)")
+    eval_split: str = option("validation", "split to evaluate on (default: validation)")
+    skip_corrupt: bool = option(False, "skip corrupt training images and count them (default: false, an error)")
+
+
+@dataclass
+class ClassificationDataArguments(DataArguments):
+    """Images with class labels to train on."""
+
+    dataset_name: str | None = option(
+        None,
+        "data set of the Hub, folder of images per class, or pattern of parquet files or WebDataset shards "
+        "(default: the bundled digits)",
+    )
+    eval_dataset_name: str | None = option(
+        None, "as --dataset_name, for evaluation; a pattern of files needs it (default: --dataset_name)"
+    )
+    train_val_split: float | None = option(
+        None, "part of the training split that becomes the validation set, as 0.15 (default: none)"
+    )
+    label_column: str | None = option(None, "column of labels (default: the only one of class labels)")
+    num_labels: int | None = option(None, "number of classes, for streamed labels without names (default: none)")
+    streaming: bool = option(False, "read images when they are needed (default: false)")
+    samples_per_epoch: int | None = option(
+        None, "images in an epoch of a stream (default: its length, where the stream knows it)"
+    )
+    shuffle_buffer: int = option(10_000, "images of a stream that each process shuffles (default: 10000)")
+
+    def __post_init__(self) -> None:
+        if self.train_val_split and self.streaming:
+            raise ValueError("--train_val_split needs all the images: leave --streaming out")
+        if (self.dataset_name or "").endswith((".parquet", ".tar")) and not self.eval_dataset_name:
+            raise ValueError("--dataset_name is a pattern of files: pass --eval_dataset_name with those for evaluation")
+
+
+@dataclass
+class DetectionDataArguments(DataArguments):
+    """Images with objects to train on: COCO json with a folder of images, or a data set with `objects`."""
+
+    train_annotations: str | None = option(None, "COCO json of the training set (default: none)")
+    train_images: str | None = option(None, "folder of its images (default: none)")
+    eval_annotations: str | None = option(None, "COCO json of the validation set (default: none)")
+    eval_images: str | None = option(None, "folder of its images (default: none)")
+    num_scenes: int = option(1000, "digit scenes that are drawn for training, where no data are given (default: 1000)")
+    keep_empty: bool = option(False, "train on images without objects too (default: false)")
+
+    def __post_init__(self) -> None:
+        check_together(self, "train_annotations", "train_images", "eval_annotations", "eval_images")
+
+
+@dataclass
+class SegmentationDataArguments(DataArguments):
+    """Images with label maps to train on: two folders for each split, or a data set with two columns of images."""
+
+    train_images: str | None = option(None, "folder of the images of the training set (default: none)")
+    train_maps: str | None = option(None, "folder of its label maps, PNG (default: none)")
+    eval_images: str | None = option(None, "folder of the images of the validation set (default: none)")
+    eval_maps: str | None = option(None, "folder of its label maps, PNG (default: none)")
+    map_column: str | None = option(None, "column of label maps (default: the only image column beside `image`)")
+    reduce_labels: bool = option(False, "label 0 is no class, and the others count from 0 (default: false)")
+    class_names: str | None = option(
+        None, "JSON file of a list of class names, or of an object from labels to names (default: the checkpoint's)"
+    )
+    num_scenes: int = option(1000, "digit scenes that are drawn for training, where no data are given (default: 1000)")
+
+    def __post_init__(self) -> None:
+        check_together(self, "train_images", "train_maps", "eval_images", "eval_maps")
+
+
+@dataclass
+class RecipeArguments:
+    """How it is trained, beside the fields of `TrainingArguments`: what replaces fields of the recipe."""
+
+    smoke: bool = option(False, "everything on bundled data in under a minute (default: false)")
+    ema_decay: float | None = option(None, "EMA decay of the weights, for example 0.9999 (default: no EMA)")
+    drop_path_rate: float | None = option(None, "stochastic depth of the last block (default: the recipe's)")
+
+
+@dataclass
+class ClassificationRecipeArguments(RecipeArguments):
+    """What replaces fields of an [`~pvt_hf.recipes.ImageNetRecipe`]."""
+
+    warmup_epochs: int | None = option(None, "epochs of the linear warm-up (default: 5, the released code's)")
+    repeats: int | None = option(None, "how often an image is drawn in an epoch (default: 3, the released code's)")
+    mixup: float | None = option(None, "Mixup alpha, 0 for none (default: 0.8, the released code's)")
+    cutmix: float | None = option(None, "CutMix alpha, 0 for none (default: 1.0, the released code's)")
+    label_smoothing: float | None = option(
+        None, "smoothing of the class probabilities (default: 0.1, the released code's)"
+    )
+    random_erasing: float | None = option(
+        None, "probability of erasing a rectangle (default: 0.25, the released code's)"
+    )
+    layer_decay: float = option(1.0, "learning-rate multiplier from a block to the one before it (default: 1.0)")
+
+
+@dataclass
+class DetectionRecipeArguments(RecipeArguments):
+    """Which [`~pvt_hf.recipes.DetectionRecipe`], and what replaces its fields."""
+
+    recipe: str = option("retinanet_1x", "the recipe (default: retinanet_1x)", choices=list(DETECTION_RECIPES))
+    demo: bool = option(False, "a small detector that learns the digit scenes in minutes (default: false)")
+    shortest_edges: list[int] | None = option(
+        None, "pixels of the shortest edge; each image gets one of them by chance (default: the recipe's)"
+    )
+    longest_edge: int | None = option(None, "largest longest edge, in pixels (default: 1333, the papers')")
+    warmup_iterations: int | None = option(None, "steps of the linear warm-up (default: the recipe's)")
+    flip: float | None = option(None, "probability of a horizontal flip (default: 0.5, the released code's)")
+
+
+@dataclass
+class SegmentationRecipeArguments(RecipeArguments):
+    """Which [`~pvt_hf.recipes.SegmentationRecipe`], and what replaces its fields."""
+
+    recipe: str = option(
+        "semantic_fpn_40k", "the recipe (default: semantic_fpn_40k)", choices=list(SEGMENTATION_RECIPES)
+    )
+    demo: bool = option(False, "a small segmenter that learns the digit scenes in minutes (default: false)")
+    shortest_edge: int | None = option(None, "shortest edge at the scale 1, in pixels (default: 512, the paper's)")
+    longest_edge: int | None = option(
+        None, "largest longest edge at the scale 1, in pixels (default: 2048, the released code's)"
+    )
+    crop_size: int | None = option(None, "height and width of the crops, in pixels (default: 512, the paper's)")
+    scales: list[float] | None = option(None, "lowest and highest random scale (default: 0.5 2.0, the released code's)")
+    max_share: float | None = option(
+        None, "largest part of a crop that one class may have (default: 0.75, the released code's)"
+    )
+    flip: float | None = option(None, "probability of a horizontal flip (default: 0.5, the released code's)")
+    distortion: bool | None = option(
+        None, "photometric distortion (default: true, the released code's)", nargs="?", const=True
+    )
+
+    def __post_init__(self) -> None:
+        if self.scales is not None and len(self.scales) != 2:
+            raise ValueError(f"--scales must be two numbers, the lowest and the highest, got {self.scales}")
+
+
+@dataclass
+class EvaluationArguments:
+    """What is measured, and on which images."""
+
+    model_name_or_path: list[str] | None = option(
+        None, "checkpoints of any task: folders, or repositories of the Hub (default: none; see --variant)"
+    )
+    variant: str | None = option(
+        None, "classifier in --checkpoint_root to measure instead (default: none)", choices=["all", *VARIANTS]
+    )
+    checkpoint_root: str = option("converted", "the folder that `pvt-hf convert --all` wrote (default: converted)")
+    recipe: str | None = option(
+        None,
+        "the recipe of the papers' numbers to compare with (default: the 1x schedules of detectors)",
+        choices=["imagenet", *DETECTION_RECIPES, *SEGMENTATION_RECIPES],
+    )
+    dataset_name: str | None = option(
+        None, "data set of the Hub; for classifiers also a folder or a pattern of files (default: the bundled data)"
+    )
+    dataset_config_name: str | None = option(None, "configuration of the data set (default: its own)")
+    eval_split: str = option("validation", "split of the data set (default: validation)")
+    label_column: str | None = option(None, "of classifiers: column of labels (default: the only one of class labels)")
+    map_column: str | None = option(
+        None, "of segmenters: column of label maps (default: the only image column beside `image`)"
+    )
+    images: str | None = option(None, "of detectors and segmenters: folder of images (default: none)")
+    annotations: str | None = option(None, "of detectors: COCO json of --images (default: none)")
+    maps: str | None = option(None, "of segmenters: folder of the label maps of --images, PNG (default: none)")
+    max_eval_samples: int | None = option(None, "measure on so many images, the first ones (default: on all)")
+    per_device_eval_batch_size: int | None = option(None, "images per batch (default: 64 for classifiers, else 1)")
+    dataloader_num_workers: int = option(4, "processes that read images, for each device (default: 4)")
+    bf16: bool = option(False, "bfloat16 mixed precision (default: false)")
+    output_dir: str = option("runs/evaluation", "folder of `results.json` (default: runs/evaluation)")
+    seed: int = option(0, "seed of the bundled scenes (default: 0)")
+    smoke: bool = option(False, "measure on 16 images, without workers (default: false)")
+
+    def __post_init__(self) -> None:
+        if (self.variant is None) == (self.model_name_or_path is None):
+            raise ValueError("pass either --variant or --model_name_or_path")
+        if bool(self.annotations or self.maps) != bool(self.images):
+            raise ValueError("--images goes with --annotations (detectors) or --maps (segmenters)")
+
+
+@dataclass
+class TrainingOptions(TrainingArguments):
+    """The fields of [`~transformers.TrainingArguments`], which [`build_training_arguments`] makes of them when the
+    recipe is known; what is `None` the recipe decides."""
+
+    num_train_epochs: float | None = option(None, "epochs of the run (default: the recipe's)")
+    max_steps: int | None = option(None, "steps of the run, instead of epochs (default: the recipe's)")
+    learning_rate: float | None = option(
+        None, "peak learning rate (default: the recipe's, in proportion to the images per step)"
+    )
+    lr_scheduler_type: str | None = option(None, "learning-rate schedule of transformers (default: the recipe's own)")
+    weight_decay: float | None = option(None, "weight decay (default: the recipe's)")
+    max_grad_norm: float | None = option(None, "norm that gradients are clipped to, 0 for none (default: the recipe's)")
+    fp16: bool | None = option(
+        None, "float16 mixed precision (default: the recipe's, where there is a GPU)", nargs="?", const=True
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "`true` to resume from the last complete checkpoint of --output_dir, or a checkpoint (default: none)"
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available,
+        metadata={"help": "copy batches by way of pinned memory (default: true where there is a GPU)"},
+    )
+
+    def __post_init__(self) -> None:
+        """Nothing yet: the recipe is not known."""
+
+
+CLASSIFICATION = (
+    ClassificationModelArguments,
+    ClassificationDataArguments,
+    ClassificationRecipeArguments,
+    TrainingOptions,
+)
+DETECTION = (DetectionModelArguments, DetectionDataArguments, DetectionRecipeArguments, TrainingOptions)
+SEGMENTATION = (SegmentationModelArguments, SegmentationDataArguments, SegmentationRecipeArguments, TrainingOptions)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a help text that does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if "(default: " in (action.help or "") else super()._get_help_string(action)
+
+
+def parse_arguments(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str] | None,
+    prog: str,
+    description: str | None,
+    presets: dict[str, dict[str, Any]],
+) -> tuple[Any, ...]:
+    """The arguments of a program, from a file of them and from the command line, which wins.
+
+    Args:
+        dataclass_types: Whose fields are the options.
+        argv: The command line without the name of the program; `None` for that of this process. Its first argument may
+            be a YAML or JSON file of options.
+        prog: The name of the program.
+        description: The text above the list of options, as it is.
+        presets: Values of options: under `"default"` those of the program, under another name those that hold where the
+            option of that name is set, unless file or command line give others.
+
+    Returns:
+        An instance of each of `dataclass_types`.
+
+    Raises:
+        SystemExit: If an option is not known, or a value is wrong.
     """
     parser = HfArgumentParser(
-        TrainingArguments,
+        dataclass_types,
+        prog=prog,
+        usage=f"{prog} [arguments.yaml] [--option value ...]",
         description=description,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
-    parser.add_argument("--smoke", action="store_true", help="everything on bundled data in under a minute")
-    parser.add_argument("--model_name_or_path", help="a checkpoint of this task to fine-tune")
-    parser.add_argument("--dataset_name")
-    parser.add_argument("--dataset_config_name")
-    parser.add_argument("--train_split", default="train")
-    parser.add_argument("--eval_split", default="validation")
-    parser.add_argument("--skip_corrupt", action="store_true", help="leave corrupt images out and count them")
-    parser.add_argument("--ema_decay", type=float, help="average the weights, for example 0.9999; officially not")
-    parser.add_argument("--freeze_stages", type=int, default=0, help="of the backbone, from the image on")
-    parser.add_argument("--channels_last", action="store_true")
-    parser.set_defaults(**_DEFAULTS, dataloader_pin_memory=torch.cuda.is_available())
-    parser.set_defaults(**defaults)
-    return parser
+    parser.set_defaults(**presets.get("default", {}))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        argv = [*_read_file(argv[0], parser), *argv[1:]]
+    chosen = parser.parse_args(argv)
+    for name, values in presets.items():
+        if getattr(chosen, name, False):
+            argv = [*_to_argv(values), *argv]
+    try:
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        return parser.error(str(error))
 
 
-def parse(parser: HfArgumentParser, smoke: dict[str, Any]) -> argparse.Namespace:
-    """The command line; with `--smoke` the defaults are those of `smoke`."""
-    if parser.parse_known_args()[0].smoke:
-        parser.set_defaults(**smoke)
-    return parser.parse_args()
+def _read_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
+    """The options of a YAML or JSON file, as a command line."""
+    if not file.endswith((".yaml", ".yml", ".json")):
+        parser.error(f"the first argument must be an option, or a YAML or JSON file of options, got {file!r}")
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(file).read_text())  # YAML contains JSON
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"{file} cannot be read: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"{file} must hold names and values of options, got {type(values).__name__}")
+    known = [action.dest for action in parser._actions if action.dest != "help"]
+    for name in values:
+        if name not in known:
+            nearest = ", ".join(difflib.get_close_matches(str(name), known, n=3))
+            parser.error(f"{file} has an unknown option {name!r}" + (f". Nearest: {nearest}" if nearest else ""))
+    return _to_argv(values)
 
 
-def training_arguments(options: argparse.Namespace, recipe: Any, **official: Any) -> TrainingArguments:
-    """The `TrainingArguments` among the options. What the command line left open is as in the recipe.
+def _to_argv(values: dict[str, Any]) -> list[str]:
+    """Options and their values as a command line. What is `None` is left out."""
+    argv = []
+    for name, value in values.items():
+        if isinstance(value, list | tuple):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}")
+    return argv
+
+
+def override_recipe(recipe: Recipe, arguments: RecipeArguments) -> Recipe:
+    """The recipe with those fields that the arguments give.
 
     Args:
-        options: From [`parse`].
+        recipe: A dataclass of [`~pvt_hf.recipes`].
+        arguments: Where `None` leaves a field of the recipe as it is.
+    """
+    given = {entry.name: getattr(arguments, entry.name, None) for entry in fields(recipe)}
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+
+def build_training_arguments(options: TrainingOptions, recipe: Any, **recipe_values: Any) -> TrainingArguments:
+    """The `TrainingArguments` of a run: what the options leave open is as in the recipe.
+
+    Args:
+        options: From [`parse_arguments`].
         recipe: One of [`~pvt_hf.recipes`]: weight decay, clipping, and the learning rate for its number of images per
             step, with which the real one grows.
-        **official: Values for other fields that are `None`, for example `num_train_epochs=12`. An official `fp16` holds
-            where there is a GPU and the user chose no other precision, here or for accelerate.
+        **recipe_values: Of the recipe for other fields, for example `num_train_epochs=12`. Its `fp16` holds where there
+            is a GPU and the user chose no other precision, here or for accelerate.
 
     Raises:
         SystemExit: If `output_dir` has checkpoints, and `resume_from_checkpoint` does not say what to do with them.
     """
-    fields = TrainingArguments.__dataclass_fields__
-    given = {key: value for key, value in vars(options).items() if key in fields and value is not None}
+    given = {entry.name: getattr(options, entry.name) for entry in fields(TrainingArguments) if entry.init}
+    given = {name: value for name, value in given.items() if value is not None}
     elsewhere = options.bf16 or options.use_cpu or "ACCELERATE_MIXED_PRECISION" in os.environ
-    official |= {"fp16": official.get("fp16", False) and torch.cuda.is_available() and not elsewhere}
-    official |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm}
-    args = TrainingArguments(**official | given)
+    recipe_values |= {"fp16": recipe_values.get("fp16", False) and torch.cuda.is_available() and not elsewhere}
+    recipe_values |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm}
+    args = TrainingArguments(**recipe_values | given)
     if str(args.resume_from_checkpoint).lower() in ("true", "false"):
         args.resume_from_checkpoint = args.resume_from_checkpoint.lower() == "true"
     if not args.resume_from_checkpoint and last_complete_checkpoint(args.output_dir):
-        raise SystemExit(f"{args.output_dir} has checkpoints: --resume_from_checkpoint true goes on from them")
+        raise SystemExit(f"{args.output_dir} has checkpoints: --resume_from_checkpoint true resumes from them")
     if options.learning_rate is None:
         args.learning_rate = recipe.learning_rate * images_per_step(args) / recipe.reference_batch_size
     return args

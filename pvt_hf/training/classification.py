@@ -1,4 +1,4 @@
-"""The official training of a classifier: mixup, soft targets, repeated augmentation, the schedule by epochs."""
+"""The papers' training of a classifier: Mixup, soft targets, repeated augmentation, the schedule by epochs."""
 
 from typing import Any
 
@@ -12,27 +12,35 @@ from .optimization import cosine_multiplier, parameter_groups
 from .trainer import VisionTrainer
 
 
-def soft_target_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None):
-    """Cross-entropy with class indices `(batch,)` or probabilities `(batch, num_labels)`, averaged over the images of
-    the whole accumulated batch (`num_items_in_batch`) or of this one."""
+def soft_target_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy, averaged over the images.
+
+    Args:
+        outputs: With `logits` `(batch, num_labels)`.
+        labels: Class indices `(batch,)`, or probabilities `(batch, num_labels)`.
+        num_items_in_batch: Images of the whole accumulated batch; by default those of this one.
+    """
     loss = F.cross_entropy(outputs["logits"], labels, reduction="sum")
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
 class ImageClassificationTrainer(VisionTrainer):
-    """Trains a classifier with the official ImageNet recipe, on one process or many.
+    """Trains a classifier with the papers' ImageNet recipe, on one process or many.
+
+    The loss, the groups of the optimiser, the sampler and the metrics are set here.
 
     Args:
         recipe: Mixing of whole batches, repeats, and the learning-rate schedule.
-        official_schedule: Whether the learning rate is the recipe's, instead of `args.lr_scheduler_type`.
-        layer_decay: Factor of the learning rate from a block to the one before it.
+        recipe_schedule: Whether the schedule is the recipe's (the default), and not `args.lr_scheduler_type`.
+        layer_decay: Learning-rate multiplier from a block to the one before it (default: 1).
         train_dataset: [`~pvt_hf.data.classification.TrainingImages`] or [`~pvt_hf.data.classification.StreamedImages`].
-        *args, **kwargs: As of [`~pvt_hf.training.trainer.VisionTrainer`], as are the errors.
-
-    The loss, the optimiser's groups, the sampler and the metrics are set here.
+        *args: As of [`~pvt_hf.training.trainer.VisionTrainer`].
+        **kwargs: As of [`~pvt_hf.training.trainer.VisionTrainer`], as are the errors.
 
     Raises:
-        ValueError: If the batch size is odd, which timm's mixup cannot pair, or the recipe leaves no training.
+        ValueError: If the batch size is odd, which timm's Mixup cannot pair, or the recipe leaves no training.
     """
 
     task = "image-classification"
@@ -42,7 +50,7 @@ class ImageClassificationTrainer(VisionTrainer):
         self,
         *args,
         recipe: ImageNetRecipe,
-        official_schedule: bool = True,
+        recipe_schedule: bool = True,
         layer_decay: float = 1.0,
         **kwargs,
     ):
@@ -57,7 +65,7 @@ class ImageClassificationTrainer(VisionTrainer):
                 model, self.args.learning_rate, self.args.weight_decay, layer_decay
             ),
             schedule=(lambda *steps: cosine_multiplier(recipe, self.args.learning_rate, *steps))
-            if official_schedule
+            if recipe_schedule
             else None,
             repeats=recipe.repeats,
             **kwargs,
@@ -82,7 +90,15 @@ class ImageClassificationTrainer(VisionTrainer):
         )
 
     def mix(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mixed images and smoothed probabilities `(batch, num_labels)`; the last image of an odd batch stays alone."""
+        """Mixup or CutMix, as the recipe has it, and label smoothing.
+
+        Args:
+            images: `(batch, channels, height, width)`; the last one of an odd batch stays alone.
+            labels: Class indices `(batch,)`.
+
+        Returns:
+            Mixed images, and probabilities `(batch, num_labels)`.
+        """
         from timm.data.mixup import mixup_target
 
         even = len(images) // 2 * 2 if self.mixup.mixup_alpha > 0 or self.mixup.cutmix_alpha > 0 else 0

@@ -1,4 +1,4 @@
-"""The official training of a detector, and its evaluation by COCO's twelve numbers for boxes and masks."""
+"""The papers' training of a detector, and its evaluation by COCO's twelve numbers for boxes and masks."""
 
 import json
 import os
@@ -20,21 +20,22 @@ from .trainer import DensePredictionTrainer
 
 
 class DetectionTrainer(DensePredictionTrainer):
-    """Trains RetinaNet, Mask R-CNN or DETR with an official recipe, on one process or many.
+    """Trains RetinaNet, Mask R-CNN or DETR with one of the papers' recipes, on one process or many.
 
     An evaluation leaves its detections in `results`, by image id, and in `output_dir/predictions.json`.
 
-    The official losses are averages over what each process has (positive anchors, sampled regions; DETR's boxes are
+    mmdetection's losses are averages over what each process has (positive anchors, sampled regions; DETR's boxes are
     counted over all): one process with batches of 4 images is not exactly two with 2, nor are accumulated batches.
 
     Args:
-        model: Of the system that the recipe is for. A DETR gets the official loss.
+        model: Of the architecture that the recipe is for. transformers' DETR gets the original DETR's loss.
         recipe: Learning-rate schedule and groups of the optimiser.
         processing_class: Puts batches together, and makes detections from outputs.
-        official_schedule: Whether the learning rate is the recipe's, instead of `args.lr_scheduler_type`.
+        recipe_schedule: Whether the schedule is the recipe's (the default), and not `args.lr_scheduler_type`.
         train_dataset: [`~pvt_hf.data.detection.TrainingDetections`], with masks where the model has a mask head.
         eval_dataset: [`~pvt_hf.data.detection.EvaluationDetections`].
-        *args, **kwargs: As of [`~pvt_hf.training.trainer.VisionTrainer`], as are the errors.
+        *args: As of [`~pvt_hf.training.trainer.VisionTrainer`].
+        **kwargs: As of [`~pvt_hf.training.trainer.VisionTrainer`], as are the errors.
     """
 
     task = "object-detection"
@@ -46,14 +47,14 @@ class DetectionTrainer(DensePredictionTrainer):
         *args,
         recipe: DetectionRecipe,
         processing_class: PvtDetectionImageProcessor,
-        official_schedule: bool = True,
+        recipe_schedule: bool = True,
         **kwargs,
     ):
         is_detr = isinstance(model, DetrForObjectDetection)
         if is_detr:
             prepare_detr_training(model)
         self.masks = getattr(model.config, "use_masks", False)
-        self.threshold = 0.0 if is_detr else 0.05  # official: below it nothing is a detection
+        self.threshold = 0.0 if is_detr else 0.05  # mmdetection's: below it nothing is a detection
         self.metric_names = {"AP": "AP", "AP50": "AP50"}
         if self.masks:
             self.metric_names |= {"mask_AP": "mask AP", "mask_AP50": "mask AP50"}
@@ -67,7 +68,7 @@ class DetectionTrainer(DensePredictionTrainer):
             parameter_groups=lambda model: detection_parameter_groups(
                 model, recipe, self.args.learning_rate, self.args.weight_decay
             ),
-            schedule=(lambda *steps: step_multiplier(recipe, *steps)) if official_schedule else None,
+            schedule=(lambda *steps: step_multiplier(recipe, *steps)) if recipe_schedule else None,
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False  # transformers' DETR takes any argument, which does not mean this one
@@ -102,7 +103,7 @@ class DetectionTrainer(DensePredictionTrainer):
 
     def evaluation_metrics(self) -> dict[str, float]:
         """COCO's twelve numbers, and with the prefix `mask_` those of the masks."""
-        self.results = gather_results(self.results)
+        self.results = dict(gather_results(self.results))
         truth = self.evaluated.ground_truth()
         metrics = coco_metrics(self.results, truth)
         if self.masks:

@@ -1,4 +1,8 @@
-"""What a recipe makes the optimiser do: learning rates by step, parameter groups, frozen stages."""
+"""What a recipe makes the optimiser do: learning-rate schedules, parameter groups, frozen stages.
+
+A schedule is a multiplier of every learning rate, by the step (counted from 0), the steps of an epoch and those of the
+run.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,25 @@ if TYPE_CHECKING:
 
 
 def images_per_step(arguments: TrainingArguments) -> int:
-    """How many images all the processes together take for one step of the optimiser."""
+    """How many images all processes together take for one step of the optimiser."""
     return arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
 
 
 def scheduled_learning_rate(
     epoch: int, epochs: int, warmup_epochs: int, peak: float, warmup_start: float, minimum: float
 ) -> float:
-    """The official learning rate during an epoch, counted from 0: linear warm-up, then a cosine.
+    """The released code's learning rate during an epoch: linear warm-up, then a cosine.
 
-    The official loop calls `scheduler.step(epoch)` *after* the epoch, so that epochs 0 and 1 both have the first value
+    Its loop calls `scheduler.step(epoch)` *after* the epoch, so that epochs 0 and 1 both have the first value
     of timm's `CosineLRScheduler`, and the last value is never used.
+
+    Args:
+        epoch: Counted from 0.
+        epochs: Length of the run.
+        warmup_epochs: Length of the warm-up.
+        peak: The rate after the warm-up.
+        warmup_start: The rate at the start of the warm-up.
+        minimum: The rate at the end of the cosine.
     """
     position = min(max(epoch - 1, 0), epochs)
     if position < warmup_epochs:
@@ -36,7 +48,14 @@ def scheduled_learning_rate(
 
 
 def cosine_multiplier(recipe: ImageNetRecipe, peak: float, step: int, steps_per_epoch: int, steps: int) -> float:
-    """The factor of every learning rate at a step of a run: the official rate during its epoch, divided by `peak`.
+    """The learning-rate multiplier at a step: [`scheduled_learning_rate`] of its epoch, divided by `peak`.
+
+    Args:
+        recipe: Its warm-up, and its lowest rates.
+        peak: Peak learning rate of the run.
+        step: Counted from 0.
+        steps_per_epoch: Steps of an epoch.
+        steps: Steps of the run.
 
     Raises:
         ValueError: If the run is not longer than the warm-up.
@@ -52,7 +71,13 @@ def cosine_multiplier(recipe: ImageNetRecipe, peak: float, step: int, steps_per_
 
 
 def step_multiplier(recipe: DetectionRecipe, step: int, steps_per_epoch: int, steps: int) -> float:
-    """The factor of every learning rate at a step of a run, counted from 0 (mmcv's `StepLrUpdaterHook`).
+    """The learning-rate multiplier at a step: a tenth after each of the recipe's epochs (mmcv's `StepLrUpdaterHook`).
+
+    Args:
+        recipe: Its warm-up, and the epochs after which the rate decays.
+        step: Counted from 0.
+        steps_per_epoch: Steps of an epoch.
+        steps: Steps of the run.
 
     Raises:
         ValueError: If the run is not longer than the warm-up.
@@ -63,19 +88,26 @@ def step_multiplier(recipe: DetectionRecipe, step: int, steps_per_epoch: int, st
             f"got {recipe.warmup_iterations}."
         )
     # In integers: `steps_per_epoch` divides the steps of a whole run, and decays begin with an epoch.
-    factor = 0.1 ** sum(step * recipe.epochs >= epoch * steps for epoch in recipe.decay_epochs)
+    multiplier = 0.1 ** sum(step * recipe.epochs >= epoch * steps for epoch in recipe.decay_epochs)
     if step < recipe.warmup_iterations:
-        factor *= 1 - (1 - step / recipe.warmup_iterations) * (1 - recipe.warmup_ratio)
-    return factor
+        multiplier *= 1 - (1 - step / recipe.warmup_iterations) * (1 - recipe.warmup_ratio)
+    return multiplier
 
 
 def polynomial_multiplier(power: float, step: int, steps_per_epoch: int, steps: int) -> float:
-    """The factor of every learning rate at a step of a run that ends at 0 (mmcv's `PolyLrUpdaterHook`)."""
+    """The learning-rate multiplier at a step of a run that ends at 0 (mmcv's `PolyLrUpdaterHook`).
+
+    Args:
+        power: Of the part of the run that is left.
+        step: Counted from 0.
+        steps_per_epoch: Steps of an epoch, which play no part.
+        steps: Steps of the run.
+    """
     return (1 - min(step, steps) / steps) ** power
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether the official code decays a parameter: v1's position embeddings yes; biases, norms and CLS token no."""
+    """Whether the released code decays a parameter: v1's position embeddings yes; biases, norms and CLS token no."""
     return parameter.ndim > 1 and not name.endswith("cls_token")
 
 
@@ -106,8 +138,8 @@ def parameter_groups(
     Args:
         model: Any model with a PVT inside; frozen parameters are left out.
         learning_rate: Of the head, and of everything if `layer_decay` is 1.
-        weight_decay: Of the parameters that the official code decays.
-        layer_decay: Factor of the learning rate from each block to the one before it (0.65 to 0.9 in fine-tuning).
+        weight_decay: Of the parameters that the released code decays.
+        layer_decay: Learning-rate multiplier from each block to the one before it (0.65 to 0.9 in fine-tuning).
 
     Returns:
         Dictionaries with `params`, their `names`, `lr` and `weight_decay`.
@@ -120,27 +152,40 @@ def parameter_groups(
         depth = sum(config.depths) + 1 - block_index(name, config.depths) if layer_decay < 1 else 0
         return learning_rate * layer_decay**depth, weight_decay if is_decayed(name, parameter) else 0.0
 
-    return _grouped(model, settings)
+    return _group(model, settings)
 
 
 def detection_parameter_groups(
     model: nn.Module, recipe: DetectionRecipe, learning_rate: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """As [`parameter_groups`], of a detector: its biases are decayed too, its norms where the recipe says so."""
+    """As [`parameter_groups`], of a detector: its biases are decayed too, its norms where the recipe says so.
+
+    Args:
+        model: Frozen parameters are left out.
+        recipe: The learning-rate multiplier of its backbone, and whether norms are decayed.
+        learning_rate: Of everything beside the backbone.
+        weight_decay: Of what is decayed.
+    """
 
     def settings(name: str, parameter: nn.Parameter) -> tuple[float, float]:
         rate = learning_rate * (recipe.backbone_multiplier if "backbone" in name else 1)
         return rate, weight_decay if recipe.decays_norms or "norm" not in name else 0.0
 
-    return _grouped(model, settings)
+    return _group(model, settings)
 
 
 def segmentation_parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """As [`parameter_groups`], of a segmenter: one group, since everything is decayed, norms and biases too."""
-    return _grouped(model, lambda name, parameter: (learning_rate, weight_decay))
+    """As [`parameter_groups`], of a segmenter: one group, since everything is decayed, norms and biases too.
+
+    Args:
+        model: Frozen parameters are left out.
+        learning_rate: Of everything.
+        weight_decay: Of everything.
+    """
+    return _group(model, lambda name, parameter: (learning_rate, weight_decay))
 
 
-def _grouped(model: nn.Module, settings: Callable[[str, nn.Parameter], tuple[float, float]]) -> list[dict[str, Any]]:
+def _group(model: nn.Module, settings: Callable[[str, nn.Parameter], tuple[float, float]]) -> list[dict[str, Any]]:
     """The trainable parameters by what `settings` gives for them, learning rate and weight decay."""
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -153,7 +198,11 @@ def _grouped(model: nn.Module, settings: Callable[[str, nn.Parameter], tuple[flo
 
 
 def freeze_stages(model: nn.Module, stages: int) -> list[str]:
-    """Stops the training of the first `stages` stages: patch embedding, blocks and norm, as detectors do.
+    """Stops the training of the backbone's first stages: patch embedding, blocks and norm, as detectors do.
+
+    Args:
+        model: Any model with a PVT inside.
+        stages: How many.
 
     Returns:
         The names of the frozen parameters.

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run that are whole or not there."""
+"""Checkpoints of a training run that are complete or not there."""
 
 import json
 import os
@@ -14,11 +14,11 @@ _RUN = "run.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, or cannot be gone on from. The message says what there is instead."""
+    """A checkpoint that could not be written, or cannot be resumed from. The message says what there is instead."""
 
 
 def incompleteness(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint is not whole, in words, or `None` if it is: every file has the size that it had in the end."""
+    """Why a checkpoint is not complete, in words; `None` if it is: every file has the size that it had in the end."""
     if not Path(checkpoint).is_dir():
         return "there is no such folder"
     try:
@@ -33,7 +33,7 @@ def incompleteness(checkpoint: str | Path) -> str | None:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole checkpoint of a run, if there is one. Those that are passed over are logged."""
+    """The newest complete checkpoint of a run, if there is one. Those that are passed over are logged."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         if (reason := incompleteness(folder)) is None:
@@ -48,7 +48,7 @@ def mark_incomplete(checkpoint: str | Path) -> None:
 
 
 def mark_complete(checkpoint: str | Path, run: dict[str, Any]) -> None:
-    """Everything reaches the disk, and then the list of files with their sizes, at once.
+    """Everything reaches the disk, and then, by an atomic write, the list of files with their sizes.
 
     Args:
         checkpoint: The folder.
@@ -70,8 +70,8 @@ def read_run(checkpoint: str | Path) -> dict[str, Any]:
     """What the run that wrote a checkpoint was like.
 
     Raises:
-        CheckpointError: If the checkpoint is not whole.
+        CheckpointError: If the checkpoint is not complete.
     """
     if reason := incompleteness(checkpoint):
-        raise CheckpointError(f"{checkpoint} is not a whole checkpoint: {reason}.")
+        raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {reason}.")
     return json.loads((Path(checkpoint) / _RUN).read_text())

@@ -1,4 +1,4 @@
-"""The official training of a segmenter, and its evaluation pixel by pixel at the original sizes of the images."""
+"""The papers' training of a segmenter, and its evaluation pixel by pixel at the original sizes of the images."""
 
 import copy
 import csv
@@ -23,27 +23,29 @@ from .trainer import DensePredictionTrainer
 
 
 class SegmentationTrainer(DensePredictionTrainer):
-    """Trains a segmenter with the official recipe, on one process or many.
+    """Trains a segmenter with the papers' recipe for ADE20K, on one process or many.
 
     Metrics are `mIoU`, `mAcc` and `aAcc` in [0, 1] as mmsegmentation's, over the pixels of all validation images at
     their original sizes, each image once however many processes there are; and `loss`, the mean cross-entropy of the
     valid pixels at the size of the network's input. `IoU` and `Acc` of every class are in `eval_classes.csv` of
     `output_dir`.
 
-    On several GPUs batch normalisation is over all processes, as officially (`torch.nn.SyncBatchNorm`, which there is
-    for GPUs only). Pixels to ignore are marked so that the loss of an accumulated or distributed batch is the loss of
-    the whole batch with both of Semantic FPN's normalisations.
+    On several GPUs batch normalisation is over all processes, as in mmsegmentation (`torch.nn.SyncBatchNorm`, which
+    there is for GPUs only). Pixels to ignore are marked so that the loss of an accumulated or distributed batch is the
+    loss of the whole batch with both of Semantic FPN's normalisations.
 
     Args:
         model: With `logits` `(batch, num_labels, any height and width)`.
         recipe: Crops, decay, and the learning-rate schedule.
-        official_schedule: Whether the learning rate is the recipe's, instead of `args.lr_scheduler_type`.
-        window, stride: If given, evaluation is in windows of these pixels of the network's input: see
-            [`~pvt_hf.models.sliding_window.sliding_window_logits`].
+        recipe_schedule: Whether the schedule is the recipe's (the default), and not `args.lr_scheduler_type`.
+        window: Evaluate in windows of this many pixels of the network's input, as
+            [`~pvt_hf.models.sliding_window.sliding_window_logits`]; by default the whole image at once.
+        stride: Pixels from one window to the next; it goes with `window`.
         train_dataset: [`~pvt_hf.data.segmentation.TrainingMaps`].
         eval_dataset: [`~pvt_hf.data.segmentation.EvaluationMaps`].
         processing_class: The image processor of both.
-        *args, **kwargs: As of [`~pvt_hf.training.trainer.DensePredictionTrainer`], as are the errors.
+        *args: As of [`~pvt_hf.training.trainer.DensePredictionTrainer`].
+        **kwargs: As of [`~pvt_hf.training.trainer.DensePredictionTrainer`], as are the errors.
 
     Raises:
         ValueError: If only one of `window` and `stride` is given.
@@ -59,7 +61,7 @@ class SegmentationTrainer(DensePredictionTrainer):
         *args,
         recipe: SegmentationRecipe,
         processing_class: Any,
-        official_schedule: bool = True,
+        recipe_schedule: bool = True,
         window: int | None = None,
         stride: int | None = None,
         **kwargs,
@@ -78,7 +80,7 @@ class SegmentationTrainer(DensePredictionTrainer):
             parameter_groups=lambda model: segmentation_parameter_groups(
                 model, self.args.learning_rate, self.args.weight_decay
             ),
-            schedule=(lambda *steps: polynomial_multiplier(recipe.power, *steps)) if official_schedule else None,
+            schedule=(lambda *steps: polynomial_multiplier(recipe.power, *steps)) if recipe_schedule else None,
             **kwargs,
         )
         if self.args.world_size > 1 and self.args.device.type == "cuda":

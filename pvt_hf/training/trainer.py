@@ -1,5 +1,10 @@
-"""`Trainer` with what training vision models at scale needs: exact resume, checkpoints that are whole or not there,
-schedules by step, averaged weights, and an end with a reason when the loss is not a number."""
+"""`Trainer` with what training vision models at scale needs: exact resume, checkpoints that are complete or not there,
+schedules by step, an EMA of the weights, and an end with a reason when the loss is not a number.
+
+[`VisionTrainer`] is told what to train on, builds loader, optimiser and schedule, takes steps, writes checkpoints and
+resumes from them, evaluates, and finishes with a report; [`DensePredictionTrainer`] changes how it evaluates. What is
+special about a task is in `classification`, `detection` and `segmentation` beside this file.
+"""
 
 import math
 import os
@@ -30,7 +35,7 @@ from .run_checkpoints import (
 logger = logging.get_logger(__name__)
 
 _EMA_WEIGHTS = "ema.safetensors"
-# The factor of every learning rate at a step, of the steps of an epoch and of the run.
+# From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
 Schedule = Callable[[int, int, int], float]
 
 
@@ -41,7 +46,7 @@ class _Steps(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # Official: each process its own. A resumed run then restores what each of them had.
+        # As in the released code, each process its own. A resumed run then restores what each of them had.
         set_seed(args.seed + args.process_index)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -49,7 +54,7 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.schedule is not None:
-            # Trainer leaves the schedule where it is when fp16 skips a step; the official ones go by the step.
+            # Trainer leaves the schedule where it is when fp16 skips a step; those of the recipes go by the step.
             while self.trainer.lr_scheduler.last_epoch < state.global_step:
                 self.trainer.lr_scheduler.step()
         if self.trainer.ema is not None:
@@ -64,18 +69,21 @@ class VisionTrainer(Trainer):
 
     Args:
         recipe: Hyper-parameters, a dataclass, for the model card; a subclass may use it.
-        dataset_name, initial_weights: For the model card: where images and weights came from.
+        dataset_name: For the model card: where the images came from, `None` for the bundled data.
+        initial_weights: For the model card: where the weights came from, `None` for random ones.
         settings: For the model card: what else was chosen.
-        schedule: `(step, steps per epoch, steps of the run)` to the factor of every learning rate; without it the
-            schedule is that of `args.lr_scheduler_type`.
+        schedule: From `(step, steps per epoch, steps of the run)` to the multiplier of every learning rate; by default
+            the schedule is that of `args.lr_scheduler_type`.
         parameter_groups: From the model to the groups of the optimiser; by default those of `Trainer`.
-        repeats: How often an image is drawn in a row: see [`~pvt_hf.data.samplers.EpochSampler`].
-        ema_decay: If given, an average of the weights is kept (timm's `ModelEmaV3`), saved with every checkpoint.
-        channels_last: Whether model and images have that memory format.
+        repeats: How often an image is drawn in a row (default: 1): see [`~pvt_hf.data.samplers.EpochSampler`].
+        ema_decay: EMA decay of the weights (timm's `ModelEmaV3`), which every checkpoint has too; by default there
+            is none.
+        channels_last: Whether model and images have that memory format (default: not).
         train_dataset: A data set that is asked for `(index, seed, epoch, position)`, or an iterable one with
             `set_epoch` and `batch_size`. With `data_collator` it makes batches that also have `names`, the images, and
             `skipped`, how many are missing.
-        *args, **kwargs: As of [`~transformers.Trainer`].
+        *args: As of [`~transformers.Trainer`].
+        **kwargs: As of [`~transformers.Trainer`].
 
     Raises:
         ValueError: If arguments contradict each other, or would be ignored.
@@ -129,19 +137,22 @@ class VisionTrainer(Trainer):
             raise ValueError("`label_smoothing_factor` has no effect here; the recipe has `label_smoothing`.")
         if args.dataloader_persistent_workers and isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             raise ValueError("`dataloader_persistent_workers` would repeat the first epoch of a stream.")
-        if args.fsdp and not self.is_fsdp_enabled:
+        if args.fsdp or self.is_fsdp_enabled:
+            self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        if not self.is_fsdp_enabled:
             raise ValueError(
                 "`fsdp` is set, but accelerate does not shard here (it does not on CPUs, and needs several processes)."
             )
-        if self.is_fsdp_enabled:
-            kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
-            if "FULL" not in kind:
-                raise ValueError(
-                    f"FSDP would save no whole weights with the state dict type {kind}: choose FULL_STATE_DICT "
-                    "(`fsdp_config` or `accelerate config`)."
-                )
-            if self.ema_decay is not None:
-                raise ValueError("`ema_decay` needs whole weights in every process, which FSDP does not have.")
+        kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if "FULL" not in kind:
+            raise ValueError(
+                f"FSDP would save shards of the weights with the state dict type {kind}: choose FULL_STATE_DICT "
+                "(`fsdp_config` or `accelerate config`)."
+            )
+        if self.ema_decay is not None:
+            raise ValueError("`ema_decay` needs all weights in every process, which FSDP does not have.")
 
     def get_train_dataloader(self) -> DataLoader:
         """Each process reads its own share: nothing is left for accelerate to split."""
@@ -225,7 +236,7 @@ class VisionTrainer(Trainer):
         run_dir, args = self._get_output_dir(trial), self.args
         folder, limit = Path(run_dir) / f"checkpoint-{self.state.global_step}", args.save_total_limit
         skipped = self.skipped_images()
-        # Older checkpoints go, and the Hub gets this one, when it is whole.
+        # Older checkpoints go, and the Hub gets this one, when it is complete.
         args.save_total_limit, push, args.push_to_hub = None, args.push_to_hub, False
         try:
             if args.should_save:
@@ -251,15 +262,22 @@ class VisionTrainer(Trainer):
             rotate_checkpoints(output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in `Trainer`; `True` is the last whole checkpoint of `output_dir`, or the beginning if there is none.
+        """As in `Trainer`, also from scratch where there is nothing to resume from.
+
+        Args:
+            resume_from_checkpoint: A checkpoint, or `True` for the last complete one of `output_dir`.
+            *args: As in `Trainer`.
+            **kwargs: As in `Trainer`.
 
         Raises:
-            CheckpointError: If the given checkpoint is not whole, or of a run that would go on differently.
+            CheckpointError: If the given checkpoint is not complete, or of another run.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             logger.warning(
-                f"Training goes on from {resume_from_checkpoint or 'the beginning: no checkpoint is whole'}."
+                f"Training resumes from {resume_from_checkpoint}."
+                if resume_from_checkpoint
+                else "Training starts from scratch: no checkpoint is complete."
             )
         if resume_from_checkpoint:
             saved, now = read_run(resume_from_checkpoint), self._layout()
@@ -279,26 +297,31 @@ class VisionTrainer(Trainer):
             "images of an epoch": len(self.train_dataset),
             "seed": args.seed,
             "seed of the data": args.data_seed,
-            "decay of the averaged weights": self.ema_decay,
+            "EMA decay": self.ema_decay,
         }
         if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
             layout["workers of the stream"] = args.dataloader_num_workers
         return layout
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.ema is not None:
+            self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
+
+    def skipped_images(self) -> int:
+        """How many corrupt images the run skipped, over all processes."""
+        count = torch.tensor(self.skipped, device=self.args.device)
+        return self.skipped_before + int(self.accelerator.reduce(count).item())
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As in `Trainer`; the random generators of training are not touched."""
         with keep_random_state():
             return super().evaluate(*args, **kwargs)
 
-    def skipped_images(self) -> int:
-        """How many corrupt images the run left out, over all processes."""
-        count = torch.tensor(self.skipped, device=self.args.device)
-        return self.skipped_before + int(self.accelerator.reduce(count).item())
-
-    def evaluate_average(self) -> dict[str, float]:
-        """As `evaluate`, of the averaged weights (`ema_accuracy` ...), which it also saves, to `output_dir/ema`."""
+    def evaluate_ema(self) -> dict[str, float]:
+        """As `evaluate`, of the EMA weights (`ema_accuracy` ...), which it also saves, to `output_dir/ema`."""
         if self.ema is None:
-            raise ValueError("There are no averaged weights: `ema_decay` was not set.")
+            raise ValueError("There are no EMA weights: `ema_decay` was not set.")
         trained = {key: value.clone() for key, value in self.model.state_dict().items()}
         try:
             self.model.load_state_dict(self.ema.module.state_dict())
@@ -309,20 +332,15 @@ class VisionTrainer(Trainer):
             self.model.load_state_dict(trained)
         return metrics
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.ema is not None:
-            self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
-
     def finish(self) -> str:
-        """The end of a training program, called by every process: evaluates the model (and its averaged weights), saves
+        """The end of a training program, called by every process: evaluates the model (and its EMA weights), saves
         it with `eval_results.json`, pictures, curves and card, and pushes everything to the Hub if `args` says so.
 
         Returns:
             What was reached, in words.
         """
-        average = self.evaluate_average() if self.ema is not None else {}
-        metrics = average | self.evaluate()  # whose predictions are the ones that are kept
+        ema: dict[str, float] = self.evaluate_ema() if self.ema is not None else {}
+        metrics = ema | self.evaluate()  # whose predictions are the ones that are kept
         self.save_model()
         self.save_metrics("eval", metrics)
         self.draw_predictions()
@@ -334,7 +352,7 @@ class VisionTrainer(Trainer):
         skipped = self.skipped_images()
         if self.args.push_to_hub:
             self.push_to_hub()
-        lines.append(f"{skipped} corrupt images were left out; everything is in {self.args.output_dir}")
+        lines.append(f"{skipped} corrupt images were skipped; everything is in {self.args.output_dir}")
         self.accelerator.end_training()
         return "\n".join(lines)
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.small_models import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.timeout(7200)]
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def example(python, tmp_path):
     return run
 
 
-def test_retinanet_and_then_semantic_fpn(example):
+def test_retinanet_and_then_semantic_fpn_learn_digits(example):
     """From the quickstart's classifier a detector, and from its backbone a segmenter."""
     example("quickstart", "quickstart")
     detector = example("train_detection", "detection", "--demo", "--backbone_checkpoint", "quickstart")
@@ -31,14 +31,14 @@ def test_retinanet_and_then_semantic_fpn(example):
     assert segmenter["eval_mIoU"] > 0.6
 
 
-def test_mask_rcnn(example):
+def test_mask_rcnn_learns_digits(example):
     example("quickstart", "quickstart")
     arguments = ["--demo", "--recipe", "mask_rcnn_1x", "--num_train_epochs", "3"]
     instances = example("train_detection", "instances", *arguments, "--backbone_checkpoint", "quickstart")
     assert instances["eval_mask_AP50"] > 0.4
 
 
-def test_detr(example):
+def test_loss_of_detr_falls(example):
     """Its loss falls; from 14.4 to 13.9 on validation images."""
     example("quickstart", "quickstart")
     arguments = ["--demo", "--recipe", "detr_50ep", "--backbone_checkpoint", "quickstart", "--eval_steps", "180"]

@@ -1,8 +1,6 @@
-"""`examples/evaluate.py`: what it measures of checkpoints of each task, and what it compares that with."""
+"""`pvt-hf evaluate`: what it measures of checkpoints of each task, and what it compares that with."""
 
 import json
-import runpy
-import sys
 
 import pytest
 from transformers import (
@@ -13,10 +11,10 @@ from transformers import (
 )
 
 import pvt_hf
+from pvt_hf.commands.evaluate import main
+from pvt_hf.commands.measure import published_metrics
 from pvt_hf.data.digits import write_scenes
-from tests.support.small_models import ROOT, STAGES, small_config
-
-EVALUATE = str(ROOT / "examples" / "evaluate.py")
+from tests.support.small_models import STAGES, small_config
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +51,13 @@ def checkpoints(tmp_path_factory):
 
 def run(monkeypatch, folder, *arguments) -> dict:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["evaluate", "--num_workers", "0", *map(str, arguments)])
-    runpy.run_path(EVALUATE, run_name="__main__")
+    main(["--dataloader_num_workers", "0", *map(str, arguments)])
     return json.loads((folder / "runs" / "evaluation" / "results.json").read_text())
 
 
-def test_all_tasks(checkpoints, monkeypatch, capsys):
+def test_every_task_has_its_metrics(checkpoints, monkeypatch, capsys):
     names = ["classifier", "detector", "instances", "segmenter"]
-    results = run(monkeypatch, checkpoints, "--smoke", "--num_images", 4, "--model_name_or_path", *names)
+    results = run(monkeypatch, checkpoints, "--smoke", "--max_eval_samples", 4, "--model_name_or_path", *names)
     assert list(results) == names and all(result["images"] == 4 for result in results.values())
     assert {"accuracy", "top5_accuracy"} < results["classifier"].keys()
     assert {"AP", "AP50", "AR100"} < results["detector"].keys() and "mask_AP" not in results["detector"]
@@ -71,50 +68,55 @@ def test_all_tasks(checkpoints, monkeypatch, capsys):
         assert f"| {name} | {metric} |  | {results[name][metric]:.2f} |  | 4 |" in table
 
 
-def test_own_data(checkpoints, monkeypatch, tmp_path):
+def test_own_data_measure_as_the_bundled_ones(checkpoints, monkeypatch, tmp_path):
     """COCO json and folders of maps: the same images as bundled ones give the same numbers."""
     data = write_scenes(tmp_path / "scenes", 1, 40) / "validation"
     detector = checkpoints / "detector", checkpoints / "segmenter"
-    embedded = run(monkeypatch, tmp_path, "--num_images", 3, "--model_name_or_path", *detector)
-    arguments = ["--num_images", 3, "--images", data / "images"]
+    bundled = run(monkeypatch, tmp_path, "--max_eval_samples", 3, "--model_name_or_path", *detector)
+    arguments = ["--max_eval_samples", 3, "--images", data / "images"]
     found = run(
         monkeypatch, tmp_path, *arguments, "--annotations", data / "annotations.json",
         "--model_name_or_path", detector[0],
     )  # fmt: skip
-    assert found[str(detector[0])] == embedded[str(detector[0])]
+    assert found[str(detector[0])] == bundled[str(detector[0])]
     found = run(monkeypatch, tmp_path, *arguments, "--maps", data / "maps", "--model_name_or_path", detector[1])
-    assert found[str(detector[1])] == embedded[str(detector[1])]
+    assert found[str(detector[1])] == bundled[str(detector[1])]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model_name_or_path", "detector", "--images", "x"], "--images goes with --annotations"),
-        (["--variant", "pvt_tiny"], "Not there: converted/pvt_tiny"),
+        (["--model_name_or_path", "detector", "--variant", "all"], "pass either --variant or --model_name_or_path"),
+        ([], "pass either --variant or --model_name_or_path"),
     ],
 )
-def test_wrong_command_lines(arguments, message, checkpoints, monkeypatch):
-    with pytest.raises(SystemExit, match=message):
+def test_arguments_that_contradict_each_other_are_a_usage_error(arguments, message, checkpoints, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
         run(monkeypatch, checkpoints, *arguments)
+    assert message in capsys.readouterr().err
 
 
-def test_other_classes(checkpoints, monkeypatch, tmp_path):
+def test_variant_that_was_not_converted_is_an_error(checkpoints, monkeypatch):
+    with pytest.raises(SystemExit, match="Not there: converted/pvt_tiny. `pvt-hf convert --all converted` makes them"):
+        run(monkeypatch, checkpoints, "--variant", "pvt_tiny")
+
+
+def test_other_number_of_classes_is_an_error(checkpoints, monkeypatch, tmp_path):
     config = pvt_hf.PvtV2Config.from_pretrained(checkpoints / "classifier", num_labels=7)
     AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="other has 7 classes and the data 10"):
         run(monkeypatch, tmp_path, "--model_name_or_path", "other")
 
 
-def test_papers_numbers():
+def test_papers_numbers_are_of_the_papers_classes_only():
     """Of architectures with the classes of ImageNet, COCO or ADE20K, and of no others."""
-    published = runpy.run_path(EVALUATE)["published"]
-    assert published("imagenet", pvt_hf.build_config("pvt_small")) == {"accuracy": 79.8}
-    assert published("imagenet", pvt_hf.build_config("pvt_small", num_labels=10)) == {}
-    assert published("imagenet", small_config("v2", num_labels=1000)) == {}
+    assert published_metrics(pvt_hf.build_config("pvt_small")) == {"accuracy": 79.8}
+    assert published_metrics(pvt_hf.build_config("pvt_small", num_labels=10)) == {}
+    assert published_metrics(small_config("v2", num_labels=1000)) == {}
     backbone = pvt_hf.build_config("pvt_small", out_features=STAGES)
     instances = pvt_hf.MaskRCNNConfig(backbone_config=backbone, num_labels=80)
-    assert published("mask_rcnn_1x", instances)["mask_AP"] == 37.8
-    assert published("mask_rcnn_3x_ms", instances)["mask_AP"] == 39.9
-    assert published("semantic_fpn_40k", pvt_hf.SemanticFPNConfig(backbone_config=backbone, num_labels=150)) == {
-        "mIoU": 39.8
-    }
+    assert published_metrics(instances)["mask_AP"] == 37.8
+    assert published_metrics(instances, "mask_rcnn_3x_ms")["mask_AP"] == 39.9
+    segmenter = pvt_hf.SemanticFPNConfig(backbone_config=backbone, num_labels=150)
+    assert published_metrics(segmenter) == {"mIoU": 39.8}

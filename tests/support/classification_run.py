@@ -1,9 +1,7 @@
-"""A small run of the trainer on digits, in this process or in others: `python classification_run.py DIR SETTINGS`."""
+"""A small run of the classifiers' trainer on digits, in this process (`build`) or in others (`main`)."""
 
-import json
-import os
-import sys
-import time
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -15,6 +13,7 @@ from pvt_hf.data.classification import EvaluationImages, TrainingImages, load_im
 from pvt_hf.recipes import ImageNetRecipe
 from pvt_hf.training.classification import ImageClassificationTrainer
 from tests.support.small_models import small_config
+from tests.support.training_processes import pause_after, write_result
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1, "warmup_epochs": 0, "random_erasing": 0.0, "auto_augment": None}
 
@@ -86,35 +85,21 @@ def shard_on_cpus() -> None:
     PartialState.__init__ = start_as_if_on_gpus
 
 
-def main(output_dir: str, settings: dict) -> None:
-    """A run whose losses and metrics are in `result.json` afterwards."""
+def main(output_dir: Path, settings: dict[str, Any]) -> None:
+    """A run with its losses, metrics and seed in `result-{rank}.json` afterwards."""
     settings = dict(settings)
-    resume, slow = settings.pop("resume", None), settings.pop("slow", 0)
+    resume, pause = settings.pop("resume", None), settings.pop("pause_after", None)
     if settings.pop("sharded", False):
         shard_on_cpus()
         settings |= SHARDED
     trainer = build(output_dir, **settings)
-    mixed = trainer.mix
+    mixed, seeds = trainer.mix, []
     # What this process draws for its first batch.
-    trainer.mix = lambda *batch: (draws.append(torch.initial_seed()), mixed(*batch))[1]
-    draws = []
-    step = trainer.training_step
-    if slow:  # so that there is time to be killed
-        trainer.training_step = lambda *args: (time.sleep(slow), step(*args))[1]
+    trainer.mix = lambda *batch: (seeds.append(torch.initial_seed()), mixed(*batch))[1]
+    pause_after(trainer, pause)
     trainer.train(resume)
     metrics = trainer.evaluate()
     trainer.save_model()
-    with open(os.path.join(output_dir, f"seed-{trainer.args.process_index}.json"), "w") as file:
-        json.dump(draws[0], file)
-    if trainer.is_world_process_zero():
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        with open(os.path.join(output_dir, "result.json"), "w") as file:
-            json.dump({"losses": losses, "metrics": metrics}, file)
-        if trainer.ema is not None:
-            torch.save(trainer.ema.module.state_dict(), os.path.join(output_dir, "ema.pt"))
-    trainer.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    write_result(trainer, output_dir, metrics=metrics, seed=seeds[0])
+    if trainer.is_world_process_zero() and trainer.ema is not None:
+        torch.save(trainer.ema.module.state_dict(), output_dir / "ema.pt")

@@ -1,13 +1,9 @@
-"""A small run of the detectors' trainer, in this process or in others: `python detection_run.py DIR SETTINGS`."""
+"""A small run of the detectors' trainer on scenes, in this process (`build`) or in others (`main`)."""
 
 import dataclasses
-import json
-import os
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
-import torch
 from transformers import TrainingArguments, set_seed
 
 import pvt_hf
@@ -16,6 +12,7 @@ from pvt_hf.data.detection import EvaluationDetections, TrainingDetections, read
 from pvt_hf.recipes import DETECTION_RECIPES
 from pvt_hf.training.detection import DetectionTrainer
 from tests.support.small_models import STAGES, small_config
+from tests.support.training_processes import pause_after, write_result
 
 SIDES = {"shortest_edges": (64, 96), "longest_edge": 128}
 HEADS = {
@@ -28,12 +25,12 @@ HEADS = {
 FIRST_STAGE = {"retinanet": 1, "mask_rcnn": 0, "detr": 3}
 
 
-def small_detector(system: str, num_labels: int = 10, **overrides):
-    backbone = small_config("v2", out_features=STAGES[FIRST_STAGE[system] :], drop_path_rate=0.1)
-    fields = HEADS[system] | {"num_labels": num_labels} | overrides
-    if system == "detr":
+def small_detector(architecture: str, num_labels: int = 10, **overrides):
+    backbone = small_config("v2", out_features=STAGES[FIRST_STAGE[architecture] :], drop_path_rate=0.1)
+    fields = HEADS[architecture] | {"num_labels": num_labels} | overrides
+    if architecture == "detr":
         return pvt_hf.build_detr(pvt_hf.build_detr_config(backbone, **fields))
-    if system == "mask_rcnn":
+    if architecture == "mask_rcnn":
         return pvt_hf.MaskRCNNForInstanceSegmentation(pvt_hf.MaskRCNNConfig(backbone_config=backbone, **fields))
     return pvt_hf.RetinaNetForObjectDetection(pvt_hf.RetinaNetConfig(backbone_config=backbone, **fields))
 
@@ -75,27 +72,20 @@ def build(output_dir, scenes, *, recipe="retinanet_1x", changes=None, data=None,
     )
 
 
-def main() -> None:
-    output_dir, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-    scenes, resume, slow = Path(settings.pop("scenes")), settings.pop("resume", None), settings.pop("slow", 0)
-    torch.set_num_threads(1)
+def main(output_dir: Path, settings: dict[str, Any]) -> None:
+    """A run over the scenes of `settings`; losses, metrics and the evaluated images are in `result-{rank}.json`."""
+    settings = dict(settings)
+    scenes, pause = Path(settings.pop("scenes")), settings.pop("pause_after", None)
     trainer = build(output_dir, scenes, **settings)
-    step, evaluate_batch, seen = trainer.training_step, trainer.evaluate_batch, []
-    if slow:  # so that there is time to be killed
-        trainer.training_step = lambda *args: (time.sleep(slow), step(*args))[1]
+    pause_after(trainer, pause)
+    trainer.train()
+    evaluate_batch, seen = trainer.evaluate_batch, []
 
     def counted(outputs, inputs):
         seen.extend(int(label["image_id"]) for label in inputs["labels"])
         evaluate_batch(outputs, inputs)
 
-    trainer.train(resume)
     trainer.evaluate_batch = counted
     metrics = trainer.evaluate()
     trainer.save_model()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    result = {"losses": losses, "metrics": metrics, "seen": seen}
-    (output_dir / f"result-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+    write_result(trainer, output_dir, metrics=metrics, seen=seen)

@@ -1,22 +1,33 @@
-"""A small run of `SegmentationTrainer`, in this process (`build`) or as a program, with scenes or with noise."""
+"""A small run of the segmenters' trainer on scenes, in this process (`build`) or in others (`main`)."""
 
-import json
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
+from PIL import Image
 from torch import nn
 from transformers import AutoModelForSemanticSegmentation, TrainingArguments, set_seed
 
 import pvt_hf
 from pvt_hf.data.augmentation import SegmentationAugmentation
+from pvt_hf.data.digits import write_scenes
 from pvt_hf.data.segmentation import EvaluationMaps, TrainingMaps, read_segmentation_folders
 from pvt_hf.recipes import SegmentationRecipe
 from pvt_hf.training.segmentation import SegmentationTrainer
 from tests.support.small_models import STAGES, small_config
+from tests.support.training_processes import pause_after, write_result
 
 RECIPE = SegmentationRecipe(shortest_edge=48, longest_edge=192, crop_size=48)
+
+
+def write_data(folder: Path) -> Path:
+    """24 scenes to train on and 5 to validate: of several sizes, and with some pixels ignored."""
+    root = write_scenes(folder / "scenes", images=24, validation=5)
+    for index, path in enumerate(sorted(root.glob("*/maps/*.png"))):
+        labels = np.array(Image.open(path))
+        labels[: 7 * (index % 5)] = 255
+        Image.fromarray(labels).save(path)
+    return root
 
 
 def read(data: str | Path, split: str, **settings):
@@ -72,20 +83,13 @@ def losses(trainer: SegmentationTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def main() -> None:
-    output_dir, data, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    slow = settings.pop("slow", 0)
-    torch.set_num_threads(1)
-    trainer = build(output_dir, data, **settings)
-    step = trainer.training_step
-    if slow:  # so that there is time to be killed
-        trainer.training_step = lambda *args: (time.sleep(slow), step(*args))[1]
+def main(output_dir: Path, settings: dict[str, Any]) -> None:
+    """A run over the scenes of `settings`; losses and metrics are in `result-{rank}.json`."""
+    settings = dict(settings)
+    scenes, pause = settings.pop("scenes"), settings.pop("pause_after", None)
+    trainer = build(output_dir, scenes, **settings)
+    pause_after(trainer, pause)
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        (Path(output_dir) / "result.json").write_text(json.dumps({"losses": losses(trainer), "metrics": metrics}))
-
-
-if __name__ == "__main__":
-    main()
+    write_result(trainer, output_dir, metrics=metrics)

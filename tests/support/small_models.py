@@ -29,6 +29,13 @@ def small_config(version: str, **overrides):
     return pvt_hf.PvtV2Config(**(SMALL_V2 | {"linear_attention": version == "v2_linear"} | overrides))
 
 
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 2e-5) -> None:
+    """Two sets of weights are the same but for rounding."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
 def randomize(model: nn.Module, std: float = 0.05) -> nn.Module:
     """Random values for every parameter, so that no zero bias and no unit norm hides a mistake."""
     with torch.no_grad():

@@ -1,14 +1,6 @@
-"""Training: the same result however it is split, interrupted or computed, and a clear end where it cannot go on."""
+"""Training: the same result however it is split, interrupted or computed, and a clear end where it cannot continue."""
 
 import errno
-import json
-import os
-import runpy
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import peft
 import pytest
@@ -18,60 +10,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from pvt_hf.data.images import ImageError
-from pvt_hf.recipes import imagenet_recipe
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
 from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
-from tests.support import classification_run as training_run
+from tests.support import classification_run
 from tests.support.classification_run import build
-from tests.support.small_models import ROOT, small_config
+from tests.support.small_models import assert_close, small_config
+from tests.support.training_processes import kill_after, read_result
 
 RICH = {"mixup": 0.8, "cutmix": 1.0, "repeats": 3, "auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
-
-
-def command(output_dir, settings: dict, processes: int = 1) -> list[str]:
-    program = [str(ROOT / "tests" / "support" / "classification_run.py"), str(output_dir), json.dumps(settings)]
-    if processes == 1:
-        return [sys.executable, *program]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    return [sys.executable, *launch, *program]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the processes have that results are compared with."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def run(output_dir, processes: int = 1, **settings) -> dict:
-    """What a run leaves in `result.json`: in this process if it is to be one."""
-    if processes == 1:
-        training_run.main(str(output_dir), settings)
-    else:
-        result = subprocess.run(
-            command(output_dir, settings, processes), capture_output=True, text=True, env=environment(), timeout=200
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((output_dir / "result.json").read_text())
-
-
-def weights(output_dir) -> dict[str, torch.Tensor]:
-    return load_file(output_dir / "model.safetensors")
-
-
-def assert_close(actual: dict, expected: dict, atol: float = 2e-5) -> None:
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def trained(tmp_path, name: str, **settings) -> tuple[list[float], dict]:
@@ -100,7 +46,7 @@ def plain_run(tmp_path_factory):
     ],
     ids=["accumulation 2", "accumulation 4", "eager", "checkpointing", "channels last", "workers"],
 )
-def test_same_result(settings, plain_run, tmp_path):
+def test_other_ways_of_computing_give_the_same_losses_and_weights(settings, plain_run, tmp_path):
     """Losses at every step, and the weights in the end. (SGD: Adam's first steps are signs, which rounding turns.)"""
     losses, final = trained(tmp_path, "other", optim="sgd", learning_rate=0.1, **settings)
     assert losses == pytest.approx(plain_run[0], rel=1e-4) and len(losses) == 16
@@ -108,35 +54,7 @@ def test_same_result(settings, plain_run, tmp_path):
     assert_close(final, plain_run[1])
 
 
-def test_two_processes_are_one(tmp_path):
-    """DDP with gloo: 2 x 4 images are 8; and 13 validation images are counted once each."""
-    settings = {"optim": "sgd", "learning_rate": 0.1, "trainer": {"ema_decay": 0.9}}
-    one = run(tmp_path / "one", per_device_train_batch_size=8, **settings)
-    two = run(tmp_path / "two", processes=2, per_device_train_batch_size=4, **settings)
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"))
-    assert_close(*(torch.load(tmp_path / name / "ema.pt") for name in ("two", "one")))
-    for key in ("eval_images", "eval_accuracy", "eval_top5_accuracy"):
-        assert two["metrics"][key] == one["metrics"][key]
-    assert one["metrics"]["eval_images"] == 13
-    assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], rel=1e-4)
-
-
-def test_fsdp2_is_one_process(tmp_path):
-    """Sharded over two processes: the same losses and weights, whole in every file, also after a resume."""
-    settings = {"adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 6}
-    one = run(tmp_path / "one", per_device_train_batch_size=8, **settings)
-    settings |= {"per_device_train_batch_size": 4, "sharded": True}
-    two = run(tmp_path / "two", processes=2, **settings)
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
-    assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"))
-    assert two["metrics"]["eval_accuracy"] == one["metrics"]["eval_accuracy"] and two["metrics"]["eval_images"] == 13
-    resumed = run(tmp_path / "two", processes=2, resume=str(tmp_path / "two" / "checkpoint-12"), **settings)
-    assert resumed["losses"] == two["losses"]
-    assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"))
-
-
-def test_sharding_that_accelerate_would_ignore(tmp_path):
+def test_sharding_that_accelerate_would_ignore_is_an_error(tmp_path):
     """On CPUs it does, and every process would have the whole model."""
     trainer = build(tmp_path)
     trainer.args.fsdp = True
@@ -144,35 +62,22 @@ def test_sharding_that_accelerate_would_ignore(tmp_path):
         trainer._check_arguments()
 
 
-def test_two_processes_resumed(tmp_path):
-    """With accumulation, workers and everything random: the same weights, bit by bit; each process draws its own."""
-    settings = {"recipe": RICH, "model": {"drop_path_rate": 0.2}, "images": 144, "dataloader_num_workers": 1}
-    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
-    settings |= {"save_steps": 2}
-    whole = run(tmp_path, processes=2, **settings)
-    final, seeds = weights(tmp_path), [json.loads((tmp_path / f"seed-{rank}.json").read_text()) for rank in (0, 1)]
-    resumed = run(tmp_path, processes=2, resume=str(tmp_path / "checkpoint-4"), **settings)
-    assert resumed["losses"] == whole["losses"] and len(whole["losses"]) == 18
-    assert all(torch.equal(value, weights(tmp_path)[key]) for key, value in final.items())
-    assert seeds == [0, 1]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"per_device_train_batch_size": 16}, "images per batch is 16, not 8"),
-        ({"trainer": {"ema_decay": 0.9}}, "decay of the averaged weights is 0.9, not None"),
+        ({"trainer": {"ema_decay": 0.9}}, "EMA decay is 0.9, not None"),
         ({"data_seed": 7}, "seed of the data is 7, not None"),
     ],
 )
-def test_resuming_another_run(settings, message, tmp_path):
+def test_resuming_another_run_is_an_error(settings, message, tmp_path):
     """Another batch size would skip images, or end at once."""
     build(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     with pytest.raises(CheckpointError, match=message):
         build(tmp_path, **settings).train(True)
 
 
-def test_seed_of_the_data(tmp_path):
+def test_data_seed_changes_the_order_only(tmp_path):
     """It changes the order of the images, and nothing else."""
     orders = []
     for seed in (None, 5, 5):
@@ -192,10 +97,10 @@ def test_skipped_step_does_not_shift_the_schedule(tmp_path, monkeypatch):
 
 
 class Streamed(torch.utils.data.IterableDataset):
-    """A stream of the first `damaged_at` images of a data set, and then an error."""
+    """A stream of the first `corrupt_at` images of a data set, and then an error."""
 
-    def __init__(self, images, damaged_at=10**9):
-        self.images, self.damaged_at, self.epoch = images, damaged_at, 0
+    def __init__(self, images, corrupt_at=10**9):
+        self.images, self.corrupt_at, self.epoch = images, corrupt_at, 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -206,12 +111,12 @@ class Streamed(torch.utils.data.IterableDataset):
     def __iter__(self):
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.epoch)).tolist()
         for position, index in enumerate(order):
-            if self.epoch * len(order) + position == self.damaged_at:
+            if self.epoch * len(order) + position == self.corrupt_at:
                 raise ImageError("A shard of the stream cannot be read: train-3.tar")
             yield self.images[index, 0, self.epoch, position]
 
 
-def test_stream_resumed_and_damaged(tmp_path):
+def test_stream_resumes_where_a_corrupt_shard_ended_it(tmp_path):
     """A resumed stream has the same images; an unreadable shard ends the run, with the last checkpoint intact."""
     settings = {"save_strategy": "steps", "save_steps": 3}
 
@@ -220,31 +125,32 @@ def test_stream_resumed_and_damaged(tmp_path):
         trainer.train_dataset = Streamed(trainer.train_dataset, **options)
         return trainer
 
-    whole = streamed(tmp_path / "whole")
-    whole.train()
-    corrupt = streamed(tmp_path / "corrupt", damaged_at=64 + 5 * 8)
+    uninterrupted = streamed(tmp_path / "uninterrupted")
+    uninterrupted.train()
+    corrupt = streamed(tmp_path / "corrupt", corrupt_at=64 + 5 * 8)
     with pytest.raises(ImageError, match=r"train-3\.tar"):
         corrupt.train()
     assert last_complete_checkpoint(tmp_path / "corrupt") == str(tmp_path / "corrupt" / "checkpoint-12")
     repaired = streamed(tmp_path / "corrupt")
     repaired.train(True)
-    final = whole.model.state_dict()
+    final = uninterrupted.model.state_dict()
     assert all(torch.equal(value, final[key]) for key, value in repaired.model.state_dict().items())
 
 
-def test_resumed_at_the_end_of_an_epoch(tmp_path):
+def test_evaluation_draws_no_random_numbers_of_training(tmp_path):
     """Evaluation, which lies between that checkpoint and the next epoch, draws no random numbers of training."""
     settings = {"model": {"drop_path_rate": 0.3}, "save_strategy": "steps", "save_steps": 8, "eval_strategy": "epoch"}
-    whole = build(tmp_path, **settings)
-    whole.train()
-    expected = {key: value.clone() for key, value in whole.model.state_dict().items()}
+    uninterrupted = build(tmp_path, **settings)
+    uninterrupted.train()
+    expected = {key: value.clone() for key, value in uninterrupted.model.state_dict().items()}
     resumed = build(tmp_path, **settings)
     resumed.train(str(tmp_path / "checkpoint-8"))
     assert all(torch.equal(resumed.model.state_dict()[key], value) for key, value in expected.items())
 
 
-def test_killed_and_resumed(tmp_path):
-    """SIGKILL within an epoch, everything random: same batches, augmentations, mixup, drop-path, rates, average."""
+@pytest.mark.process
+def test_killed_run_resumes_bit_for_bit(tmp_path):
+    """SIGKILL within an epoch, everything random: same batches, augmentations, mixup, drop-path, rates, EMA."""
     settings = {
         "recipe": RICH,
         "model": {"drop_path_rate": 0.2},
@@ -252,31 +158,22 @@ def test_killed_and_resumed(tmp_path):
         "save_strategy": "steps",
         "save_steps": 3,
     }
-    whole = run(tmp_path / "whole", **settings)
+    classification_run.main(tmp_path / "uninterrupted", settings)
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(killed, settings | {"slow": 0.3}),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not (killed / "checkpoint-12" / "complete.json").exists():  # of 16, the epoch has 8
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "result.json").exists()
+    kill_after(killed / "checkpoint-12", "classification", settings)  # of 16, the epoch has 8
+    assert not (killed / "result-0.json").exists()
     assert last_complete_checkpoint(killed) == str(killed / "checkpoint-12")
-    resumed = run(killed, resume=True, **settings)
-    assert resumed["losses"][-4:] == whole["losses"][-4:]
+    classification_run.main(killed, settings | {"resume": True})
+    expected, resumed = read_result(tmp_path / "uninterrupted"), read_result(killed)
+    assert resumed["losses"][-4:] == expected["losses"][-4:]
     for file in ("model.safetensors", "checkpoint-15/ema.safetensors"):
-        actual, expected = (load_file(tmp_path / name / file) for name in ("killed", "whole"))
+        actual, expected = (load_file(tmp_path / name / file) for name in ("killed", "uninterrupted"))
         assert all(torch.equal(actual[key], value) for key, value in expected.items()), file
-    actual, expected = (torch.load(tmp_path / name / "ema.pt") for name in ("killed", "whole"))
+    actual, expected = (torch.load(tmp_path / name / "ema.pt") for name in ("killed", "uninterrupted"))
     assert all(torch.equal(actual[key], value) for key, value in expected.items())
 
 
-def test_checkpoint_that_was_interrupted(tmp_path, caplog, monkeypatch):
+def test_incomplete_checkpoint_is_never_used(tmp_path, caplog, monkeypatch):
     """It is never used; the last good one is, and the log says so."""
     trainer = build(tmp_path, save_strategy="steps", save_steps=4, max_steps=8)
     trainer.train()
@@ -286,9 +183,9 @@ def test_checkpoint_that_was_interrupted(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(transformers.utils.logging._get_library_root_logger(), "propagate", True)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert "checkpoint-8 is not used: it was interrupted while it was written" in caplog.text
-    with pytest.raises(CheckpointError, match="checkpoint-8 is not a whole checkpoint: it was interrupted"):
+    with pytest.raises(CheckpointError, match="checkpoint-8 is not a complete checkpoint: it was interrupted"):
         build(tmp_path).train(str(tmp_path / "checkpoint-8"))
-    with pytest.raises(CheckpointError, match="checkpoint-7 is not a whole checkpoint: there is no such folder"):
+    with pytest.raises(CheckpointError, match="checkpoint-7 is not a complete checkpoint: there is no such folder"):
         build(tmp_path).train(str(tmp_path / "checkpoint-7"))
     optimizer = tmp_path / "checkpoint-4" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
@@ -297,7 +194,7 @@ def test_checkpoint_that_was_interrupted(tmp_path, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["full disk while the optimizer is written", "full disk while the model is written"])
-def test_full_disk(kind, tmp_path, monkeypatch):
+def test_full_disk_leaves_the_last_checkpoint(kind, tmp_path, monkeypatch):
     """A clear error, and the last checkpoint is untouched even when only one may be kept."""
     trainer = build(tmp_path, save_strategy="steps", save_steps=3, save_total_limit=1)
 
@@ -319,12 +216,12 @@ def test_full_disk(kind, tmp_path, monkeypatch):
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
-def test_only_as_many_checkpoints_as_wanted(tmp_path):
+def test_only_as_many_checkpoints_as_wanted_are_kept(tmp_path):
     build(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=2, max_steps=8).train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_loss_that_is_not_finite(tmp_path):
+def test_loss_that_is_not_finite_ends_the_run(tmp_path):
     trainer = build(tmp_path, save_strategy="steps", save_steps=2)
     step, steps = trainer.training_step, []
 
@@ -341,7 +238,7 @@ def test_loss_that_is_not_finite(tmp_path):
     assert all(name in str(error.value) for name in steps[3]) and "checkpoint-2" in str(error.value)
 
 
-def test_schedule_and_optimizer_of_a_run(tmp_path):
+def test_every_step_has_the_rate_of_its_epoch(tmp_path):
     """Each step of an epoch has the epoch's rate, with layer-wise decay on top of it."""
     settings = {"recipe": {"warmup_epochs": 1}, "trainer": {"layer_decay": 0.5}, "num_train_epochs": 4}
     trainer = build(tmp_path, images=16, gradient_accumulation_steps=2, per_device_train_batch_size=4, **settings)
@@ -354,7 +251,7 @@ def test_schedule_and_optimizer_of_a_run(tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(list(trainer.model.parameters()))
 
 
-def test_mixup(tmp_path):
+def test_mixup_gives_mixtures_and_probabilities(tmp_path):
     """Targets are probabilities with smoothing, images are mixtures; an odd image out stays alone."""
     trainer = build(tmp_path, recipe={"mixup": 0.8, "cutmix": 1.0})
     images, labels = torch.rand(7, 3, 8, 8), torch.arange(7)
@@ -377,12 +274,12 @@ def test_mixup(tmp_path):
         ({"per_device_train_batch_size": 100}, r"`per_device_train_batch_size` \(100\) is larger than the 64 images"),
     ],
 )
-def test_wrong_arguments(settings, message, tmp_path):
+def test_arguments_that_would_be_ignored_are_errors(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         build(tmp_path, **settings).train()
 
 
-def test_damaged_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
+def test_corrupt_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
     trainer = build(tmp_path, num_train_epochs=1)
     data = trainer.train_dataset
     data.skip_corrupt, rows = True, list(data.data)
@@ -400,7 +297,7 @@ def test_damaged_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
     assert "broken.png cannot be read" in caplog.text and "image 9 cannot be read" in caplog.text
 
 
-def test_fine_tuning_at_another_resolution_with_frozen_stages(tmp_path):
+def test_frozen_stages_stay_as_they_are_at_another_resolution(tmp_path):
     """v1, pretrained at 64 pixels, takes 32: its position embeddings stay those of 64."""
     trainer = build(tmp_path, version="v1")
     frozen = freeze_stages(trainer.model, 2)
@@ -411,7 +308,7 @@ def test_fine_tuning_at_another_resolution_with_frozen_stages(tmp_path):
     assert changed == before.keys() - set(frozen)
 
 
-def test_lora(tmp_path):
+def test_adapter_is_saved_loaded_and_merged(tmp_path):
     """Adapters of query, key and value: trained, saved, loaded, merged."""
     trainer = build(tmp_path)
     config = peft.LoraConfig(r=2, target_modules=["query", "key", "value"], modules_to_save=["classifier"])
@@ -431,18 +328,3 @@ def test_lora(tmp_path):
     torch.testing.assert_close(merged(pixels).logits, expected, rtol=1e-4, atol=1e-5)
     assert merged.state_dict().keys() == base.keys()
     assert not torch.equal(merged.state_dict()["classifier.weight"], base["classifier.weight"])
-
-
-def test_defaults_of_the_recipe_reach_the_program(monkeypatch):
-    """`examples/train_classification.py` without arguments is the official run of the variant."""
-    program = runpy.run_path(str(ROOT / "examples" / "train_classification.py"))
-
-    def parsed(*arguments) -> tuple:
-        monkeypatch.setattr(sys, "argv", ["train", "--output_dir", "x", "--variant", *arguments])
-        options, args = program["parse_arguments"]()
-        return args.learning_rate, args.weight_decay, args.max_grad_norm, args.num_train_epochs, options.recipe
-
-    assert parsed("pvt_medium") == (0.000125, 0.05, 1.0, 300, imagenet_recipe("pvt_medium"))
-    chosen = ["--learning_rate", "0.01", "--mixup", "0", "--max_grad_norm", "3", "--num_train_epochs", "9"]
-    *numbers, recipe = parsed("pvt_v2_b0", *chosen)
-    assert numbers == [0.01, 0.05, 3.0, 9.0] and recipe.mixup == 0

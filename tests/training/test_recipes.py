@@ -1,4 +1,4 @@
-"""The official recipe: its numbers per variant, its schedule against timm's, its parameter groups name by name."""
+"""The ImageNet recipe: its numbers per variant, its schedule against timm's, its parameter groups name by name."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ VERSIONS = pytest.mark.parametrize("version", ["v1", "v2", "v2_linear"])
 
 
 @pytest.mark.parametrize("name", pvt_hf.VARIANTS)
-def test_recipe_of_every_variant(name):
+def test_deep_variants_have_stochastic_depth_and_clipping(name):
     """`classification/configs/`: the deep variants have more stochastic depth and clipped gradients."""
     recipe = recipes.imagenet_recipe(name)
     deep = name in ("pvt_medium", "pvt_large", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
@@ -24,7 +24,7 @@ def test_recipe_of_every_variant(name):
 
 
 @pytest.mark.parametrize(("epochs", "warmup"), [(300, 5), (30, 0), (12, 3)])
-def test_schedule_is_that_of_the_official_loop(epochs, warmup):
+def test_schedule_is_that_of_the_released_loop(epochs, warmup):
     """timm's scheduler, stepped as `classification/main.py` does: after each epoch, with that epoch's number."""
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1e-3)
     scheduler = CosineLRScheduler(
@@ -37,8 +37,8 @@ def test_schedule_is_that_of_the_official_loop(epochs, warmup):
 
 
 @VERSIONS
-def test_decay_by_official_name(version):
-    """timm's rule on the official names: one-dimensional tensors and `cls_token` are not decayed."""
+def test_weight_decay_is_timms_by_released_name(version):
+    """timm's rule on the released names: one-dimensional tensors and `cls_token` are not decayed."""
     model = AutoModelForImageClassification.from_config(small_config(version))
     groups = optimization.parameter_groups(model, 1e-3, 0.05)
     assert len(groups) == 2 and all(group["lr"] == 1e-3 for group in groups)
@@ -53,7 +53,7 @@ def test_decay_by_official_name(version):
 
 
 @VERSIONS
-def test_layer_decay(version):
+def test_rate_falls_from_block_to_block(version):
     """The rate falls by the factor from block to block, and a stage's embedding goes with the block before it."""
     config = small_config(version, depths=[2, 1, 3, 1])
     model = AutoModelForImageClassification.from_config(config)
@@ -80,7 +80,7 @@ def test_layer_decay(version):
 
 
 @VERSIONS
-def test_freeze_stages(version):
+def test_frozen_stages_get_no_gradient(version):
     model = AutoModelForImageClassification.from_config(small_config(version))
     frozen = set(optimization.freeze_stages(model, 2))
     official = rename.to_official({n: torch.full_like(p, n in frozen) for n, p in model.named_parameters()})

@@ -1,4 +1,4 @@
-"""The official recipes of the detectors: numbers, schedule against mmcv's formulas, parameter groups name by name."""
+"""The recipes of the detectors: numbers, schedule against mmcv's formulas, parameter groups name by name."""
 
 import dataclasses
 import re
@@ -19,19 +19,19 @@ ARCHITECTURES = {"retinanet": RetinaNet(), "mask_rcnn": MaskRCNN(), "detr": Detr
 SMALL = {"num_labels": 3, "neck_channels": 8}
 
 
-def detector(system: str, version: str):
-    config = small_config(version, out_features=STAGES[{"detr": 3, "retinanet": 1, "mask_rcnn": 0}[system] :])
-    if system == "detr":
+def detector(architecture: str, version: str):
+    config = small_config(version, out_features=STAGES[{"detr": 3, "retinanet": 1, "mask_rcnn": 0}[architecture] :])
+    if architecture == "detr":
         sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_labels": 3}
         return pvt_hf.build_detr(pvt_hf.build_detr_config(config, encoder_layers=1, decoder_layers=2, **sizes))
-    if system == "mask_rcnn":
+    if architecture == "mask_rcnn":
         return pvt_hf.MaskRCNNForInstanceSegmentation(
             pvt_hf.MaskRCNNConfig(backbone_config=config, box_head_size=8, **SMALL)
         )
     return pvt_hf.RetinaNetForObjectDetection(pvt_hf.RetinaNetConfig(backbone_config=config, **SMALL))
 
 
-def test_numbers():
+def test_recipes_are_the_released_configurations():
     """`detection/configs/` as the semantics list them: rate, images per step, decay, epochs, drops, warm-up, clip."""
     table = {
         "retinanet_1x": (1e-4, 16, 1e-4, True, 12, (8, 11), 500, 0.0),
@@ -58,7 +58,7 @@ def test_numbers():
 
 
 @pytest.mark.parametrize("variant", pvt_hf.VARIANTS)
-def test_variants(variant):
+def test_largest_variants_have_smaller_batches(variant):
     """One image per GPU at a 1.4 times lower rate where the configuration says so; v1's deep ones drop no paths."""
     rates = {}
     for name in ("retinanet_1x", "mask_rcnn_1x"):
@@ -89,7 +89,7 @@ def mmcv_rates(recipe, base: float, steps_per_epoch: int):
 
 @RECIPES
 @pytest.mark.parametrize("steps_per_epoch", [43, 61, 300])
-def test_schedule_at_every_step(name, steps_per_epoch):
+def test_schedule_is_mmcvs_at_every_step(name, steps_per_epoch):
     """With 43 steps the warm-up of 500 is not over before the last decays (1x)."""
     recipe = recipes.DETECTION_RECIPES[name]
     steps = recipe.epochs * steps_per_epoch
@@ -97,19 +97,19 @@ def test_schedule_at_every_step(name, steps_per_epoch):
     assert ours == pytest.approx(list(mmcv_rates(recipe, 1e-4, steps_per_epoch)), rel=1e-12)
 
 
-def test_short_runs():
+def test_short_runs_decay_after_the_same_parts():
     """They decay after the same parts of the run, and need a short warm-up."""
     recipe = dataclasses.replace(recipes.DETECTION_RECIPES["retinanet_1x"], warmup_iterations=10)
-    factors = [optimization.step_multiplier(recipe, step, 20, 240) for step in range(240)]
-    assert [factors[step] for step in (10, 159, 160, 219, 220, 239)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    multipliers = [optimization.step_multiplier(recipe, step, 20, 240) for step in range(240)]
+    assert [multipliers[step] for step in (10, 159, 160, 219, 220, 239)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     with pytest.raises(ValueError, match="`warmup_iterations` must be less than the 240 steps of the run.*, got 500"):
         optimization.step_multiplier(recipes.DETECTION_RECIPES["retinanet_1x"], 0, 20, 240)
 
 
 @RECIPES
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_groups_by_official_name(name, version):
-    """mmcv's `paramwise_cfg` looks for `norm` and `backbone` in the official names; biases are as all others."""
+def test_parameter_groups_are_mmcvs_by_released_name(name, version):
+    """mmcv's `paramwise_cfg` looks for `norm` and `backbone` in the released names; biases are as all others."""
     recipe = recipes.DETECTION_RECIPES[name]
     model = detector(recipe.architecture, version)
     groups = optimization.detection_parameter_groups(model, recipe, 1e-4, 0.05)
@@ -119,7 +119,7 @@ def test_groups_by_official_name(name, version):
     tensors = dict(model.named_parameters())
     names = list(tensors)
     assert settings.keys() == tensors.keys() and sum(len(group["params"]) for group in groups) == len(names)
-    # Every tensor holds the position of its name, so that official tensors made of several keep them all.
+    # Every tensor holds the position of its name, so that released tensors made of several keep them all.
     marked = {key: torch.full_like(tensor, position) for position, (key, tensor) in enumerate(tensors.items())}
     official = ARCHITECTURES[recipe.architecture].to_official(marked)
     seen = set()
@@ -133,10 +133,10 @@ def test_groups_by_official_name(name, version):
     assert seen == set(range(len(names)))
 
 
-@pytest.mark.parametrize("system", ARCHITECTURES)
-def test_frozen_parameters_are_left_out(system):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_frozen_parameters_are_left_out(architecture):
     """Those of the backbone's first stages; DETR's own encoder has layers too."""
-    model = detector(system, "v2")
+    model = detector(architecture, "v2")
     frozen = set(optimization.freeze_stages(model, 2))
     stages = {re.search(r"backbone.*encoder\.layers\.(\d)", name)[1] for name in frozen}
     assert stages == {"0", "1"} and all("backbone" in name for name in frozen)

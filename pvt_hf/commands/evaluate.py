@@ -1,0 +1,74 @@
+"""Measures checkpoints and prints a table: what the papers state, what is measured, and the difference.
+
+    pvt-hf convert --all converted
+    accelerate launch -m pvt_hf.commands.evaluate --variant all --checkpoint_root converted --dataset_name imagenet-1k
+    accelerate launch -m pvt_hf.commands.evaluate --model_name_or_path converted/retinanet_pvt_s \\
+        --annotations coco/annotations/instances_val2017.json --images coco/val2017
+    pvt-hf evaluate --model_name_or_path converted/semantic_fpn_pvt_s --images ade20k/images/validation \\
+        --maps ade20k/annotations/validation
+    pvt-hf evaluate --smoke --model_name_or_path runs/classification                # on bundled data
+
+What is measured follows from the model: top-1 and top-5 of a classifier, COCO's AP of a detector, mIoU of a segmenter,
+each counted as the released code does. The images are prepared by the checkpoint's own image processor. Several
+processes count every image once.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from ..training.arguments import EvaluationArguments, parse_arguments
+from ..variants import VARIANTS
+from .measure import published_metrics, task_of
+from .presets import EVALUATION
+
+
+def find_checkpoints(options: EvaluationArguments) -> list[str]:
+    """What is measured: checkpoints by name, or the converted ones of the variants."""
+    if options.variant is None:
+        return options.model_name_or_path or []
+    names = VARIANTS if options.variant == "all" else [options.variant]
+    checkpoints = [Path(options.checkpoint_root) / name for name in names]
+    if missing := [str(checkpoint) for checkpoint in checkpoints if not checkpoint.is_dir()]:
+        raise SystemExit(f"Not there: {', '.join(missing)}. `pvt-hf convert --all converted` makes them.")
+    return [str(checkpoint) for checkpoint in checkpoints]
+
+
+def table_rows(checkpoint: str, percentages: dict[str, float], paper: dict[str, float], images: float) -> list[str]:
+    """Lines of the table, one per metric."""
+    rows = []
+    for name, value in percentages.items():
+        stated, difference = (paper[name], f"{value - paper[name]:+.2f}") if name in paper else ("", "")
+        rows.append(f"| {checkpoint} | {name} | {stated} | {value:.2f} | {difference} | {images} |")
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    (options,) = parse_arguments((EvaluationArguments,), argv, "pvt-hf evaluate", __doc__, EVALUATION)
+    checkpoints, output_dir = find_checkpoints(options), Path(options.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    rows, results = ["| checkpoint | metric | paper | measured | difference | images |", "|--|--|--|--|--|--|"], {}
+    for checkpoint in checkpoints:
+        config = AutoConfig.from_pretrained(checkpoint)
+        task = task_of(config)
+        trainer, metrics = task.measure(checkpoint, task.recipe, options)
+        percentages = {name: 100 * metrics[f"eval_{name}"] for name in task.metrics}
+        # COCO has -1 where there are no objects.
+        percentages = {name: value for name, value in percentages.items() if value >= 0}
+        rows += table_rows(checkpoint, percentages, published_metrics(config, options.recipe), metrics["eval_images"])
+        results[checkpoint] = percentages | {"images": metrics["eval_images"]}
+        if trainer.is_world_process_zero():  # after each checkpoint: all of them take hours
+            partial = output_dir / "results.json.partial"
+            partial.write_text(json.dumps(results, indent=2))
+            partial.replace(output_dir / "results.json")
+    if trainer.is_world_process_zero():
+        print("\n".join(rows))
+    trainer.accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""How `pvt-hf evaluate` measures a checkpoint of each task, and what the papers state for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from ..data.classification import EvaluationImages, collate, find_labels, load_images
+from ..data.detection import EvaluationDetections, read_coco, read_detection_dataset
+from ..data.digits import write_scenes
+from ..data.segmentation import EvaluationMaps, read_segmentation_dataset, read_segmentation_folders
+from ..evaluation.metrics import COCO_METRICS, classification_metrics, classification_statistics
+from ..paper_results import PUBLISHED
+from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES
+from ..training.arguments import EvaluationArguments
+from ..training.detection import DetectionTrainer
+from ..training.segmentation import SegmentationTrainer
+from ..variants import backbone_config, find_variant
+
+Measured = tuple[Trainer, dict[str, float]]
+# How many scenes of a split are drawn where there are no other images.
+NUM_SCENES = 40
+
+
+def build_training_arguments(options: EvaluationArguments, batch_size: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=options.output_dir,
+        per_device_eval_batch_size=options.per_device_eval_batch_size or batch_size,
+        dataloader_num_workers=options.dataloader_num_workers,
+        remove_unused_columns=False,
+        bf16=options.bf16,
+        seed=options.seed,
+    )
+
+
+def check_num_labels(model: PreTrainedModel, checkpoint: str, count: int) -> None:
+    if model.config.num_labels != count:
+        raise SystemExit(f"{checkpoint} has {model.config.num_labels} classes and the data {count}")
+
+
+def draw_scenes(options: EvaluationArguments) -> Path:
+    """The folder of the validation scenes."""
+    with build_training_arguments(options, 1).main_process_first(desc="drawing scenes"):
+        folder = Path(options.output_dir) / f"scenes-{options.seed}"
+        return write_scenes(folder, 1, NUM_SCENES, options.seed) / "validation"
+
+
+def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
+    model = AutoModelForImageClassification.from_pretrained(checkpoint, dtype=torch.float32)
+    rows = load_images(options.dataset_name, options.eval_split, options.dataset_config_name)
+    column, names = find_labels(rows, options.label_column)
+    check_num_labels(model, checkpoint, len(names))
+    image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # exactly as torchvision on PIL
+    trainer = Trainer(
+        model,
+        build_training_arguments(options, batch_size=64),
+        data_collator=collate,
+        preprocess_logits_for_metrics=classification_statistics,
+        compute_metrics=classification_metrics,
+    )
+    rows = rows.select(range(len(rows))[: options.max_eval_samples])
+    return trainer, trainer.evaluate(EvaluationImages(rows, column, len(names), image_processor))
+
+
+def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
+    model = AutoModelForObjectDetection.from_pretrained(checkpoint, dtype=torch.float32)
+    if options.annotations and options.images:
+        data = read_coco(options.annotations, options.images)
+    elif options.dataset_name:
+        data = read_detection_dataset(
+            load_images(options.dataset_name, options.eval_split, options.dataset_config_name)
+        )
+    else:
+        scenes = draw_scenes(options)
+        data = read_coco(scenes / "annotations.json", scenes / "images")
+    check_num_labels(model, checkpoint, len(data.label_names))
+    trainer = DetectionTrainer(
+        model,
+        build_training_arguments(options, batch_size=1),  # as mmdetection: no image is padded to another's size
+        recipe=DETECTION_RECIPES[recipe],
+        processing_class=AutoImageProcessor.from_pretrained(checkpoint),
+    )
+    data = replace(data, records=data.records[: options.max_eval_samples])
+    return trainer, trainer.evaluate(EvaluationDetections(data))
+
+
+def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
+    model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
+    image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+    settings = {"num_labels": model.config.num_labels, "reduce_labels": image_processor.do_reduce_labels}
+    if options.maps and options.images:
+        data = read_segmentation_folders(options.images, options.maps, **settings)
+    elif options.dataset_name:
+        rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.eval_split)
+        data = read_segmentation_dataset(rows, options.map_column, **settings)
+    else:
+        scenes = draw_scenes(options)
+        data = read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
+    trainer = SegmentationTrainer(
+        model,
+        build_training_arguments(options, batch_size=1),
+        recipe=SEGMENTATION_RECIPES[recipe],
+        processing_class=image_processor,
+    )
+    rows = [data.rows[index] for index in range(len(data))[: options.max_eval_samples]]
+    return trainer, trainer.evaluate(EvaluationMaps(replace(data, rows=rows), image_processor))
+
+
+@dataclass(frozen=True)
+class Task:
+    """How models are measured, and which of the papers' numbers they are compared with.
+
+    Attributes:
+        measure: From a checkpoint, `recipe` and the arguments to the trainer and its metrics.
+        recipe: Whose numbers the papers state.
+        metrics: The names of the metrics, without `eval_`.
+        num_labels: How many classes the papers' data set has.
+    """
+
+    measure: Callable[[str, str, EvaluationArguments], Measured]
+    recipe: str
+    metrics: tuple[str, ...]
+    num_labels: int
+
+
+_MASK_METRICS = tuple(f"mask_{name}" for name in COCO_METRICS)
+CLASSIFIER = Task(measure_classifier, "imagenet", ("accuracy", "top5_accuracy"), 1000)
+SEGMENTER = Task(measure_segmenter, "semantic_fpn_40k", ("mIoU", "mAcc", "aAcc"), 150)
+# By model type; every other model is a segmenter.
+TASKS = {
+    "pvt": CLASSIFIER,
+    "pvt_v2": CLASSIFIER,
+    "pvt_hf_retinanet": Task(measure_detector, "retinanet_1x", tuple(COCO_METRICS), 80),
+    "pvt_hf_mask_rcnn": Task(measure_detector, "mask_rcnn_1x", (*COCO_METRICS, *_MASK_METRICS), 80),
+    "detr": Task(measure_detector, "detr_50ep", tuple(COCO_METRICS), 80),
+}
+
+
+def task_of(config: PreTrainedConfig) -> Task:
+    return TASKS.get(config.model_type, SEGMENTER)
+
+
+def published_metrics(config: PreTrainedConfig, recipe: str | None = None) -> dict[str, float]:
+    """The papers' numbers for an architecture with the classes of ImageNet, COCO or ADE20K.
+
+    Args:
+        config: Of a model of any task.
+        recipe: With which it was trained; by default the one of its task that most numbers are of.
+
+    Returns:
+        Percentages by metric; none for an architecture or a number of classes that the papers do not have.
+    """
+    task, variant = task_of(config), find_variant(backbone_config(config))
+    if variant is None or config.num_labels != task.num_labels:
+        return {}
+    if task is CLASSIFIER:
+        return {"accuracy": variant.paper_top1}
+    result = PUBLISHED.get((recipe or task.recipe, variant.name))
+    return result.metrics if result else {}

@@ -1,0 +1,67 @@
+"""What several commands do alike: class names in a configuration, the variant of a checkpoint, the bundled scenes."""
+
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+
+from ..data.digits import write_scenes
+from ..models.backbone import load_pretrained_backbone
+from ..training.trainer import VisionTrainer
+from ..variants import backbone_config, build_config, find_variant
+
+DEFAULT_VARIANT = "pvt_v2_b0"
+
+
+def label_fields(names: list[str]) -> dict[str, dict]:
+    """The fields `id2label` and `label2id` of a configuration for these classes."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+
+
+def read_backbone_config(checkpoint: str | None, variant: str | None) -> tuple[PreTrainedConfig, str | None]:
+    """What a model's backbone is.
+
+    Args:
+        checkpoint: From which it comes: of any task, or `None` for random weights.
+        variant: What it has to be; `None` for whatever the checkpoint is, and for `pvt_v2_b0` without one.
+
+    Returns:
+        Its configuration (of a classifier, the classifier's), and the name of its variant if it is one.
+
+    Raises:
+        SystemExit: If the checkpoint is of another variant.
+    """
+    if checkpoint is None:
+        variant = variant or DEFAULT_VARIANT
+        return build_config(variant), variant
+    config = backbone_config(AutoConfig.from_pretrained(checkpoint))
+    found = getattr(find_variant(config), "name", None)
+    if variant not in (None, found):
+        raise SystemExit(f"{checkpoint} is not a {variant}")
+    return config, found
+
+
+def load_backbone(model: nn.Module, checkpoint: str | None) -> None:
+    """Fills a model's backbone from a checkpoint, if there is one, and says so."""
+    if checkpoint is not None:
+        count = load_pretrained_backbone(model, checkpoint)
+        print(f"all {count} tensors of the backbone are from {checkpoint}")
+
+
+def draw_scenes(args: TrainingArguments, num_scenes: int) -> Path:
+    """The folder of the bundled digit scenes, beside `output_dir`, for other runs too."""
+    folder = Path(args.output_dir).parent / f"scenes-{num_scenes}"
+    with args.main_process_first(desc="drawing scenes"):
+        return write_scenes(folder, num_scenes, validation=max(8, num_scenes // 5))
+
+
+def finish(trainer: VisionTrainer) -> int:
+    """Evaluates and saves what was trained, and prints what was reached.
+
+    Returns:
+        The exit status, 0.
+    """
+    summary = trainer.finish()
+    if trainer.is_world_process_zero():
+        print(summary)
+    return 0

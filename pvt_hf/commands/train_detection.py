@@ -1,0 +1,159 @@
+"""Trains RetinaNet, Mask R-CNN or DETR on PVT with the papers' recipes, and measures COCO's AP.
+
+    accelerate launch -m pvt_hf.commands.train_detection --recipe retinanet_1x \\
+        --backbone_checkpoint converted/pvt_small \\
+        --train_annotations coco/annotations/instances_train2017.json --train_images coco/train2017 \\
+        --eval_annotations coco/annotations/instances_val2017.json --eval_images coco/val2017
+    pvt-hf train-detection --smoke --output_dir runs/smoke                          # all of it in a minute, offline
+    pvt-hf train-detection --demo --backbone_checkpoint runs/quickstart             # learns digits in minutes
+    pvt-hf train-detection arguments.yaml --learning_rate 1e-4                      # a file of options, and others
+    pvt-hf train-detection --recipe mask_rcnn_1x --model_name_or_path converted/mask_rcnn_pvt_s ...
+    pvt-hf train-detection --recipe detr_50ep --dataset_name cppe-5 --eval_split test ...
+    pvt-hf train-detection --output_dir runs/x --resume_from_checkpoint true ...    # as if never interrupted
+
+The first is a cell of the papers' table. Every argument of TrainingArguments works too. Without data, it draws digits
+on scenes. The learning rate is that of the recipe for the real number of images per step; a short run needs a short
+--warmup_iterations.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, cast
+
+from transformers import (
+    AutoConfig,
+    AutoModelForObjectDetection,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
+
+import pvt_hf
+
+from ..data import detection as data
+from ..data.augmentation import DetectionAugmentation
+from ..data.classification import load_images
+from ..recipes import DETECTION_RECIPES, DetectionRecipe, detection_recipe
+from ..training.arguments import (
+    DETECTION,
+    DetectionDataArguments,
+    DetectionModelArguments,
+    build_training_arguments,
+    override_recipe,
+    parse_arguments,
+)
+from ..training.detection import DetectionTrainer
+from ..training.optimization import freeze_stages
+from . import presets, shared
+
+# By architecture; DETR is transformers'.
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "retinanet": (pvt_hf.RetinaNetConfig, pvt_hf.RetinaNetForObjectDetection),
+    "mask_rcnn": (pvt_hf.MaskRCNNConfig, pvt_hf.MaskRCNNForInstanceSegmentation),
+}
+
+
+def parse(
+    argv: Sequence[str] | None,
+) -> tuple[tuple[Any, ...], PreTrainedConfig, DetectionRecipe, TrainingArguments]:
+    """The groups of arguments, the backbone's configuration, the recipe, and the `TrainingArguments`."""
+    groups = parse_arguments(DETECTION, argv, "pvt-hf train-detection", __doc__, presets.DETECTION)
+    model_args, data_args, recipe_args, options = groups
+    architecture = DETECTION_RECIPES[recipe_args.recipe].architecture
+    if model_args.model_name_or_path:
+        model_type = AutoConfig.from_pretrained(model_args.model_name_or_path).model_type
+        if not model_type.endswith(architecture):
+            raise SystemExit(f"--recipe {recipe_args.recipe} is not for a {model_type}")
+    checkpoint = model_args.model_name_or_path or model_args.backbone_checkpoint
+    backbone, model_args.variant = shared.read_backbone_config(checkpoint, model_args.variant)
+    recipe = override_recipe(detection_recipe(recipe_args.recipe, model_args.variant), recipe_args)
+    if model_args.config_overrides is None:
+        small = recipe_args.smoke or recipe_args.demo
+        model_args.config_overrides = presets.SMALL_DETECTORS[architecture] if small else {}
+    return groups, backbone, recipe, build_training_arguments(options, recipe, num_train_epochs=recipe.epochs)
+
+
+def load_splits(
+    data_args: DetectionDataArguments, args: TrainingArguments
+) -> tuple[data.DetectionData, data.DetectionData]:
+    """The training set and the validation set."""
+    if data_args.train_annotations:
+        files: list[tuple[Any, Any]] = [
+            (data_args.train_annotations, data_args.train_images),
+            (data_args.eval_annotations, data_args.eval_images),
+        ]
+        train, validation = (data.read_coco(*pair) for pair in files)
+    elif data_args.dataset_name:
+        splits = data_args.train_split, data_args.eval_split
+        rows = (load_images(data_args.dataset_name, split, data_args.dataset_config_name) for split in splits)
+        train, validation = map(data.read_detection_dataset, rows)
+    else:
+        folder = shared.draw_scenes(args, data_args.num_scenes)
+        folders = folder / "train", folder / "validation"
+        train, validation = (data.read_coco(split / "annotations.json", split / "images") for split in folders)
+    if train.label_names != validation.label_names:
+        raise SystemExit(f"Training has the classes {train.label_names}, evaluation {validation.label_names}")
+    return train, validation
+
+
+def build_detector(architecture: str, backbone: PreTrainedConfig, values: dict[str, Any]) -> PreTrainedModel:
+    """A detector with random weights; `values` are fields of its configuration."""
+    if architecture == "detr":
+        return pvt_hf.build_detr(pvt_hf.build_detr_config(backbone, **values))
+    config_class, model_class = CLASSES[architecture]
+    if unknown := values.keys() - {field.name for field in fields(config_class)}:
+        raise SystemExit(f"--config_overrides: a {config_class.__name__} has no fields {sorted(unknown)}")
+    backbone.out_features = list(config_class.backbone_out_features)
+    return model_class(config_class(backbone_config=backbone, **values))
+
+
+def load_model(
+    model_args: DetectionModelArguments, backbone: PreTrainedConfig, recipe: DetectionRecipe, names: list[str]
+) -> PreTrainedModel:
+    if model_args.model_name_or_path:
+        model = AutoModelForObjectDetection.from_pretrained(
+            model_args.model_name_or_path, ignore_mismatched_sizes=True, **shared.label_fields(names)
+        )
+    else:
+        backbone.drop_path_rate = recipe.drop_path_rate
+        values = shared.label_fields(names) | cast(dict, model_args.config_overrides)
+        model = build_detector(recipe.architecture, backbone, values)
+    shared.load_backbone(model, model_args.backbone_checkpoint)
+    freeze_stages(model, model_args.freeze_stages)
+    return model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    (model_args, data_args, recipe_args, options), backbone, recipe, args = parse(argv)
+    set_seed(args.seed)
+    train, validation = load_splits(data_args, args)
+    model = load_model(model_args, backbone, recipe, train.label_names)
+    size = {"shortest_edge": max(recipe.shortest_edges), "longest_edge": recipe.longest_edge}
+    augment = DetectionAugmentation(recipe.shortest_edges, recipe.longest_edge, recipe.flip, recipe.crop_shortest_edges)
+    trainer = DetectionTrainer(
+        model=model,
+        args=args,
+        recipe=recipe,
+        recipe_schedule=options.lr_scheduler_type is None,
+        ema_decay=recipe_args.ema_decay,
+        channels_last=model_args.channels_last,
+        train_dataset=data.TrainingDetections(
+            train.for_training(empty=data_args.keep_empty),
+            augment,
+            masks=getattr(model.config, "use_masks", False),
+            skip_corrupt=data_args.skip_corrupt,
+        ),
+        eval_dataset=data.EvaluationDetections(validation),
+        processing_class=pvt_hf.PvtDetectionImageProcessor(size=size, num_labels=len(train.label_names)),
+        dataset_name=data_args.dataset_name or data_args.train_annotations,
+        initial_weights=model_args.model_name_or_path or model_args.backbone_checkpoint,
+        settings={name: getattr(model_args, name) for name in ("variant", "config_overrides", "freeze_stages")},
+    )
+    trainer.train(args.resume_from_checkpoint)
+    return shared.finish(trainer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""`pvt-hf train-classification`: runs on bundled data, published and measured, streamed, adapted; wrong arguments."""
+
+import io
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from pvt_hf import build_config
+from pvt_hf.commands.train_classification import main, parse
+from pvt_hf.recipes import imagenet_recipe
+from pvt_hf.training.run_checkpoints import CheckpointError, mark_complete
+from tests.support.small_models import small_config
+
+SMOKE = ["--smoke", "--disable_tqdm", "true", "--use_cpu", "true"]
+# One process trains, publishes and measures: it takes most of its time to start.
+PUBLISH_AND_MEASURE = """
+import sys
+from pvt_hf.commands.main import main
+train, evaluate = sys.argv[1:].index("train-classification"), sys.argv[1:].index("evaluate")
+sys.exit(main(sys.argv[1 + train : 1 + evaluate]) or main(sys.argv[1 + evaluate :]))
+"""
+
+
+@pytest.mark.process
+def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
+    """Training on bundled data, pushed to a Hub; the evaluation of that repository gives the number of its card."""
+    arguments = [*SMOKE, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "4", "--eval_strategy", "no"]
+    arguments += ["--output_dir", "run", "--ema_decay", "0.9", "--push_to_hub", "true", "--hub_model_id", "me/digits"]
+    arguments += ["--hub_strategy", "checkpoint"]
+    measure = ["--model_name_or_path", "me/digits", "--output_dir", "measured", "--dataloader_num_workers", "0"]
+    result = python("-c", PUBLISH_AND_MEASURE, "train-classification", *arguments, "evaluate", *measure)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(r"eval: top-1 0\.\d+, top-5 0\.\d+ on 360 images\nema: top-1", result.stdout)
+    files = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "curves.png"}
+    files |= {"last-checkpoint/model.safetensors", "last-checkpoint/complete.json"}  # pushed when it was complete
+    assert files <= hub.repos["me/digits"].keys() and (tmp_path / "run" / "ema" / "model.safetensors").exists()
+    card = ModelCard(hub.repos["me/digits"]["README.md"].decode())
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    accuracy = next(result.metric_value for result in card.data.eval_results if result.metric_type == "accuracy")
+    assert "trained by pvt_hf on `scikit-learn digits`" in card.content
+    assert "| learning-rate schedule | the recipe's |" in card.content
+    assert f"**{100 * accuracy:.2f} %** top-1" in card.content and "More information" not in card.content
+    with Image.open(io.BytesIO(hub.repos["me/digits"]["curves.png"])) as picture:
+        assert picture.size == (1000, 700) and len(picture.convert("RGB").getcolors(10**6)) > 100
+    assert results["eval_accuracy"] == accuracy and results["ema_images"] == 360
+    assert "The EMA weights (in `ema`) reach **" in card.content
+
+    measured = json.loads((tmp_path / "measured" / "results.json").read_text())["me/digits"]
+    assert measured["accuracy"] == pytest.approx(100 * accuracy) and measured["images"] == 360
+    assert f"| me/digits | accuracy |  | {100 * accuracy:.2f} |  | 360 |" in result.stdout
+
+
+def test_output_folder_with_checkpoints_is_not_overwritten(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    mark_complete(tmp_path / "checkpoint-1", {})
+    with pytest.raises(SystemExit, match="has checkpoints: --resume_from_checkpoint true resumes from them"):
+        main([*SMOKE, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--variant", "pvt_small", "--model_name_or_path", "checkpoint"], "checkpoint is not a pvt_small"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is not a complete checkpoint: there is no such folder"),
+    ],
+)
+def test_wrong_arguments_end_before_training(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build_config("pvt_v2_b0", depths=[1, 1, 1, 1]).save_pretrained("checkpoint")
+    with pytest.raises((SystemExit, CheckpointError), match=message):
+        main([*SMOKE, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora_rank", "4"], "--lora_rank adapts a trained model"),
+        (["--train_val_split", "0.2", "--streaming"], "--train_val_split needs all the images"),
+        (["--dataset_name", "x/*.tar"], "pass --eval_dataset_name with those for evaluation"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_a_usage_error(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main([*SMOKE, *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    model = AutoModelForImageClassification.from_config(small_config("v2", num_labels=10))
+    model.save_pretrained(tmp_path / "checkpoint")
+    return str(tmp_path / "checkpoint")
+
+
+def test_stream_is_an_epoch_of_all_images(checkpoint, tmp_path, capsys):
+    """And every validation image is counted."""
+    arguments = ["--model_name_or_path", checkpoint, "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1"]
+    main([*SMOKE, *arguments, "--streaming"])
+    assert "on 360 images" in capsys.readouterr().out
+    state = json.loads(next(tmp_path.glob("run/checkpoint-*/trainer_state.json")).read_text())
+    assert state["global_step"] == 1437 // 32
+
+
+def test_adapter_is_saved_beside_the_merged_model(checkpoint, tmp_path, capsys):
+    """And a part of the training split becomes the validation set."""
+    arguments = ["--model_name_or_path", checkpoint, "--output_dir", str(tmp_path / "run")]
+    main([*SMOKE, *arguments, "--lora_rank", "2", "--max_steps", "1", "--train_val_split", "0.05"])
+    assert "on 72 images" in capsys.readouterr().out
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    merged = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
+    assert not any("lora" in name for name in merged.state_dict())
+
+
+def test_recipe_decides_what_the_command_line_leaves_open():
+    """Without arguments it is the papers' run of the variant."""
+
+    def parsed(*arguments) -> tuple:
+        *_, recipe, args = parse(["--output_dir", "x", "--variant", *arguments])
+        return args.learning_rate, args.weight_decay, args.max_grad_norm, args.num_train_epochs, recipe
+
+    assert parsed("pvt_medium") == (0.000125, 0.05, 1.0, 300, imagenet_recipe("pvt_medium"))
+    chosen = ["--learning_rate", "0.01", "--mixup", "0", "--max_grad_norm", "3", "--num_train_epochs", "9"]
+    *numbers, recipe = parsed("pvt_v2_b0", *chosen)
+    assert numbers == [0.01, 0.05, 3.0, 9.0] and recipe.mixup == 0
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_three_epochs_in_two_processes(python, tmp_path):
+    """Digits, launched by accelerate: it learns, resumes where it ended, and counts every validation image once."""
+    arguments = ["--variant", "pvt_v2_b0", "--image_size", "32", "--num_train_epochs", "3", "--learning_rate", "2e-4"]
+    arguments += ["--per_device_train_batch_size", "16", "--warmup_epochs", "0", "--output_dir", "run"]
+    arguments += ["--repeats", "1", "--mixup", "0", "--cutmix", "0", "--drop_path_rate", "0"]
+    arguments += ["--dataloader_num_workers", "0", "--seed", "1", "--use_cpu", "true", "--disable_tqdm", "true"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["-m", "pvt_hf.commands.train_classification"]
+    result = python(*launch, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first = re.search(r"top-1 ([\d.]+), top-5 ([\d.]+) on 360 images", result.stdout)
+    print(first[0])
+    assert float(first[1]) > 0.5
+    again = python(*launch, *arguments, "--resume_from_checkpoint", "true")
+    assert again.returncode == 0 and first[0] in again.stdout

@@ -1,0 +1,169 @@
+"""`pvt-hf train-detection`: runs on bundled and on own data, what a recipe decides, and bad input that ends clearly."""
+
+import json
+import shutil
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, pipeline
+
+import pvt_hf
+from pvt_hf.commands.train_detection import build_detector, main, parse
+from pvt_hf.data.digits import write_scenes
+from pvt_hf.evaluation.metrics import COCO_METRICS
+from pvt_hf.models.annotations import AnnotationError
+from tests.support.detection_run import HEADS, build, small_detector
+from tests.support.small_models import small_config
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", images=16, validation=5)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    AutoModelForImageClassification.from_config(small_config("v2")).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run():
+    return lambda *arguments: main(["--disable_tqdm", "true", *map(str, arguments)])
+
+
+def coco_arguments(folder):
+    arguments = []
+    for name, split in (("train", "train"), ("eval", "validation")):
+        arguments += [f"--{name}_annotations", folder / split / "annotations.json"]
+        arguments += [f"--{name}_images", folder / split / "images"]
+    return arguments
+
+
+def test_smoke_run_leaves_what_pycocotools_finds(run, classifier, tmp_path, capsys):
+    """Mask R-CNN from a classifier: what it says, saves and draws is what pycocotools finds in its json."""
+    folder = tmp_path / "run"
+    arguments = ["--smoke", "--recipe", "mask_rcnn_1x", "--backbone_checkpoint", classifier, "--output_dir", folder]
+    small = json.dumps(HEADS["mask_rcnn"])
+    run(*arguments, "--num_train_epochs", "1", "--eval_strategy", "no", "--config_overrides", small)
+    printed = capsys.readouterr().out
+    count = len(pvt_hf.PvtV2Backbone.from_pretrained(classifier).state_dict())
+    assert f"all {count} tensors of the backbone are from {classifier}" in printed
+    assert "on 8 images\n0 corrupt images were skipped" in printed
+    measured = json.loads((folder / "eval_results.json").read_text())
+    card = ModelCard.load(folder / "README.md")
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values.keys() == {"AP", "AP50", "mask_AP", "mask_AP50"} and card.data.pipeline_tag == "object-detection"
+    truth = COCO(str(tmp_path / "scenes-16" / "validation" / "annotations.json"))
+    for kind, prefix in (("bbox", ""), ("segm", "mask_")):
+        found = json.loads((folder / "predictions.json").read_text())
+        if kind == "segm":
+            found = [{key: value for key, value in result.items() if key != "bbox"} for result in found]
+        evaluation = COCOeval(truth, truth.loadRes(found), kind)
+        for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
+            step()
+        numbers = dict(zip([f"eval_{prefix}{name}" for name in COCO_METRICS], evaluation.stats, strict=True))
+        assert measured == measured | {key: pytest.approx(value, abs=1e-9) for key, value in numbers.items()}
+        assert values[f"{prefix}AP50"] == pytest.approx(evaluation.stats[1], abs=1e-9)
+    assert not list(folder.glob("*.incomplete")) and not list(folder.glob("scenes*"))
+    for name in ("curves.png", "predictions.png"):
+        with Image.open(folder / name) as picture:
+            assert len(picture.convert("RGB").getcolors(10**7)) > 100
+        assert f"]({name})" in card.content
+    detections = pipeline("object-detection", model=str(folder), threshold=0.0)(Image.new("RGB", (150, 120)))
+    assert all(detection["label"] in "0123456789" for detection in detections)
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint true resumes from them"):
+        run(*arguments)
+
+
+def test_fine_tuning_on_other_classes_keeps_the_rest(run, scenes, tmp_path, capsys):
+    """From a checkpoint with ten classes to a data set of the Hub with two; the ids of the json stay in the results."""
+    build(tmp_path / "first", scenes).save_model()
+    content = json.loads((scenes / "validation" / "annotations.json").read_text())
+    rows = []
+    for image in content["images"]:
+        own = [entry for entry in content["annotations"] if entry["image_id"] == image["id"]]
+        objects = {"bbox": [entry["bbox"] for entry in own], "category": [entry["category_id"] % 2 for entry in own]}
+        path = scenes / "validation" / "images" / image["file_name"]
+        rows.append({"image_id": image["id"], "image": str(path), "objects": objects})
+    label = datasets.ClassLabel(names=["even", "odd"])
+    objects = {"bbox": datasets.List(datasets.List(datasets.Value("float32"))), "category": datasets.List(label)}
+    features = {"image_id": datasets.Value("int64"), "image": datasets.Image(), "objects": objects}
+    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    data.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "data.parquet"))
+    run(
+        *("--smoke", "--model_name_or_path", tmp_path / "first", "--dataset_name", tmp_path / "data.parquet"),
+        *("--output_dir", tmp_path / "second", "--num_train_epochs", "1", "--warmup_iterations", "0"),
+        *("--save_strategy", "no"),
+    )
+    first, second = (AutoModelForObjectDetection.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert second.config.id2label == {0: "even", 1: "odd"} and first.config.num_labels == 10
+    assert "on 5 images" in capsys.readouterr().out
+    # One step with the recipe's small rate moves nothing far: the rest really came from the checkpoint.
+    torch.testing.assert_close(second.neck.state_dict(), first.neck.state_dict(), atol=2e-3, rtol=0)
+
+
+def test_bad_input_ends_before_any_work(run, scenes, classifier, tmp_path, capsys):
+    """It ends before any work is done, with a message that says what to change."""
+    wrong = tmp_path / "wrong"
+    for split in ("train", "validation"):
+        (wrong / split).mkdir(parents=True)
+        content = json.loads((scenes / split / "annotations.json").read_text())
+        del content["categories"]
+        (wrong / split / "annotations.json").write_text(json.dumps(content))
+    arguments = ["--smoke", "--output_dir", tmp_path / "run"]
+    with pytest.raises(AnnotationError, match=r"annotations.json is not COCO json: it has no list \['categories'\]"):
+        run(*arguments, *coco_arguments(wrong))
+    with pytest.raises(SystemExit):
+        run(*arguments, *coco_arguments(scenes)[:4])
+    wanted = "--train_annotations, --train_images, --eval_annotations and --eval_images go together"
+    assert wanted in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="a RetinaNetConfig has no fields \\['neck_chanels'\\]"):
+        run(*arguments, *coco_arguments(scenes), "--config_overrides", '{"neck_chanels": 8}')
+    fewer = tmp_path / "fewer"
+    shutil.copytree(scenes, fewer)
+    content = json.loads((fewer / "validation" / "annotations.json").read_text())
+    content["categories"].pop()
+    content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] < 10]
+    (fewer / "validation" / "annotations.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="Training has the classes .*'9'], evaluation .*'8']"):
+        run(*arguments, *coco_arguments(fewer))
+    small_detector("retinanet").save_pretrained(tmp_path / "detector")
+    with pytest.raises(SystemExit, match="--recipe detr_50ep is not for a pvt_hf_retinanet"):
+        run(*arguments, "--recipe", "detr_50ep", "--model_name_or_path", tmp_path / "detector")
+    with pytest.raises(SystemExit, match="is not a pvt_v2_b2"):
+        run(*arguments, "--variant", "pvt_v2_b2", "--backbone_checkpoint", classifier)
+    with pytest.raises(ValueError, match="`warmup_iterations` must be less than the 10 steps .* got 500"):
+        run(*arguments, *coco_arguments(scenes), "--warmup_iterations", "500")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_recipe_decides_what_the_command_line_leaves_open(tmp_path):
+    """Without arguments it is the papers' run, its rate scaled to the real number of images per step."""
+
+    def parsed(*arguments):
+        *_, recipe, args = parse(["--output_dir", str(tmp_path / "x"), *arguments])
+        return (args.learning_rate, args.weight_decay, args.max_grad_norm, args.num_train_epochs), recipe
+
+    assert parsed()[0] == (pytest.approx(1e-4 * 2 / 16), 1e-4, 0, 12)
+    assert parsed("--recipe", "detr_50ep", "--variant", "pvt_small")[0] == (pytest.approx(1.25e-5), 1e-4, 0.1, 50)
+    numbers, recipe = parsed("--recipe", "mask_rcnn_3x_ms", "--per_device_train_batch_size", "8")
+    assert numbers == (pytest.approx(5e-5), 0.05, 0, 36) and not recipe.decays_norms
+    numbers, _ = parsed("--recipe", "mask_rcnn_1x", "--variant", "pvt_v2_b5", "--gradient_accumulation_steps", "4")
+    assert numbers == (pytest.approx(2e-4 / 1.4), 1e-4, 0, 12)
+    numbers, recipe = parsed("--learning_rate", "0.01", "--num_train_epochs", "3", "--shortest_edges", "96", "128")
+    assert numbers == (0.01, 1e-4, 0, 3) and recipe.shortest_edges == [96, 128] and recipe.longest_edge == 1333
+
+
+@pytest.mark.parametrize("recipe", ["retinanet_1x", "mask_rcnn_1x", "detr_50ep"])
+def test_small_detectors_can_be_built(recipe):
+    """The presets of `--smoke` and `--demo` are fields of the configurations."""
+    (model_args, *_), backbone, recipe, _ = parse(["--demo", "--recipe", recipe])
+    config = build_detector(recipe.architecture, backbone, model_args.config_overrides).config
+    assert model_args.config_overrides.items() <= config.to_dict().items()

@@ -1,0 +1,162 @@
+"""Two processes train and evaluate as one does. They do all their runs one after the other, for all tests here."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from transformers import AutoModelForObjectDetection
+
+from pvt_hf.data.digits import write_scenes
+from pvt_hf.evaluation.metrics import COCO_METRICS
+from tests.support import classification_run, detection_run, segmentation_run
+from tests.support.small_models import assert_close
+from tests.support.training_processes import Run, read_result, run_in_two_processes
+
+pytestmark = pytest.mark.process
+
+MODELS = [(version, is_backbone) for version in ("v1", "v2") for is_backbone in (False, True)]
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+CLASSIFICATION = SGD | {"trainer": {"ema_decay": 0.9}}
+SHARDED = {"sharded": True, "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 6}
+# With accumulation, workers and everything random.
+RANDOM = {
+    "recipe": {
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "repeats": 3,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "random_erasing": 0.25,
+    },
+    "model": {"drop_path_rate": 0.2},
+    "images": 144,
+    "dataloader_num_workers": 1,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 4,
+}
+SEGMENTATION = SGD | {
+    "fixed_norms": True,
+    "drop_path_rate": 0.0,
+    "max_steps": 3,
+    "fields": {"classifier_dropout": 0.0},
+}
+
+
+def list_runs(folder: Path) -> list[Run]:
+    """All of them, each in a folder of its own."""
+    scenes = write_scenes(folder / "detection_data", images=16, validation=5)
+    maps = segmentation_run.write_data(folder / "segmentation_data")
+    part = {"per_device_train_batch_size": 4}
+    detection = {"scenes": scenes, "recipe": "mask_rcnn_1x", "max_steps": 3, "per_device_train_batch_size": 2}
+    detection |= {"per_device_eval_batch_size": 1}  # in a batch, an image's padding depends on the others
+    runs = [
+        ("distributed", f"{version}-{is_backbone}", {"version": version, "is_backbone": is_backbone})
+        for version, is_backbone in MODELS
+    ]
+    runs += [
+        ("classification", "classification", CLASSIFICATION | part),
+        ("classification", "random", RANDOM),
+        ("classification", "resumed", RANDOM | {"resume": folder / "random" / "checkpoint-12"}),
+        ("detection", "detection", detection),
+        ("segmentation", "segmentation", SEGMENTATION | part | {"scenes": maps}),
+        # The last ones: what is done so that CPUs shard stays.
+        ("classification", "sharded", SHARDED | part),
+        ("classification", "sharded_resumed", SHARDED | part | {"resume": folder / "sharded" / "checkpoint-12"}),
+    ]
+    return [(task, folder / name, settings) for task, name, settings in runs]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, worker_id):
+    """What the two processes left. The workers of pytest share it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root if worker_id == "master" else root.parent
+    folder = root / "two_processes"
+    with FileLock(root / "two_processes.lock"):
+        if not (folder / "complete").exists():
+            run_in_two_processes(list_runs(folder))
+            (folder / "complete").touch()
+    return folder
+
+
+def weights(output_dir) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "model.safetensors")
+
+
+@pytest.mark.parametrize(("version", "is_backbone"), MODELS)
+def test_every_parameter_has_the_same_gradient_in_both_processes(version, is_backbone, folder):
+    run = folder / f"{version}-{is_backbone}"
+    for a, b in zip(*(torch.load(run / f"gradients-{rank}.pt", weights_only=True) for rank in (0, 1)), strict=True):
+        assert a.any() and torch.equal(a, b)
+
+
+def test_classifier_of_two_processes_is_that_of_one(folder, tmp_path):
+    """DDP with gloo: 2 x 4 images are 8; and 13 validation images are counted once each."""
+    classification_run.main(tmp_path, CLASSIFICATION | {"per_device_train_batch_size": 8})
+    one, two = read_result(tmp_path), read_result(folder / "classification")
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert_close(weights(folder / "classification"), weights(tmp_path))
+    assert_close(*(torch.load(run / "ema.pt") for run in (folder / "classification", tmp_path)))
+    for key in ("eval_images", "eval_accuracy", "eval_top5_accuracy"):
+        assert two["metrics"][key] == one["metrics"][key]
+    assert one["metrics"]["eval_images"] == 13
+    assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], rel=1e-4)
+
+
+def test_sharded_classifier_is_that_of_one_process(folder, tmp_path):
+    """FSDP2 over two processes: the same losses and weights, complete in every file, also after a resume."""
+    classification_run.main(tmp_path, SHARDED | {"sharded": False, "per_device_train_batch_size": 8})
+    one, two = read_result(tmp_path), read_result(folder / "sharded")
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert_close(weights(folder / "sharded"), weights(tmp_path))
+    assert two["metrics"]["eval_accuracy"] == one["metrics"]["eval_accuracy"] and two["metrics"]["eval_images"] == 13
+    assert read_result(folder / "sharded_resumed")["losses"] == two["losses"]
+    assert_close(weights(folder / "sharded_resumed"), weights(tmp_path))
+
+
+def test_resumed_classifier_is_bit_for_bit_that_of_an_uninterrupted_run(folder):
+    """And each process draws its own random numbers."""
+    uninterrupted, resumed = read_result(folder / "random"), read_result(folder / "resumed")
+    assert resumed["losses"] == uninterrupted["losses"] and len(uninterrupted["losses"]) == 18
+    final = weights(folder / "resumed")
+    assert all(torch.equal(value, final[key]) for key, value in weights(folder / "random").items())
+    assert [read_result(folder / "random", rank)["seed"] for rank in (0, 1)] == [0, 1]
+
+
+def test_detections_of_two_processes_are_those_of_one(folder, tmp_path):
+    """Both see the numbers that one process sees: of five images, one comes to both and counts once."""
+    run, scenes = folder / "detection", folder / "detection_data"
+    first, second = (read_result(run, rank) for rank in (0, 1))
+    assert first["metrics"]["eval_images"] == 5 and set(first["seen"]) | set(second["seen"]) == set(range(1, 6))
+    assert len(first["seen"]) == len(second["seen"]) == 3
+    alone = detection_run.build(tmp_path, scenes, recipe="mask_rcnn_1x", per_device_eval_batch_size=1)
+    alone.model.load_state_dict(AutoModelForObjectDetection.from_pretrained(run).state_dict())
+    expected = alone.evaluate()
+    for key in [f"eval_{part}{name}" for part in ("", "mask_") for name in COCO_METRICS]:
+        assert first["metrics"][key] == second["metrics"][key] == pytest.approx(expected[key], abs=1e-6), key
+    together, single = (json.loads((path / "predictions.json").read_text()) for path in (run, tmp_path))
+    assert len(single) > 0
+    for results in (together, single):
+        results.sort(key=lambda result: (result["image_id"], -result["score"], result["category_id"]))
+    assert [result["image_id"] for result in together] == [result["image_id"] for result in single]
+    assert [result["score"] for result in together] == pytest.approx([result["score"] for result in single], abs=1e-5)
+
+
+def test_segmenter_of_two_processes_is_that_of_one(folder, tmp_path):
+    """2 x 4 images are 8, and the five validation images are counted once each, in whichever process."""
+    run, maps = folder / "segmentation", folder / "segmentation_data" / "scenes"
+    one = segmentation_run.build(tmp_path, maps, per_device_train_batch_size=8, **SEGMENTATION)
+    one.train()
+    expected, two = one.evaluate(), read_result(run)
+    assert two["losses"] == pytest.approx(segmentation_run.losses(one), rel=1e-4)
+    assert_close(weights(run), one.model.state_dict())
+    assert two["metrics"]["eval_images"] == expected["eval_images"] == 5
+    for key in ("mIoU", "mAcc", "aAcc", "loss"):
+        assert two["metrics"][f"eval_{key}"] == pytest.approx(expected[f"eval_{key}"], rel=1e-4), key
+    with (run / "eval_classes.csv").open() as file:
+        assert sum(int(row["pixels"]) for row in csv.DictReader(file)) == one.matrix.counts.sum()
