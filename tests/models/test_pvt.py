@@ -241,12 +241,14 @@ class ModelChecks:
     @torch.no_grad()
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, dtype):
-        model, pixels = self.build(), self.pixels()
+        """All the rounding together is a few units in the last place of the largest value."""
+        # With the heads' 8 channels, oneDNN's bfloat16 convolutions of CPUs with AMX are wrong (pytorch issue 169688).
+        model, pixels = self.build(hidden_sizes=[32, 64, 96, 128]), self.pixels()
         expected = tensors(model(pixels))
         actual = tensors(model.to(dtype)(pixels.to(dtype)))
         assert all(tensor.dtype == dtype for tensor in actual)
         for a, b in zip(actual, expected, strict=True):
-            assert (a.float() - b).abs().max() < 0.05 * b.abs().max()
+            assert (a.float() - b).abs().max() < 5 * torch.finfo(dtype).eps * b.abs().max()
 
     @pytest.mark.slow
     @torch.no_grad()

@@ -17,8 +17,9 @@ from tests.support.small_models import STAGES, randomize
 BACKBONES = pytest.mark.parametrize("backbone", ["v1", "v2", "resnet"])
 VERSIONS = pytest.mark.parametrize("version", ["v1", "v2", "v2_linear"])
 SIZES, CANVAS, ORIGINAL = [(96, 128), (70, 90)], (96, 128), [(191, 257), (70, 91)]
+SHAPES = [(12, 16), (6, 8), (3, 4), (2, 2), (1, 1)]  # of the levels
 OBJECTS = [
-    [([10.0, 12.0, 60.0, 70.0], 1), ([50.0, 20.0, 58.0, 26.0], 4), ([12.0, 10.0, 64.0, 66.0], 0)],
+    [([10.0, 12.0, 60.0, 70.0], 1), ([119.0, 87.0, 135.0, 103.0], 4), ([12.0, 10.0, 64.0, 66.0], 0)],  # one reaches out
     [([3.0, 30.0, 88.0, 69.0], 2)],
 ]
 
@@ -109,6 +110,19 @@ def test_target_sizes():
     assert_close(detect_objects(plain, 0.05)[0]["boxes"], relative_boxes)
     with pytest.raises(ValueError, match=r"`target_sizes` must be .* 2 images, got shape \(1, 2\)"):
         detect_objects(outputs, 0.05, [(100, 100)])
+
+
+def test_every_object_has_one_best_anchor():
+    """A small object inside several anchors overlaps equally with all of them, and how the areas of these are rounded
+    says which ones it takes: nothing that two implementations, or two machines, have to agree on."""
+    anchors = sum(official.anchors(SHAPES, official.COCO_STRIDES["retinanet"], official.RETINANET_SCALES), [])
+    for image, size in zip(OBJECTS, SIZES, strict=True):
+        valid = official.valid_flags(SHAPES, official.COCO_STRIDES["retinanet"], 9, official.padded(size, CANVAS))
+        overlaps = official.overlaps([box for box, _ in image], anchors)[:, torch.tensor(valid)]
+        best, next_best = overlaps.topk(2, dim=1).values.unbind(dim=1)
+        assert (best - next_best > 1e-6).all()
+        assert all((overlaps.amax(dim=0) - threshold).abs().min() > 1e-6 for threshold in (0.4, 0.5))
+    assert official.overlaps([OBJECTS[0][1][0]], anchors).max() < 0.4  # a match of low quality
 
 
 @pytest.mark.parametrize("objects", [OBJECTS, [[], OBJECTS[1]], [[], []]], ids=["both", "one", "none"])
