@@ -1,4 +1,4 @@
-"""What the detectors and the segmenter do around their backbone: complete loading, checks, pretrained backbones."""
+"""The backbone of a detector or segmenter: built from its configuration, and filled from a checkpoint."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoBackbone, AutoConfig, BackboneMixin, PreTrainedConfig
 
-from .pretrained import _first
+from .pretrained import list_tensors
 
 # Fields of a backbone's configuration that change its outputs and that the shapes of its tensors do not show.
 _UNSEEN_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_layer_norm_eps", "linear_attention")
@@ -71,8 +71,8 @@ def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: st
     unused = [key for key in loading_info["unexpected_keys"] if key.removeprefix(prefix).startswith(parts)]
     if lost or unused:
         raise ValueError(
-            f"{source} does not fill the backbone: it lacks, or has in another shape, {_first(lost)}, and has "
-            f"{_first(unused)} without a place."
+            f"{source} does not fill the backbone: it lacks, or has in another shape, {list_tensors(lost)}, and has "
+            f"{list_tensors(unused)} without a place."
         )
     tensors = loaded.state_dict()
     with torch.no_grad():

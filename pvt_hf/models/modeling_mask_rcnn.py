@@ -24,7 +24,7 @@ from .boxes import (
 from .configuration_mask_rcnn import MaskRCNNConfig
 from .fpn import FeaturePyramid
 from .post_processing import select_detections
-from .pretrained import PretrainedDensePredictor
+from .pretrained import PretrainedMixin
 from .rpn import RegionProposalNetwork
 from .targets import GroundTruth, ground_truths, image_sizes_from_mask, normalized_boxes, padded_sizes
 
@@ -223,9 +223,9 @@ class MaskHead(nn.Module):
         return {"loss_mask": loss / max(targets.numel(), 1)}
 
 
-class MaskRCNNPreTrainedModel(PretrainedDensePredictor, PreTrainedModel):
+class MaskRCNNPreTrainedModel(PretrainedMixin, PreTrainedModel):
     config_class = MaskRCNNConfig
-    _class_tensors = ("box_head.class_predictor.", "box_head.box_predictor.", "mask_head.predictor.")
+    _may_change_shape = ("box_head.class_predictor.", "box_head.box_predictor.", "mask_head.predictor.")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

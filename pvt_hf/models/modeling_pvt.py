@@ -26,7 +26,7 @@ from .modeling_common import (
     select_hidden_states,
     stage_features,
 )
-from .pretrained import PretrainedPyramid
+from .pretrained import PretrainedMixin
 
 
 class PvtPatchEmbeddings(nn.Module):
@@ -199,13 +199,16 @@ class PvtEncoder(nn.Module):
         return stages, all_hidden_states, attentions
 
 
-class PvtPreTrainedModel(PretrainedPyramid, PreTrainedModel):
+class PvtPreTrainedModel(PretrainedMixin, PreTrainedModel):
     """The base of every PVT v1 model: its configuration and its weight initialisation."""
 
     config: PvtConfig
     config_class = PvtConfig
     base_model_prefix = "pvt"
     _no_split_modules = ["PvtPatchEmbeddings", "PvtLayer"]
+    _can_compile_fullgraph = True
+    _may_be_missing = _may_change_shape = ("classifier.",)
+    _must_have_a_place = "encoder."
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -274,7 +277,7 @@ class PvtModel(PvtPreTrainedModel):
         last_hidden_state = self.encoder.layer_norm(stages[-1][0])
         return BaseModelOutput(
             last_hidden_state=last_hidden_state,
-            hidden_states=select_hidden_states(self, [*hidden_states, last_hidden_state], output_hidden_states),
+            hidden_states=select_hidden_states([*hidden_states, last_hidden_state], output_hidden_states),
             attentions=tuple(attentions) if output_attentions else None,
         )
 
@@ -383,7 +386,7 @@ class PvtBackbone(BackboneMixin, PvtPreTrainedModel):
         )
         return BackboneOutput(
             feature_maps=stage_features(self, [tokens_to_map(*stage) for stage in stages]),
-            hidden_states=select_hidden_states(self, hidden_states, output_hidden_states),
+            hidden_states=select_hidden_states(hidden_states, output_hidden_states),
             attentions=tuple(attentions) if output_attentions else None,
         )
 

@@ -36,7 +36,7 @@ from .modeling_common import (
     select_hidden_states,
     stage_features,
 )
-from .pretrained import PretrainedPyramid
+from .pretrained import PretrainedMixin
 
 
 class PvtV2OverlapPatchEmbeddings(nn.Module):
@@ -234,13 +234,16 @@ class PvtV2Encoder(nn.Module):
         return feature_maps, all_attentions
 
 
-class PvtV2PreTrainedModel(PretrainedPyramid, PreTrainedModel):
+class PvtV2PreTrainedModel(PretrainedMixin, PreTrainedModel):
     """The base of every PVT v2 model: its configuration and its weight initialisation."""
 
     config: PvtV2Config
     config_class = PvtV2Config
     base_model_prefix = "pvt_v2"
     _no_split_modules = ["PvtV2OverlapPatchEmbeddings", "PvtV2BlockLayer"]
+    _can_compile_fullgraph = True
+    _may_be_missing = _may_change_shape = ("classifier.",)
+    _must_have_a_place = "encoder."
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -294,7 +297,7 @@ class PvtV2Model(PvtV2PreTrainedModel):
         feature_maps, attentions = self.encoder(pixel_values, output_attentions, **kwargs)
         return BaseModelOutput(
             last_hidden_state=feature_maps[-1],
-            hidden_states=select_hidden_states(self, feature_maps, output_hidden_states),
+            hidden_states=select_hidden_states(feature_maps, output_hidden_states),
             attentions=tuple(attentions) if output_attentions else None,
         )
 
@@ -401,7 +404,7 @@ class PvtV2Backbone(BackboneMixin, PvtV2PreTrainedModel):
         stages, attentions = self.encoder(pixel_values, output_attentions, **kwargs)
         return BackboneOutput(
             feature_maps=stage_features(self, stages),
-            hidden_states=select_hidden_states(self, stages, output_hidden_states),
+            hidden_states=select_hidden_states(stages, output_hidden_states),
             attentions=tuple(attentions) if output_attentions else None,
         )
 

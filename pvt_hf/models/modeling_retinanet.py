@@ -26,7 +26,7 @@ from .boxes import (
 )
 from .configuration_retinanet import RetinaNetConfig
 from .fpn import FeaturePyramid
-from .pretrained import PretrainedDensePredictor
+from .pretrained import PretrainedMixin
 from .targets import GroundTruth, ground_truths, image_sizes_from_mask, normalized_boxes, padded_sizes
 
 
@@ -143,9 +143,9 @@ class RetinaNetHead(nn.Module):
         return {"loss_class": (focal * weights).sum() / normalizer, "loss_box": box_loss / normalizer}
 
 
-class RetinaNetPreTrainedModel(PretrainedDensePredictor, PreTrainedModel):
+class RetinaNetPreTrainedModel(PretrainedMixin, PreTrainedModel):
     config_class = RetinaNetConfig
-    _class_tensors = ("head.class_predictor.",)
+    _may_change_shape = ("head.class_predictor.",)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

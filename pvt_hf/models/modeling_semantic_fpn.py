@@ -14,7 +14,7 @@ from .backbone import build_backbone
 from .configuration_semantic_fpn import SemanticFPNConfig
 from .fpn import FeaturePyramid
 from .layers import runs_transformed
-from .pretrained import PretrainedDensePredictor
+from .pretrained import PretrainedMixin
 
 _NUM_LEVELS = 4  # at strides 4, 8, 16, 32
 _LOSS_IGNORE_INDEX = -100  # what torch, and Trainer where it counts labels, take for "no label"
@@ -129,14 +129,14 @@ def semantic_loss(
     return loss
 
 
-class SemanticFPNPreTrainedModel(PretrainedDensePredictor, PreTrainedModel):
+class SemanticFPNPreTrainedModel(PretrainedMixin, PreTrainedModel):
     """The base of Semantic FPN: its configuration, its weight initialisation, and complete loading."""
 
     config: SemanticFPNConfig
     config_class = SemanticFPNConfig
     base_model_prefix = "semantic_fpn"
     _no_split_modules = ["SemanticFPNHead"]
-    _class_tensors = ("head.classifier.",)
+    _may_change_shape = ("head.classifier.",)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
