@@ -12,16 +12,19 @@ from .pretrained import list_tensors
 _UNSEEN_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_layer_norm_eps", "linear_attention")
 
 
-def build_backbone(config: PreTrainedConfig, num_levels: int) -> nn.Module:
-    """The backbone of `config.backbone_config`, which must give `num_levels` feature maps.
+def build_backbone(config: PreTrainedConfig) -> nn.Module:
+    """The backbone of a detector or segmenter, from any configuration with as many feature maps as its head wants.
+
+    Args:
+        config: With a `backbone_config`, and `backbone_out_features` as their class attribute.
 
     Raises:
-        ValueError: If it gives another number of them.
+        ValueError: If the backbone gives another number of feature maps.
     """
-    features = config.backbone_config.out_features
-    if len(features) != num_levels:
+    num_maps, features = len(config.backbone_out_features), config.backbone_config.out_features
+    if len(features) != num_maps:
         raise ValueError(
-            f"`backbone_config` of a {type(config).__name__} must name {num_levels} `out_features`, got {features}."
+            f"`backbone_config` of a {type(config).__name__} must name {num_maps} `out_features`, got {features}."
         )
     return AutoBackbone.from_config(config.backbone_config)
 

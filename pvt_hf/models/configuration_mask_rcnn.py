@@ -1,6 +1,6 @@
 """Configuration of Mask R-CNN."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -54,11 +54,11 @@ class MaskRCNNConfig(PreTrainedConfig):
     """
 
     model_type = "pvt_hf_mask_rcnn"
+    # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
+    backbone_out_features: ClassVar[tuple[str, ...]] = ("stage1", "stage2", "stage3", "stage4")
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="pvt",
-            init_kwargs={"out_features": ["stage1", "stage2", "stage3", "stage4"]},
+            config_class=AutoConfig, model_type="pvt", init_kwargs={"out_features": list(backbone_out_features)}
         )
     }
 

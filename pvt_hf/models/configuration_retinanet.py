@@ -1,6 +1,6 @@
 """Configuration of RetinaNet."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -40,9 +40,11 @@ class RetinaNetConfig(PreTrainedConfig):
     """
 
     model_type = "pvt_hf_retinanet"
+    # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
+    backbone_out_features: ClassVar[tuple[str, ...]] = ("stage2", "stage3", "stage4")
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="pvt", init_kwargs={"out_features": ["stage2", "stage3", "stage4"]}
+            config_class=AutoConfig, model_type="pvt", init_kwargs={"out_features": list(backbone_out_features)}
         )
     }
 

@@ -1,6 +1,6 @@
 """Configuration of Semantic FPN."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -33,12 +33,12 @@ class SemanticFPNConfig(PreTrainedConfig):
     """
 
     model_type = "pvt_hf_semantic_fpn"
+    # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
+    backbone_out_features: ClassVar[tuple[str, ...]] = ("stage1", "stage2", "stage3", "stage4")
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="pvt",
-            init_kwargs={"out_features": ["stage1", "stage2", "stage3", "stage4"]},
-        ),
+            config_class=AutoConfig, model_type="pvt", init_kwargs={"out_features": list(backbone_out_features)}
+        )
     }
 
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None

@@ -19,6 +19,8 @@ from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_for_object_detection import HungarianMatcher, generalized_box_iou
 from transformers.utils import ModelOutput
 
+from .targets import check_labels
+
 # What differs from the defaults of `DetrConfig`, which are those of the DETR paper.
 _OFFICIAL_FIELDS = {"num_labels": 80, "attention_dropout": 0.1, "activation_dropout": 0.1}
 
@@ -127,7 +129,7 @@ def detr_loss(
             states, and for predictions that are not finite.
     """
     _check_config(model.config)
-    _check_labels(labels, len(outputs.logits), model.config.num_labels)
+    check_labels(labels, len(outputs.logits), model.config.num_labels)
     states = outputs.decoder_hidden_states
     if states is None or any(state is None for state in states):
         raise ValueError(
@@ -139,7 +141,7 @@ def detr_loss(
         layers[f"_{index}"] = (model.class_labels_classifier(state), model.bbox_predictor(state).sigmoid())
 
     num_queries = outputs.logits.shape[1]
-    matched = sum(min(len(label["boxes"]), num_queries) for label in labels)
+    matched = sum(min(len(label["class_labels"]), num_queries) for label in labels)
     num_boxes = _mean_over_processes(matched, outputs.logits.device)
     loss_dict = {
         f"{name}{ending}": value
@@ -153,42 +155,6 @@ def detr_loss(
     )
     loss = sum(coefficient * loss_dict[name + ending] for ending in layers for name, coefficient in coefficients)
     return loss, loss_dict
-
-
-def detr_detections(
-    outputs: ModelOutput,
-    threshold: float = 0.0,
-    target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
-    max_detections: int = 100,
-) -> list[dict[str, torch.Tensor]]:
-    """The official detections: the best class of every query, sorted by score; no suppression.
-
-    Args:
-        outputs: With `logits`, no object last, and `pred_boxes`.
-        threshold: Scores must be above it; officially all count.
-        target_sizes: (height, width) of each original image, in pixels. Without them boxes are relative to the image.
-        max_detections: At most so many per image.
-
-    Returns:
-        For each image `scores`, `labels` and `boxes`, absolute xyxy, clipped to the image.
-
-    Raises:
-        ValueError: If `target_sizes` are not as many as images.
-    """
-    batch = len(outputs.logits)
-    if target_sizes is not None and len(target_sizes) != batch:
-        raise ValueError(f"`target_sizes` must have one size for each of {batch} images, got {len(target_sizes)}.")
-    detections = []
-    for index in range(batch):
-        scores, labels = outputs.logits[index].softmax(-1)[:, :-1].max(-1)
-        scores, queries = scores.topk(min(max_detections, len(scores)))
-        height, width = (1, 1) if target_sizes is None else target_sizes[index]
-        boxes = center_to_corners_format(outputs.pred_boxes[index, queries])
-        limits = boxes.new_tensor([width, height, width, height])
-        boxes = (boxes * limits).clamp(min=torch.zeros_like(limits), max=limits)
-        kept = scores > threshold
-        detections.append({"scores": scores[kept], "labels": labels[queries][kept], "boxes": boxes[kept]})
-    return detections
 
 
 def _record_layers(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -227,7 +193,7 @@ def _layer_losses(
     classes = torch.full(logits.shape[:2], config.num_labels, device=logits.device)  # no object
     predicted, wanted = [boxes[:0, 0]], [boxes[:0, 0]]
     for index, label in enumerate(labels):
-        if len(label["boxes"]) == 0:
+        if len(label["class_labels"]) == 0:
             continue
         target = {"class_labels": label["class_labels"].to(classes), "boxes": label["boxes"].to(boxes)}
         prediction = {"logits": logits[index : index + 1], "pred_boxes": boxes[index : index + 1]}
@@ -265,27 +231,4 @@ def _check_config(config: DetrConfig) -> None:
         )
 
 
-def _check_labels(labels: list[dict[str, torch.Tensor]], batch: int, num_labels: int) -> None:
-    if not isinstance(labels, list | tuple) or len(labels) != batch:
-        raise TypeError(f"`labels` must be a list with one dict for each of {batch} images, got {type(labels)}.")
-    for index, label in enumerate(labels):
-        if missing := {"class_labels", "boxes"} - set(label):
-            raise ValueError(f"`labels[{index}]` lacks {sorted(missing)}.")
-        classes, boxes = label["class_labels"], label["boxes"]
-        if classes.ndim != 1 or boxes.shape != (len(classes), 4):
-            raise ValueError(
-                f"`labels[{index}]` must have `class_labels` of shape (boxes,) and `boxes` of shape (boxes, 4), got "
-                f"{tuple(classes.shape)} and {tuple(boxes.shape)}."
-            )
-        if len(classes) and not 0 <= classes.min() <= classes.max() < num_labels:
-            raise ValueError(f"`labels[{index}]['class_labels']` must be in [0, {num_labels}), got {classes.tolist()}.")
-        is_inside = (boxes.isfinite() & (boxes >= 0) & (boxes <= 1.001)).all(-1)  # 1 and its rounding
-        wrong = ~is_inside | (boxes[:, 2:] == 0).any(-1)
-        if wrong.any():
-            raise ValueError(
-                f"`labels[{index}]['boxes']` must be relative (centre x, centre y, width, height) in [0, 1] with a "
-                f"size, got {boxes[wrong][:3].tolist()}."
-            )
-
-
-__all__ = ["build_detr", "build_detr_config", "detr_detections", "detr_loss", "prepare_detr_training"]
+__all__ = ["build_detr", "build_detr_config", "detr_loss", "prepare_detr_training"]

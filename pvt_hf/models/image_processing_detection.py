@@ -11,7 +11,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .annotations import Objects, read_objects
 from .image_processing_dense import DensePreprocessing, check_finite, normalized, pad, padded_size, resized_size
-from .post_processing import detect_objects, segment_instances
+from .post_processing import detect_objects, detr_detections, segment_instances
 from .resize import resize_bilinear
 
 TargetSizes = torch.Tensor | Sequence[tuple[int, int]] | None
@@ -159,11 +159,8 @@ class _DetectionPreprocessing(DensePreprocessing):
         Raises:
             ValueError: If there are not as many `target_sizes` as images.
         """
-        if {"level_sizes", "scores"} & outputs.keys():
-            return detect_objects(outputs, threshold, target_sizes)
-        from .detr import detr_detections  # transformers' DETR may itself be what has this file imported
-
-        return detr_detections(outputs, threshold, target_sizes)
+        is_detr = not {"level_sizes", "scores"} & outputs.keys()
+        return (detr_detections if is_detr else detect_objects)(outputs, threshold, target_sizes)
 
     def post_process_instance_segmentation(
         self,

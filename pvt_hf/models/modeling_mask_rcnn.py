@@ -26,7 +26,7 @@ from .fpn import FeaturePyramid
 from .post_processing import select_detections
 from .pretrained import PretrainedMixin
 from .rpn import RegionProposalNetwork
-from .targets import GroundTruth, ground_truths, image_sizes_from_mask, normalized_boxes, padded_sizes
+from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_image_sizes
 
 _BOX_SIZE, _MASK_SIZE = 7, 14  # cells per side that a region is pooled to
 _BOX_STDS = (0.1, 0.1, 0.2, 0.2)
@@ -242,7 +242,7 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
 
     def __init__(self, config: MaskRCNNConfig):
         super().__init__(config)
-        self.backbone = build_backbone(config, num_levels=4)
+        self.backbone = build_backbone(config)
         self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels, extra_pooled_level=True)
         self.rpn = RegionProposalNetwork(config)
         self.box_head = BoxHead(config)
@@ -286,12 +286,12 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             TypeError, ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the
                 annotation.
         """
-        image_sizes, input_size = image_sizes_from_mask(pixel_values, pixel_mask), tuple(pixel_values.shape[2:])
+        image_sizes, input_size = read_image_sizes(pixel_values, pixel_mask), tuple(pixel_values.shape[2:])
         truths = None
         if labels is not None:
             dtype = torch.promote_types(self.dtype, torch.float32)
             mask_size = input_size if self.config.use_masks else None
-            truths = ground_truths(labels, image_sizes, self.config.num_labels, dtype, mask_size)
+            truths = read_ground_truths(labels, image_sizes, self.config.num_labels, dtype, mask_size)
         features = self.backbone.forward_with_filtered_kwargs(
             pixel_values,
             output_attentions=output_attentions,
@@ -306,7 +306,7 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         proposals = self.rpn.proposals(objectness, deltas, anchors, level_sizes, image_sizes)
         loss = loss_dict = None
         if truths is not None:
-            sizes = padded_sizes(image_sizes, input_size)
+            sizes = pad_image_sizes(image_sizes, input_size)
             valid = [self.rpn.anchors.valid(level_shapes, size, deltas.device) for size in sizes]
             loss_dict = self.rpn.loss(objectness, deltas, anchors, valid, truths)
             loss_dict |= self.region_losses(levels[:-1], proposals, truths)
@@ -362,7 +362,7 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         fields = {
             "scores": _padded(scores, config.max_detections),
             "class_labels": _padded(classes, config.max_detections, -1),
-            "pred_boxes": normalized_boxes(_padded(boxes, config.max_detections), image_sizes[:, None]),
+            "pred_boxes": normalize_boxes(_padded(boxes, config.max_detections), image_sizes[:, None]),
             "logits": _padded(logits, config.max_detections),
         }
         if self.mask_head is not None:

@@ -27,7 +27,7 @@ from .boxes import (
 from .configuration_retinanet import RetinaNetConfig
 from .fpn import FeaturePyramid
 from .pretrained import PretrainedMixin
-from .targets import GroundTruth, ground_truths, image_sizes_from_mask, normalized_boxes, padded_sizes
+from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_image_sizes
 
 
 @dataclass
@@ -161,7 +161,7 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
 
     def __init__(self, config: RetinaNetConfig):
         super().__init__(config)
-        self.backbone = build_backbone(config, num_levels=3)
+        self.backbone = build_backbone(config)
         self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels, num_extra_convs=2)
         self.head = RetinaNetHead(config)
         self.post_init()
@@ -199,11 +199,11 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
             TypeError, ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the
                 annotation.
         """
-        image_sizes = image_sizes_from_mask(pixel_values, pixel_mask)
+        image_sizes = read_image_sizes(pixel_values, pixel_mask)
         truths = labels
         if labels is not None:
             dtype = torch.promote_types(self.dtype, torch.float32)
-            truths = ground_truths(labels, image_sizes, self.config.num_labels, dtype)
+            truths = read_ground_truths(labels, image_sizes, self.config.num_labels, dtype)
         features = self.backbone.forward_with_filtered_kwargs(
             pixel_values,
             output_attentions=output_attentions,
@@ -218,7 +218,7 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
         boxes = clip_boxes(decode_boxes(anchors, deltas.detach()), image_sizes[:, None])
         loss = loss_dict = None
         if truths is not None:
-            sizes = padded_sizes(image_sizes, pixel_values.shape[2:])
+            sizes = pad_image_sizes(image_sizes, pixel_values.shape[2:])
             valid = [grid.valid(level_shapes, size, deltas.device) for size in sizes]
             loss_dict = self.head.loss(logits, deltas, anchors, valid, truths)
             loss = sum(loss_dict.values())
@@ -227,7 +227,7 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
             loss=loss,
             loss_dict=loss_dict,
             logits=logits,
-            pred_boxes=normalized_boxes(boxes, image_sizes[:, None]),
+            pred_boxes=normalize_boxes(boxes, image_sizes[:, None]),
             level_sizes=torch.tensor(level_sizes, device=logits.device),
             image_sizes=image_sizes,
             hidden_states=features.hidden_states,

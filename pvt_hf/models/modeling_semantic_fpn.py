@@ -16,7 +16,6 @@ from .fpn import FeaturePyramid
 from .layers import runs_transformed
 from .pretrained import PretrainedMixin
 
-_NUM_LEVELS = 4  # at strides 4, 8, 16, 32
 _LOSS_IGNORE_INDEX = -100  # what torch, and Trainer where it counts labels, take for "no label"
 
 
@@ -46,7 +45,7 @@ class SemanticFPNHead(nn.Module):
                 SemanticFPNBlock(channels if index else config.neck_channels, channels)
                 for index in range(max(1, level))
             )
-            for level in range(_NUM_LEVELS)
+            for level in range(len(config.backbone_out_features))
         )
         self.dropout = nn.Dropout2d(config.classifier_dropout)
         self.classifier = nn.Conv2d(channels, config.num_labels, 1)
@@ -155,7 +154,7 @@ class SemanticFPNForSemanticSegmentation(SemanticFPNPreTrainedModel):
 
     def __init__(self, config: SemanticFPNConfig):
         super().__init__(config)
-        self.backbone = build_backbone(config, num_levels=_NUM_LEVELS)
+        self.backbone = build_backbone(config)
         self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels)
         self.head = SemanticFPNHead(config)
         self.post_init()

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+import transformers
 
 import pvt_hf
+from pvt_hf.models.backbone import build_backbone
 from tests.support.small_models import SMALL_V1, small_config
 
 BOTH = pytest.mark.parametrize("config_class", [pvt_hf.PvtConfig, pvt_hf.PvtV2Config])
@@ -103,3 +105,19 @@ def test_three_stages():
     config = pvt_hf.PvtConfig(num_encoder_blocks=3, **fields)
     assert config.stage_names == ["stage1", "stage2", "stage3"]
     assert pvt_hf.PvtForImageClassification(config).pvt.encoder.minimum_size == 16
+
+
+@pytest.mark.parametrize("config_class", [pvt_hf.RetinaNetConfig, pvt_hf.MaskRCNNConfig, pvt_hf.SemanticFPNConfig])
+def test_stages_that_a_head_wants_are_no_field(config_class, tmp_path):
+    """They are the default backbone's `out_features`, and any other backbone has to give as many maps."""
+    config = config_class()
+    wanted = config_class.backbone_out_features
+    assert config.backbone_config.out_features == list(wanted)
+    config.save_pretrained(tmp_path)
+    assert "backbone_out_features" not in (tmp_path / "config.json").read_text()
+    assert config_class.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    resnet = transformers.ResNetConfig(hidden_sizes=[8] * 4, depths=[1] * 4, out_indices=[*range(1, len(wanted) + 1)])
+    assert len(build_backbone(config_class(backbone_config=resnet)).channels) == len(wanted)
+    resnet.out_features = ["stem", *resnet.out_features]
+    with pytest.raises(ValueError, match=rf"`backbone_config` .* must name {len(wanted)} `out_features`, got"):
+        build_backbone(config_class(backbone_config=resnet))
