@@ -1,9 +1,12 @@
-"""What PVT v1 and v2 share: tokens as maps and back, stochastic depth, spatial-reduction attention."""
+"""What PVT v1 and v2 share (tokens as maps and back, stochastic depth, spatial-reduction attention), and how the MLP of
+v2 is computed in chunks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -118,3 +121,53 @@ class SpatialReductionAttention(nn.Module):
             **kwargs,
         )
         return context.flatten(2), weights if output_attentions else None
+
+
+def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Decorator of the `forward` of an MLP with a 3 x 3 convolution in it, whose hidden states would fill the memory.
+
+    A map of more than `max_stored_tokens` is recomputed in the backward pass instead of stored. A CPU works in chunks
+    of rows whose hidden states take `chunk_bytes`, so that they fit its cache, unless a hook wants to see the complete
+    map. A compiler decides for itself.
+
+    Args:
+        forward: A method `(hidden_states, height, width, rows)` that gives these rows of the result, from hidden states
+            `(batch, height * width, channels)` which hold a row of context above and below them where there is one. Its
+            module has `max_stored_tokens`, `chunk_bytes` and `intermediate_size`, the channels of the hidden states.
+
+    Returns:
+        A method `(hidden_states, height, width)` that gives all rows.
+    """
+
+    @wraps(forward)
+    def forward_in_chunks(self: nn.Module, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        compute = partial(forward, self)
+        is_large = height * width > self.max_stored_tokens
+        differentiates = torch.is_grad_enabled() and hidden_states.requires_grad
+        # (Training draws its dropout in the same pieces with and without gradients: a checkpointed block runs both.)
+        if runs_transformed() or (not is_large and (differentiates or self.training)):
+            return compute(hidden_states, height, width)
+        if differentiates:
+            compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=self.training)
+        has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        if hidden_states.device.type != "cpu" or has_hooks:
+            return compute(hidden_states, height, width)
+        num_rows = max(1, self.chunk_bytes // (width * self.intermediate_size * hidden_states.element_size()))
+        return torch.cat([_compute_in_chunks(compute, image, width, num_rows) for image in hidden_states.split(1)])
+
+    return forward_in_chunks
+
+
+def _compute_in_chunks(
+    compute: Callable[..., torch.Tensor], image: torch.Tensor, width: int, num_rows: int
+) -> torch.Tensor:
+    """`compute` of one image (1, height * width, channels), `num_rows` rows at a time."""
+    chunks = image.split(num_rows * width, dim=1)
+    outputs = []
+    for index, chunk in enumerate(chunks):
+        above = [chunks[index - 1][:, -width:]] if index > 0 else []
+        below = [chunks[index + 1][:, :width]] if index + 1 < len(chunks) else []
+        hidden_states = torch.cat((*above, chunk, *below), dim=1)
+        height = hidden_states.shape[1] // width
+        outputs.append(compute(hidden_states, height, width, slice(len(above), height - len(below))))
+    return torch.cat(outputs, dim=1)

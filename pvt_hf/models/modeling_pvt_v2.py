@@ -4,12 +4,9 @@ Module names are those of transformers' own `pvt_v2`, because they are the check
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
@@ -22,9 +19,9 @@ from .configuration_pvt_v2 import PvtV2Config
 from .layers import (
     DropPath,
     SpatialReductionAttention,
+    chunk_rows,
     drop_path_rates,
     map_to_tokens,
-    runs_transformed,
     tokens_to_map,
 )
 from .modeling_common import (
@@ -101,16 +98,16 @@ class PvtV2DepthWiseConv(nn.Module):
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
 
-    def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        return map_to_tokens(self.dwconv(tokens_to_map(hidden_states, height, width)))
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice = slice(None)) -> torch.Tensor:
+        """(batch, height * width, channels) -> those rows of the map as tokens, by default all."""
+        return map_to_tokens(self.dwconv(tokens_to_map(hidden_states, height, width))[:, :, rows])
 
 
 class PvtV2ConvFeedForwardNetwork(nn.Module):
     """The MLP with a zero-padded 3 x 3 depth-wise convolution before its activation (section 3.1).
 
     Its hidden states are up to 8 times as wide as the block: most of a dense model's memory, and on a CPU most of its
-    time, which goes into page faults. So a large map is recomputed in the backward pass instead of stored, and a CPU
-    works in chunks of rows that fit its cache, unless a hook wants to see the whole map. A compiler decides for itself.
+    time, which goes into page faults. How these are avoided: see [`~pvt_hf.models.layers.chunk_rows`].
     """
 
     max_stored_tokens = 56 * 56  # of one image: the first stage at 224 x 224
@@ -118,6 +115,7 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
 
     def __init__(self, config: PvtV2Config, hidden_size: int, intermediate_size: int):
         super().__init__()
+        self.intermediate_size = intermediate_size
         self.dense1 = nn.Linear(hidden_size, intermediate_size)
         self.relu = nn.ReLU() if config.linear_attention else nn.Identity()
         self.dwconv = PvtV2DepthWiseConv(intermediate_size)
@@ -125,41 +123,13 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
         self.dense2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def transform(
-        self, hidden_states: torch.Tensor, width: int, rows_above: int = 0, rows_below: int = 0
-    ) -> torch.Tensor:
-        """(batch, height * width, channels) -> the same, less the rows that are just context."""
-        height = hidden_states.shape[1] // width
+    @chunk_rows
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice = slice(None)) -> torch.Tensor:
+        """(batch, height * width, channels) -> the same of those rows, by default of all."""
         hidden_states = self.relu(self.dense1(hidden_states))
-        hidden_states = self.dwconv(hidden_states, height, width)
-        hidden_states = hidden_states[:, rows_above * width : (height - rows_below) * width]
+        hidden_states = self.dwconv(hidden_states, height, width, rows)
         hidden_states = self.dropout(self.intermediate_act_fn(hidden_states))
         return self.dropout(self.dense2(hidden_states))
-
-    def transform_in_chunks(self, hidden_states: torch.Tensor, width: int, transform: Callable) -> torch.Tensor:
-        """`transform` of one image, `chunk_bytes` of hidden states at a time."""
-        row_bytes = width * self.dense1.out_features * hidden_states.element_size()
-        chunks = hidden_states.split(max(1, self.chunk_bytes // row_bytes) * width, dim=1)
-        outputs = []
-        for index, chunk in enumerate(chunks):
-            above = [chunks[index - 1][:, -width:]] if index > 0 else []
-            below = [chunks[index + 1][:, :width]] if index + 1 < len(chunks) else []
-            outputs.append(transform(torch.cat((*above, chunk, *below), dim=1), width, len(above), len(below)))
-        return torch.cat(outputs, dim=1)
-
-    def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        transform = self.transform
-        is_large = height * width > self.max_stored_tokens
-        differentiates = torch.is_grad_enabled() and hidden_states.requires_grad
-        # (Training draws its dropout in the same pieces with and without gradients: a checkpointed block runs both.)
-        if runs_transformed() or (not is_large and (differentiates or self.training)):
-            return transform(hidden_states, width)
-        if differentiates:
-            transform = partial(checkpoint, transform, use_reentrant=False, preserve_rng_state=self.training)
-        has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
-        if hidden_states.device.type != "cpu" or has_hooks:
-            return transform(hidden_states, width)
-        return torch.cat([self.transform_in_chunks(image, width, transform) for image in hidden_states.split(1)])
 
 
 class PvtV2BlockLayer(GradientCheckpointingLayer):
