@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..models.image_processing_segmentation import IGNORE_INDEX, check_label_map, label_map, reduce_labels
+from ..models.image_processing_segmentation import IGNORE_INDEX, check_label_map, read_label_map, reduce_labels
 from .images import ImageError, decode
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class SegmentationData:
                 given = opened.copy()
         except Exception as error:  # PIL's decoders raise whatever a corrupt file leads them to
             raise ImageError(f"{map_name} cannot be read: {type(error).__name__}: {error}.") from error
-        labels = label_map(given, map_name)
+        labels = read_label_map(given, map_name)
         if labels.shape != image.shape[1:]:
             raise ValueError(f"{map_name} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])}.")
         labels = reduce_labels(labels) if self.reduce_labels else labels

@@ -3,6 +3,7 @@ v2 is computed in chunks."""
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,10 +58,23 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # query (batch, heads, queries, head_dim), key and value (batch, heads, reduced keys, head_dim)
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    """The attention that keeps its probabilities, with the interface of transformers' other implementations.
+
+    Args:
+        module: In training or in evaluation mode.
+        query: (batch, heads, queries, head_dim)
+        key: (batch, heads, reduced keys, head_dim)
+        value: (batch, heads, reduced keys, head_dim)
+        attention_mask: Added to the scores, or None.
+        scaling: Factor of the scores.
+        dropout: Probability with which an attention probability is dropped in training (default: 0).
+
+    Returns:
+        (batch, queries, heads, head_dim), and the probabilities (batch, heads, queries, reduced keys).
+    """
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # (batch, heads, queries, reduced keys)
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = nn.functional.softmax(weights, dim=-1)
@@ -87,7 +101,7 @@ class SpatialReductionAttention(nn.Module):
         self.value = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
 
     def attend(
-        self, hidden_states: torch.Tensor, reduced_states: torch.Tensor, output_attentions: bool = False, **kwargs
+        self, hidden_states: torch.Tensor, reduced_states: torch.Tensor, output_attentions: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
@@ -99,7 +113,7 @@ class SpatialReductionAttention(nn.Module):
         Returns:
             (batch, queries, channels), and (batch, heads, queries, reduced keys) or None.
         """
-        query, key, value = (
+        query, key, value = (  # each (batch, heads, tokens, head_dim)
             projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, states in (
                 (self.query, hidden_states),
@@ -110,7 +124,7 @@ class SpatialReductionAttention(nn.Module):
         attention = eager_attention_forward
         if not output_attentions:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention)
-        context, weights = attention(
+        context, weights = attention(  # (batch, queries, heads, head_dim)
             self,
             query,
             key,

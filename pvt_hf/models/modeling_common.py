@@ -1,6 +1,7 @@
 """What PVT v1 and v2 do around their encoder: checks of the inputs, the choice of outputs, the loss of a classifier."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def check_pixel_values(pixel_values: torch.Tensor, num_channels: int, minimum_si
 
 
 def minimum_image_size(kernels: Sequence[int], strides: Sequence[int], reduction_ratios: Sequence[int]) -> int:
-    """The smallest side, in pixels, that leaves every stage one reduced key: 32 for the official models."""
+    """The smallest side, in pixels, that leaves every stage one reduced key: 32 for all variants."""
 
     def side(stage: int) -> int:
         pixels = reduction_ratios[stage]
@@ -76,11 +77,11 @@ def check_class_labels(
 
 
 def classification_loss(
-    model: nn.Module, logits: torch.Tensor, labels: torch.Tensor | None, **kwargs
+    model: nn.Module, logits: torch.Tensor, labels: torch.Tensor | None, **kwargs: Any
 ) -> torch.Tensor | None:
     """transformers' loss for image classification, right under gradient accumulation for every kind of label.
 
-    `Trainer` hands over the number of labels in the whole accumulated batch and adds the losses of its parts up. The
+    `Trainer` hands over the number of labels in the complete accumulated batch and adds the losses of its parts up. The
     cross-entropy of transformers divides by that number, its multi-label and regression losses by the part's own.
     """
     if labels is None:

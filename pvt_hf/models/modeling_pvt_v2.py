@@ -4,6 +4,7 @@ Module names are those of transformers' own `pvt_v2`, because they are the check
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,14 +87,17 @@ class PvtV2SelfAttention(SpatialReductionAttention):
         return hidden_states
 
     def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         reduced_states = self.reduce(hidden_states, height, width)
         hidden_states, attention = self.attend(hidden_states, reduced_states, output_attentions, **kwargs)
         return self.proj_drop(self.proj(hidden_states)), attention
 
 
 class PvtV2DepthWiseConv(nn.Module):
+    """The 3 x 3 convolution of each channel, padded with zeros."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
@@ -147,7 +151,7 @@ class PvtV2BlockLayer(GradientCheckpointingLayer):
         self.mlp = PvtV2ConvFeedForwardNetwork(config, hidden_size, int(hidden_size * config.mlp_ratios[stage]))
 
     def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         attended, attention = self.attention(
@@ -168,7 +172,7 @@ class PvtV2EncoderLayer(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_sizes[stage], eps=config.layer_norm_eps)
 
     def forward(
-        self, feature_map: torch.Tensor, output_attentions: bool, **kwargs
+        self, feature_map: torch.Tensor, output_attentions: bool, **kwargs: Any
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(batch, channels, height, width) -> the same at this stage's stride, and the attentions of its blocks."""
         hidden_states, height, width = self.patch_embedding(feature_map)
@@ -192,8 +196,9 @@ class PvtV2Encoder(nn.Module):
         self.layers = nn.ModuleList(PvtV2EncoderLayer(config, stage, rates[stage]) for stage in range(num_stages))
 
     def forward(
-        self, pixel_values: torch.Tensor, output_attentions: bool, **kwargs
+        self, pixel_values: torch.Tensor, output_attentions: bool, **kwargs: Any
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(batch, num_channels, height, width) -> what the class says."""
         check_pixel_values(pixel_values, self.num_channels, self.minimum_size)
         feature_maps, all_attentions = [], []
         for stage in self.layers:
@@ -217,7 +222,7 @@ class PvtV2PreTrainedModel(PretrainedMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the official code: truncated normal for linear layers, fan-out normal for convolutions."""
+        """As the released code: truncated normal for linear layers, fan-out normal for convolutions."""
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
@@ -243,7 +248,7 @@ class PvtV2Model(PvtV2PreTrainedModel):
         pixel_values: torch.Tensor,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutput:
         r"""
         Args:
@@ -251,7 +256,7 @@ class PvtV2Model(PvtV2PreTrainedModel):
                 Normalised images of any height and width of at least 32.
             output_attentions (`bool`, *optional*):
                 Return one `(batch, heads, queries, reduced keys)` tensor per block.
-            output_hidden_states (`bool`, *optional*):
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 Return one `(batch, channels, height, width)` map per stage. An index or a list of indices returns only
                 those.
 
@@ -291,7 +296,7 @@ class PvtV2ForImageClassification(PvtV2PreTrainedModel):
         labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ImageClassifierOutput:
         r"""
         Args:
@@ -301,14 +306,17 @@ class PvtV2ForImageClassification(PvtV2PreTrainedModel):
                 Class indices of shape `(batch,)` in `[0, num_labels)`, or -100 to ignore (cross-entropy); floats of
                 shape `(batch, num_labels)` (multi-label, binary cross-entropy); or, for `num_labels=1` or
                 `problem_type="regression"`, floats (mean-square error).
-            output_attentions, output_hidden_states:
+            output_attentions (`bool`, *optional*):
+                As in [`PvtV2Model`].
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 As in [`PvtV2Model`].
 
         Returns:
             `ImageClassifierOutput`: `logits` of shape `(batch, num_labels)`, and `loss` where `labels` are given.
 
         Raises:
-            TypeError, ValueError: As in [`PvtV2Model`], and a `ValueError` for class indices out of range.
+            TypeError: As in [`PvtV2Model`], and for `labels` that are no tensor.
+            ValueError: As in [`PvtV2Model`], and for `labels` of another shape or dtype, or class indices out of range.
         """
         check_class_labels(labels, pixel_values, self.num_labels, self.config.problem_type)
         outputs = self.pvt_v2(
@@ -354,13 +362,15 @@ class PvtV2Backbone(BackboneMixin, PvtV2PreTrainedModel):
         pixel_values: torch.Tensor,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BackboneOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
                 Normalised images of any height and width of at least 32.
-            output_attentions, output_hidden_states:
+            output_attentions (`bool`, *optional*):
+                As in [`PvtV2Model`].
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 As in [`PvtV2Model`].
 
         Returns:
@@ -368,7 +378,8 @@ class PvtV2Backbone(BackboneMixin, PvtV2PreTrainedModel):
             `(batch, channels, height / stride, width / stride)` with strides 4, 8, 16, 32, rounded up.
 
         Raises:
-            TypeError, ValueError: As in [`PvtV2Model`].
+            TypeError: As in [`PvtV2Model`].
+            ValueError: As in [`PvtV2Model`].
         """
         output_attentions, output_hidden_states = resolve_output_flags(self, output_attentions, output_hidden_states)
         stages, attentions = self.encoder(pixel_values, output_attentions, **kwargs)

@@ -20,11 +20,11 @@ def random_boxes(count, size=100.0, dtype=torch.float64):
     return torch.cat((corners, corners + 1 + torch.rand(count, 2, dtype=dtype) * size / 2), dim=1)
 
 
-def test_anchors():
+def test_anchors_equal_those_of_loops():
     shapes = [(3, 5), (2, 3)]
     expected = sum(official.anchors(shapes, GRID.strides, SCALES), [])
-    assert_close(GRID.boxes(shapes, FLOAT64), torch.tensor(expected, dtype=torch.float64))
-    first = GRID.boxes(shapes, torch.zeros(0))[[0, 3, 8], 2:]
+    assert_close(GRID.generate_boxes(shapes, FLOAT64), torch.tensor(expected, dtype=torch.float64))
+    first = GRID.generate_boxes(shapes, torch.zeros(0))[[0, 3, 8], 2:]
     assert torch.allclose(first, torch.tensor([[22.6274, 11.3137], [16, 16], [17.9594, 35.9188]]), atol=1e-4)
 
 
@@ -32,18 +32,18 @@ def test_anchors_are_torchvisions_but_for_its_rounding_and_order():
     generator = AnchorGenerator(sizes=((32, 64),), aspect_ratios=((0.25, 1.0, 4.0),))
     (theirs,) = generator(ImageList(torch.zeros(1, 3, 32, 48), [(32, 48)]), [torch.zeros(1, 1, 4, 6)])
     grid = ours.AnchorGrid((8,), (4, 8), (0.25, 1.0, 4.0))
-    assert torch.equal(grid.boxes([(4, 6)], torch.zeros(0)), theirs)
+    assert torch.equal(grid.generate_boxes([(4, 6)], torch.zeros(0)), theirs)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 64), (64, 64), (17, 33)], ids=str)
 def test_valid_anchors(size):
     shapes = [(8, 8), (4, 4)]
-    assert GRID.valid(shapes, size).tolist() == official.valid_flags(shapes, GRID.strides, 9, size)
+    assert GRID.find_valid(shapes, size).tolist() == official.valid_flags(shapes, GRID.strides, 9, size)
 
 
 def test_rows_are_in_the_order_of_the_anchors():
     feature_map = torch.arange(2 * 6 * 2 * 3).reshape(2, 6, 2, 3)
-    rows = ours.anchor_rows(feature_map, width=2)  # three anchors of two values
+    rows = ours.flatten_to_anchors(feature_map, num_values=2)  # three anchors of two values
     for y in range(2):
         for x in range(3):
             for anchor in range(3):
@@ -93,9 +93,9 @@ def as_official(matches):
 @pytest.mark.parametrize("thresholds", [(0.5, 0.4, 0), (0.7, 0.3, 0.3), (0.5, 0.5, 0.5)], ids=str)
 @pytest.mark.parametrize("num_objects", [0, 1, 6])
 def test_matches(thresholds, num_objects):
-    anchors = GRID.boxes([(8, 8), (4, 4)], FLOAT64)
+    anchors = GRID.generate_boxes([(8, 8), (4, 4)], FLOAT64)
     truths = random_boxes(num_objects, 50.0)
-    valid = GRID.valid([(8, 8), (4, 4)], (64, 48))
+    valid = GRID.find_valid([(8, 8), (4, 4)], (64, 48))
     for flags in (None, valid):
         expected = official.assign(
             anchors.tolist(), truths.tolist(), *thresholds, None if flags is None else flags.tolist()

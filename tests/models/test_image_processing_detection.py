@@ -14,7 +14,7 @@ from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 import pvt_hf
 from pvt_hf.models.annotations import SKIPPED, AnnotationError, rasterize
-from pvt_hf.models.image_processing_dense import resized_size
+from pvt_hf.models.image_processing_dense import compute_resized_size
 from pvt_hf.models.resize import keep_ratio_size, resize_bilinear, resize_nearest
 from tests.support.small_models import ROOT, STAGES, small_config
 
@@ -64,8 +64,8 @@ def test_sizes():
         expected = max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
         assert keep_ratio_size(height, width, 800, 1333) == expected
     processor = PROCESSORS[0]()
-    assert resized_size(480, 640, processor.size) == (800, 1067)  # 1066.67: transformers' rule gives 1066
-    assert resized_size(427, 640, processor.size) == (800, 1199)
+    assert compute_resized_size(480, 640, processor.size) == (800, 1067)  # 1066.67: transformers' rule gives 1066
+    assert compute_resized_size(427, 640, processor.size) == (800, 1199)
     assert processor(noise(300, 300), size={"height": 64, "width": 96}).pixel_values[0].shape == (3, 64, 96)
     assert processor(noise(300, 600), size={"shortest_edge": 64}).pixel_values[0].shape == (3, 64, 128)
     with pytest.raises(ValueError, match=r"`size` must have `shortest_edge`.*got \{'longest_edge': 64\}"):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import pvt_hf
 from pvt_hf.conversion import reference_heads, systems
 from pvt_hf.models.backbone import load_pretrained_backbone
-from pvt_hf.models.modeling_mask_rcnn import pool_regions, sample_regions
+from pvt_hf.models.modeling_mask_rcnn import pool_rois, sample_rois
 from pvt_hf.models.post_processing import detect_objects, paste_masks, segment_instances
 from pvt_hf.models.targets import GroundTruth
 from tests.support import checkpoints, detectors
@@ -165,37 +165,37 @@ def test_settings_of_the_proposals():
     model = small_model(num_proposals=20, num_candidates=50, num_candidates_train=100).double()
     objectness, deltas = torch.randn(2, sum(level_sizes)).double(), torch.randn(2, sum(level_sizes), 4).double() * 0.3
     raw = list(zip(objectness[..., None].split(level_sizes, dim=1), deltas.split(level_sizes, dim=1), strict=True))
-    anchors = model.rpn.anchors.boxes(shapes, like=deltas)
+    anchors = model.rpn.anchor_grid.generate_boxes(shapes, like=deltas)
     for training, num_candidates, limit in ((False, 50, 20), (True, 100, 20), (True, 100, 1000)):
         model.train(training).config.num_proposals = limit
         expected = official.proposals(raw, shapes, SIZES, num_candidates, limit)
-        proposals = model.rpn.proposals(objectness, deltas, anchors, level_sizes, torch.tensor(SIZES))
+        proposals = model.rpn.select_proposals(objectness, deltas, anchors, level_sizes, torch.tensor(SIZES))
         for actual, wanted in zip(proposals, expected, strict=True):
             assert_close(actual, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-9)
             assert len(wanted) == 20 or limit == 1000
 
 
-def test_sampled_regions():
+def test_samples_hold_the_objects_themselves():
     """The objects come first; the last object whose best proposal it is takes a proposal from a better one."""
     truth = GroundTruth(torch.tensor([[0, 0, 10, 10], [0, 0, 10, 12.0]]), torch.tensor([3, 4]), None)
     proposals = torch.tensor([[50, 50, 60, 60], [0, 0, 10, 10.5]])
-    regions = sample_regions(proposals, truth, pvt_hf.MaskRCNNConfig())
-    assert regions.objects.tolist() == [0, 1, 1]
-    assert torch.equal(regions.boxes, torch.cat((truth.boxes, proposals.flip(0))))
-    assert torch.equal(regions.positive_boxes, regions.boxes[:3])
+    rois = sample_rois(proposals, truth, pvt_hf.MaskRCNNConfig())
+    assert rois.objects.tolist() == [0, 1, 1]
+    assert torch.equal(rois.boxes, torch.cat((truth.boxes, proposals.flip(0))))
+    assert torch.equal(rois.positive_boxes, rois.boxes[:3])
 
 
-def test_regions_are_pooled_from_the_level_of_their_scale():
+def test_rois_are_pooled_from_the_level_of_their_scale():
     levels = [torch.randn(2, 3, 512 // stride, 512 // stride).double() for stride in (4, 8, 16, 32)]
     sides = [(10, 20), (100, 110), (120, 115), (250, 300), (500, 450), (30, 400), (0, 5)]
     boxes = [[[3.3, 7.7, 3.3 + w, 7.7 + h] for w, h in sides], [[-20.0, 450.0, 90.0, 530.0]]]
     tensors = [torch.tensor(image, dtype=torch.float64) for image in boxes]
     for size in (7, 14):
-        pooled = pool_regions(levels, tensors, (4, 8, 16, 32), size)
+        pooled = pool_rois(levels, tensors, (4, 8, 16, 32), size)
         assert_close(pooled, official.region_features(levels, boxes, size), rtol=0, atol=1e-12)
     none = [tensors[0][:0]] * 2
-    assert pool_regions(levels, none, (4, 8, 16, 32), 7).shape == (0, 3, 7, 7)
-    half = pool_regions([level.bfloat16() for level in levels], [x.float() for x in tensors], (4, 8, 16, 32), 7)
+    assert pool_rois(levels, none, (4, 8, 16, 32), 7).shape == (0, 3, 7, 7)
+    half = pool_rois([level.bfloat16() for level in levels], [x.float() for x in tensors], (4, 8, 16, 32), 7)
     assert half.dtype == torch.bfloat16
     assert_close(half.double(), official.region_features(levels, boxes, 7), rtol=0.02, atol=0.02)
 
