@@ -43,7 +43,7 @@ def test_number_of_classes_is_always_written(config_class, labels, tmp_path):
 
 
 @BOTH
-def test_round_trip(config_class, tmp_path):
+def test_saved_configuration_loads_unchanged(config_class, tmp_path):
     config = config_class(image_size=(96, 160), depths=[1, 2, 3, 4], out_features=["stage2", "stage4"])
     config.save_pretrained(tmp_path)
     loaded = config_class.from_pretrained(tmp_path)
@@ -71,7 +71,7 @@ def test_image_size_is_a_number_or_a_pair():
     ],
     ids=["heads", "depths", "mlp_ratios", "stages", "out_features"],
 )
-def test_wrong_fields(version, fields, message):
+def test_wrong_fields_are_refused(version, fields, message):
     with pytest.raises(ValueError, match=message):
         small_config(version, **fields)
 
@@ -86,7 +86,7 @@ def test_v1_image_size_has_to_hold_every_stage():
         pvt_hf.PvtModel(small_config("v1", image_size=16))
 
 
-def test_wrong_image_size():
+def test_wrong_image_size_is_refused():
     with pytest.raises(ValueError, match=r"`image_size` must be one number or \(height, width\), got \[224\]"):
         pvt_hf.PvtConfig(image_size=[224])
 
@@ -99,7 +99,7 @@ def test_overlapping_v1_kernels_need_a_larger_image():
         model(torch.zeros(1, 3, smallest - 1, smallest))
 
 
-def test_three_stages():
+def test_models_may_have_three_stages():
     fields = {key: value[:3] if isinstance(value, list) else value for key, value in SMALL_V1.items()}
     fields |= {"sequence_reduction_ratios": [4, 2, 1], "patch_sizes": [4, 2, 2], "strides": [4, 2, 2]}
     config = pvt_hf.PvtConfig(num_encoder_blocks=3, **fields)
