@@ -1,6 +1,6 @@
 """Images, annotations and detections of the detectors, as mmdetection 2.13 treats them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,18 @@ from .image_processing_dense import (
 )
 from .post_processing import detect_objects, detr_detections, segment_instances
 from .resize import resize_bilinear
+
+# The settings that the second half of the preprocessing takes.
+_BATCH_SETTINGS = (
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_pad",
+    "pad_size",
+    "pad_size_divisor",
+)
 
 TargetSizes = torch.Tensor | Sequence[tuple[int, int]] | None
 
@@ -113,9 +125,10 @@ class _DetectionPreprocessing(DensePreprocessing):
                 `orig_size`.
             **kwargs: Any of the processor's settings, for this call only.
         """
-        settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
-        settings |= {"return_tensors": "pt"} | kwargs
-        return self._batch(images, targets, **self._standardize_kwargs(**settings))
+        settings = {name: getattr(self, name, None) for name in _BATCH_SETTINGS} | {"return_tensors": "pt"} | kwargs
+        if isinstance(settings["pad_size"], Mapping):
+            settings["pad_size"] = SizeDict(**settings["pad_size"])
+        return self._batch(images, targets, **settings)
 
     def _batch(
         self,

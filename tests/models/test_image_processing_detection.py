@@ -104,10 +104,20 @@ def test_batches_are_padded_to_the_largest_image(processor_class):
         assert not inputs.pixel_values[index][:, inputs.pixel_mask[index] == 0].any()
     fixed = processor_class(**settings, pad_size={"height": 200, "width": 240})(images, return_tensors="pt")
     assert fixed.pixel_values.shape == (3, 3, 200, 240)
+    sizes = [(81, 130), (130, 92), (96, 96)]
+    resized = [
+        resize_bilinear(torch.from_numpy(image).permute(2, 0, 1), size)
+        for image, size in zip(images, sizes, strict=True)
+    ]
+    for pad_size in ({"height": 200, "width": 240}, None):  # the second half alone
+        again = processor_class(**settings).batch(resized, pad_size=pad_size)
+        expected = inputs if pad_size is None else fixed
+        assert torch.equal(again.pixel_values, expected.pixel_values)
+        assert torch.equal(again.pixel_mask, expected.pixel_mask)
     with pytest.raises(ValueError, match=r"`pad_size` is .*largest sides of the images are \[130, 130\]"):
         processor_class(**settings, pad_size={"height": 64, "width": 240})(images)
     unpadded = processor_class(**settings, do_pad=False)(images)
-    assert [tuple(image.shape[1:]) for image in unpadded.pixel_values] == [(81, 130), (130, 92), (96, 96)]
+    assert [tuple(image.shape[1:]) for image in unpadded.pixel_values] == sizes
     assert "pixel_mask" not in unpadded
 
 
