@@ -1,0 +1,80 @@
+"""What `pip install pvt_hf` alone can do: every model, processor and the converter, and a clear word about the rest."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.small_models import ROOT
+
+pytestmark = pytest.mark.process
+
+EXTRAS = ("accelerate", "datasets", "evaluate", "faster_coco_eval", "matplotlib", "peft", "scipy", "sklearn", "timm")
+# They may be installed here, so the process is told that they are not.
+WITHOUT = f"""
+import importlib.util, sys
+EXTRAS = {EXTRAS!r}
+
+class Missing:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in EXTRAS else find_spec(name, *rest)
+"""
+
+
+def run(code: str, tmp_path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WITHOUT + code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+
+def test_every_model_and_processor_works(tmp_path):
+    code = """
+import torch, pvt_hf
+image = torch.zeros(3, 64, 96, dtype=torch.uint8)
+for variant in ("pvt_tiny", "pvt_v2_b0"):
+    config = pvt_hf.build_config(variant, num_labels=3)
+    model = {"pvt": pvt_hf.PvtForImageClassification, "pvt_v2": pvt_hf.PvtV2ForImageClassification}[config.model_type]
+    pixels = pvt_hf.PvtImageProcessor(crop_size=64)(image, return_tensors="pt").pixel_values
+    assert model(config).eval()(pixels).logits.shape == (1, 3)
+for model_class, processor in (
+    (pvt_hf.RetinaNetForObjectDetection, pvt_hf.PvtDetectionImageProcessor),
+    (pvt_hf.MaskRCNNForInstanceSegmentation, pvt_hf.PvtDetectionImageProcessor),
+    (pvt_hf.SemanticFPNForSemanticSegmentation, pvt_hf.PvtSegmentationImageProcessor),
+):
+    batch = processor(size={"shortest_edge": 64, "longest_edge": 96})(image, return_tensors="pt")
+    with torch.no_grad():
+        model_class(model_class.config_class(num_labels=3)).eval()(batch["pixel_values"])
+"""
+    result = run(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_converter_works(tmp_path):
+    code = """
+import torch
+from tests.support.checkpoints import TINY, official_weights
+from pvt_hf.commands.main import main
+torch.save(official_weights(TINY["v2"]), "tiny.pth")
+sys.exit(main(["convert", "tiny.pth", "converted"]))
+"""
+    result = run(code, tmp_path)
+    assert result.returncode == 0 and (tmp_path / "converted" / "model.safetensors").is_file(), result.stderr
+
+
+@pytest.mark.parametrize("command", ["train-classification", "train-detection", "train-segmentation", "evaluate"])
+def test_a_program_says_what_to_install(tmp_path, command):
+    result = run(f"from pvt_hf.commands.main import main\nsys.exit(main([{command!r}, '--smoke']))", tmp_path)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert 'pip install "pvt_hf[training]"' in result.stderr + result.stdout
+
+
+def test_help_works(tmp_path):
+    result = run("from pvt_hf.commands.main import main\nmain(['--help'])", tmp_path)
+    assert result.returncode == 0 and "train-detection" in result.stdout
