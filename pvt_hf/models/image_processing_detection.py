@@ -1,7 +1,7 @@
 """Images, annotations and detections of the detectors, as mmdetection 2.13 treats them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import BatchFeature
@@ -33,7 +33,7 @@ _BATCH_SETTINGS = (
     "pad_size_divisor",
 )
 
-TargetSizes = torch.Tensor | Sequence[tuple[int, int]] | None
+TargetSizes: TypeAlias = torch.Tensor | Sequence[tuple[int, int]] | None
 
 
 class DetectionImagesKwargs(ImagesKwargs, total=False):
@@ -103,7 +103,9 @@ class _DetectionPreprocessing(DensePreprocessing):
             image_id = annotations[index].get("image_id") if annotations is not None else f"number {index}"
             check_finite(image, f"Image {image_id}")
         original = [tuple(image.shape[-2:]) for image in images]
-        sizes = [compute_resized_size(*given, size) if do_resize else given for given in original]
+        sizes = [
+            compute_resized_size(height, width, size) if do_resize else (height, width) for height, width in original
+        ]
         targets = None
         if annotations is not None:
             targets = []
@@ -125,7 +127,8 @@ class _DetectionPreprocessing(DensePreprocessing):
                 `orig_size`.
             **kwargs: Any of the processor's settings, for this call only.
         """
-        settings = {name: getattr(self, name, None) for name in _BATCH_SETTINGS} | {"return_tensors": "pt"} | kwargs
+        settings: dict[str, Any] = {name: getattr(self, name, None) for name in _BATCH_SETTINGS}
+        settings |= {"return_tensors": "pt"} | kwargs
         if isinstance(settings["pad_size"], Mapping):
             settings["pad_size"] = SizeDict(**settings["pad_size"])
         return self._batch(images, targets, **settings)

@@ -150,14 +150,15 @@ class _SegmentationPreprocessing(DensePreprocessing):
             return list(logits.argmax(dim=1))
         if len(target_sizes) != len(logits):
             raise ValueError(f"Got `target_sizes` of {len(target_sizes)} images for logits of {len(logits)} images.")
-        sizes = [tuple(int(side) for side in size) for size in target_sizes]
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
         return [_segment(image, self.logits_stride, size) for image, size in zip(logits, sizes, strict=True)]
 
 
 def _plan_resizes(image: torch.Tensor, size: SizeDict, divisor: int) -> list[tuple[int, int]]:
     """The sizes (height, width) that an image is resized to in turn."""
-    kept = compute_resized_size(*image.shape[-2:], size)
-    return [kept, tuple(math.ceil(side / divisor) * divisor for side in kept)]
+    height, width = image.shape[-2:]
+    height, width = compute_resized_size(height, width, size)
+    return [(height, width), (math.ceil(height / divisor) * divisor, math.ceil(width / divisor) * divisor)]
 
 
 def _segment(logits: torch.Tensor, stride: int, size: tuple[int, int], chunk: int = 16) -> torch.Tensor:
@@ -228,7 +229,9 @@ def reduce_labels(labels: torch.Tensor) -> torch.Tensor:
 
 def check_label_map(labels: torch.Tensor, num_labels: int | None, name: str) -> None:
     """Raises a `ValueError` that lists the labels which are neither classes nor 255."""
-    wrong = labels[(labels >= num_labels) & (labels != IGNORE_INDEX)] if num_labels is not None else labels[:0]
+    if num_labels is None:
+        return
+    wrong = labels[(labels >= num_labels) & (labels != IGNORE_INDEX)]
     if wrong.numel():
         raise ValueError(
             f"{name} has the labels {wrong.unique().tolist()}, the classes are 0 to {num_labels - 1} "

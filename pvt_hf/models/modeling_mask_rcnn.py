@@ -385,7 +385,8 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             for image_proposals, truth in zip(proposals, truths, strict=True)
         ]
         features = pool_rois(levels, [rois.boxes for rois in samples], strides, _BOX_SIZE)  # (all RoIs, channels, 7, 7)
-        losses = self.box_head.loss(*self.box_head(features), samples, truths)
+        logits, deltas = self.box_head(features)
+        losses = self.box_head.loss(logits, deltas, samples, truths)
         if self.mask_head is not None:
             features = pool_rois(levels, [rois.positive_boxes for rois in samples], strides, _MASK_SIZE)
             losses |= self.mask_head.loss(self.mask_head(features), samples, truths)

@@ -40,7 +40,8 @@ class PvtPatchEmbeddings(nn.Module):
     def __init__(self, config: PvtConfig, stage: int, cls_token: bool):
         super().__init__()
         hidden_size = config.hidden_sizes[stage]
-        self.grid = config.image_shape  # patches (height, width) for which position embeddings are stored
+        # Patches (height, width) for which position embeddings are stored.
+        self.grid: tuple[int, ...] = config.image_shape
         for kernel, stride in zip(config.patch_sizes[: stage + 1], config.strides[: stage + 1], strict=True):
             self.grid = tuple((side - kernel) // stride + 1 for side in self.grid)
         self.num_cls_positions = int(stage == config.num_encoder_blocks - 1)
@@ -196,7 +197,9 @@ class PvtEncoder(nn.Module):
     ) -> tuple[list[tuple[torch.Tensor, int, int]], list[torch.Tensor], list[torch.Tensor]]:
         """(batch, num_channels, height, width) -> what the class says."""
         check_pixel_values(pixel_values, self.num_channels, self.minimum_size)
-        stages, all_hidden_states, attentions = [], [], []
+        stages: list[tuple[torch.Tensor, int, int]] = []
+        all_hidden_states: list[torch.Tensor] = []
+        attentions: list[torch.Tensor] = []
         for patch_embedding, blocks in zip(self.patch_embeddings, self.block, strict=True):
             feature_map = tokens_to_map(*stages[-1]) if stages else pixel_values
             hidden_states, height, width = patch_embedding(feature_map)

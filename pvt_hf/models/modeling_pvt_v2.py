@@ -200,7 +200,8 @@ class PvtV2Encoder(nn.Module):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(batch, num_channels, height, width) -> what the class says."""
         check_pixel_values(pixel_values, self.num_channels, self.minimum_size)
-        feature_maps, all_attentions = [], []
+        feature_maps: list[torch.Tensor] = []
+        all_attentions: list[torch.Tensor] = []
         for stage in self.layers:
             feature_map = feature_maps[-1] if feature_maps else pixel_values
             feature_map, attentions = stage(feature_map, output_attentions, **kwargs)

@@ -159,19 +159,20 @@ def _check_tensors(name: str, label: Any, mask_size: tuple[int, int] | None) -> 
     """Types and shapes of the labels of one image."""
     if not isinstance(label, Mapping):
         raise TypeError(f"`{name}` must be a dictionary, got {type(label).__name__}.")
-    needed = ("class_labels", "boxes") if mask_size is None else ("class_labels", "boxes", "masks")
+    tails = {"boxes": (4,)} if mask_size is None else {"boxes": (4,), "masks": mask_size}
+    needed = ["class_labels", *tails]
     if missing := [key for key in needed if not isinstance(label.get(key), torch.Tensor)]:
-        raise ValueError(f"`{name}` must have tensors {list(needed)}, got {sorted(label)} without {missing}.")
+        raise ValueError(f"`{name}` must have tensors {needed}, got {sorted(label)} without {missing}.")
     classes, boxes = label["class_labels"], label["boxes"]
     if classes.ndim != 1 or classes.is_floating_point() or classes.dtype == torch.bool:
         raise ValueError(
             f"`{name}['class_labels']` must be class indices of shape (objects,), got {classes.dtype} of shape "
             f"{tuple(classes.shape)}."
         )
-    for key, tail in (("boxes", (4,)), ("masks", mask_size)):
+    for key, tail in tails.items():
+        wanted = (len(classes), *tail)
         # An image without objects may have an empty tensor of any shape.
-        if key in needed and (len(classes) or label[key].numel()) and label[key].shape != (len(classes), *tail):
-            wanted = (len(classes), *tail)
+        if (len(classes) or label[key].numel()) and label[key].shape != wanted:
             raise ValueError(f"`{name}[{key!r}]` must have shape {wanted}, got {tuple(label[key].shape)}.")
     if not boxes.is_floating_point() and boxes.numel():
         raise ValueError(f"`{name}['boxes']` must be floating point, relative to the image's size, got {boxes.dtype}.")
