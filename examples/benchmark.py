@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoBackbone, AutoModelForImageClassification
 
 import pvt_hf
-from pvt_hf.data.augmentation import training_transform
+from pvt_hf.data.augmentation import build_training_transform
 from pvt_hf.data.classification import TrainingImages, collate
 from pvt_hf.data.samplers import EpochSampler
 from pvt_hf.recipes import imagenet_recipe
@@ -194,7 +194,7 @@ def input_pipeline(name: str, args: argparse.Namespace) -> str:
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=95)
     row = {"image": {"bytes": buffer.getvalue(), "path": "synthetic.jpg"}, "label": 0}
     count, batch = 96, args.batch_size or 8
-    data = TrainingImages([row] * count, "label", 10, training_transform(imagenet_recipe(name), 224))
+    data = TrainingImages([row] * count, "label", 10, build_training_transform(imagenet_recipe(name), 224))
     model = build("pvt_hf", "classification", name).to(args.device).train()
     images = torch.randn(batch, 3, 224, 224, device=args.device)
     step(model, images, True)

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from pvt_hf import VARIANTS
-from pvt_hf.data.classification import EvaluationImages, collate, label_names, load_images
+from pvt_hf.data.classification import EvaluationImages, collate, find_labels, load_images
 from pvt_hf.data.detection import EvaluationDetections, read_coco, read_detection_dataset
 from pvt_hf.data.digits import write_scenes
 from pvt_hf.data.segmentation import EvaluationMaps, read_segmentation_dataset, read_segmentation_folders
@@ -59,7 +59,7 @@ def check_num_labels(model: PreTrainedModel, checkpoint: str, count: int) -> Non
 def measure_classifier(checkpoint: str, recipe: str, options: argparse.Namespace) -> Measured:
     model = AutoModelForImageClassification.from_pretrained(checkpoint, dtype=torch.float32)
     data = load_images(options.dataset_name, options.split, options.dataset_config_name)
-    column, names = label_names(data, options.label_column)
+    column, names = find_labels(data, options.label_column)
     check_num_labels(model, checkpoint, len(names))
     image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # exactly as torchvision on PIL
     images = data.select(range(min(options.num_images or len(data), len(data))))

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import pvt_hf
-from pvt_hf.data.digits import digits
+from pvt_hf.data.digits import load_digits_dataset
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
 def load_splits(data_dir: str | None) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and validation images. Where the data has no validation split, a fifth of each class becomes one."""
-    data = datasets.load_dataset("imagefolder", data_dir=data_dir) if data_dir else {"train": digits()}
+    data = datasets.load_dataset("imagefolder", data_dir=data_dir) if data_dir else {"train": load_digits_dataset()}
     validation = next((data[split] for split in ("validation", "test") if split in data), None)
     if validation is not None:
         return data["train"], validation

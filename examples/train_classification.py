@@ -18,15 +18,15 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModelForImageClassification, TrainingArguments, set_seed
 
 import pvt_hf
-from pvt_hf.data.augmentation import training_transform
+from pvt_hf.data.augmentation import build_training_transform
 from pvt_hf.data.classification import (
     EvaluationImages,
     StreamedImages,
     TrainingImages,
-    epoch_length,
-    label_names,
+    cache_stream,
+    count_images,
+    find_labels,
     load_images,
-    stored,
 )
 from pvt_hf.recipes import imagenet_recipe
 from pvt_hf.training.arguments import parse, training_arguments, training_parser
@@ -108,7 +108,7 @@ def load_splits(options: argparse.Namespace, args: TrainingArguments):
     if not options.streaming:
         return train, load_images(source, options.eval_split, config)
     with args.main_process_first(desc="writing the images for evaluation to the cache"):
-        return train, stored(load_images(source, options.eval_split, config, streaming=True))
+        return train, cache_stream(load_images(source, options.eval_split, config, streaming=True))
 
 
 def main() -> None:
@@ -117,11 +117,11 @@ def main() -> None:
         raise SystemExit("--dataset_name is a pattern of files: pass --eval_dataset_name with those for evaluation")
     set_seed(args.seed)
     train, validation = load_splits(options, args)
-    column, names = label_names(train, options.label_column, options.num_labels)
+    column, names = find_labels(train, options.label_column, options.num_labels)
     model = load_model(options, names)
-    common = (column, len(names), training_transform(options.recipe, options.image_size))
+    common = (column, len(names), build_training_transform(options.recipe, options.image_size))
     if options.streaming:
-        length = options.samples_per_epoch or epoch_length(train, options.train_split)
+        length = options.samples_per_epoch or count_images(train, options.train_split)
         if length is None:
             raise SystemExit("The stream does not say how many images it has: pass --samples_per_epoch")
         share = {"seed": args.seed, "rank": args.process_index, "world_size": args.world_size}

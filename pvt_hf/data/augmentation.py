@@ -1,4 +1,4 @@
-"""Random changes of the papers' training, on an image alone or together with its objects or its label map."""
+"""Random changes of images in training: of an image alone, with its objects, or with its label map."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class DetectionAugmentation:
     The defaults are the 1x schedules' (mmdetection's `Resize(1333, 800)`, `RandomFlip(0.5)`).
 
     Args:
-        shortest_edges: One of them, in pixels, is the limit of the shorter side.
-        longest_edge: The limit of the longer side in pixels. The ratio is kept.
-        flip: Probability of mirroring left and right.
-        crop_shortest_edges: Where it is not empty, half of the images are first resized to one of these and cropped
-            (the second policy of the 3x schedules and of DETR).
-        crop_sides: Limits in pixels of the sides of that crop, which are drawn apart; a shorter image is not cropped.
+        shortest_edges: One of them is the limit of the shorter side in pixels (default: 800 alone).
+        longest_edge: The limit of the longer side in pixels; the aspect ratio is kept (default: 1333).
+        flip: Probability of mirroring left and right (default: 0.5).
+        crop_shortest_edges: Where it is not empty, half of the images are first resized to one of these, in pixels, and
+            cropped: the second policy of the 3x schedules and of DETR (default: empty).
+        crop_sides: Least and largest side of that crop in pixels, drawn apart for height and width; a shorter image is
+            not cropped (default: 384 to 600).
     """
 
     shortest_edges: Sequence[int] = (800,)
@@ -61,22 +62,41 @@ class DetectionAugmentation:
 
 
 def resize_keep_ratio(image: torch.Tensor, objects: Objects, shortest_edge: int, longest_edge: int) -> Sample:
-    """The largest image of the same ratio within both limits, as the image processor resizes it."""
-    source = tuple(image.shape[-2:])
-    target = keep_ratio_size(*source, shortest_edge, longest_edge)
-    return resize_bilinear(image, target), objects.resize(source, target)
+    """Resizes to the largest image of the same aspect ratio within both limits, as the image processor does.
+
+    Args:
+        image: uint8 `(channels, height, width)`.
+        objects: Of that image.
+        shortest_edge: Limit of the shorter side in pixels.
+        longest_edge: Limit of the longer side in pixels.
+    """
+    height, width = image.shape[-2:]
+    target = keep_ratio_size(height, width, shortest_edge, longest_edge)
+    return resize_bilinear(image, target), objects.resize((height, width), target)
 
 
 def flip(image: torch.Tensor, objects: Objects) -> Sample:
-    """Mirrored left to right."""
+    """Mirrors left and right.
+
+    Args:
+        image: uint8 `(channels, height, width)`.
+        objects: Of that image.
+    """
     return image.flip(-1), objects.flip(image.shape[-1])
 
 
 def random_crop(
     image: torch.Tensor, objects: Objects, sides: tuple[int, int], generator: np.random.Generator
 ) -> Sample:
-    """A window at a random place whose height and width are each uniform in `sides`, both cut to the image's own
-    (mmdetection's `RandomCrop("absolute_range")`, also where no object is left)."""
+    """Crops to a window at a random place, whose height and width are each uniform in `sides`, both cut to the image's
+    own (mmdetection's `RandomCrop("absolute_range")`, also where no object is left).
+
+    Args:
+        image: uint8 `(channels, height, width)`.
+        objects: Of that image.
+        sides: Least and largest side in pixels.
+        generator: Decides everything.
+    """
     given = image.shape[-2:]
     height, width = (int(generator.integers(min(side, sides[0]), min(side, sides[1]) + 1)) for side in given)
     top, left = (int(generator.integers(side - cut + 1)) for side, cut in zip(given, (height, width), strict=True))
@@ -89,14 +109,15 @@ class SegmentationAugmentation:
     trains on ADE20K.
 
     Args:
-        shortest_edge, longest_edge: Limits of the sides in pixels at the scale 1; the ratio is kept.
-        scales: Lowest and highest factor of these limits.
-        crop: (height, width) of the crop in pixels; a smaller image stays smaller.
+        shortest_edge: Limit of the shorter side in pixels at the scale 1; the aspect ratio is kept (default: 512).
+        longest_edge: Limit of the longer side in pixels at the scale 1 (default: 2048).
+        scales: Lowest and highest factor of these limits (default: 0.5 to 2).
+        crop: (height, width) of the crop in pixels; a smaller image stays smaller (default: 512 x 512).
         max_share: Crops are drawn again, up to ten times, until no class has more than this share of the pixels that
-            are not ignored, and there are two classes.
-        flip: Probability of mirroring left and right.
-        distortion: Whether brightness, contrast, saturation and hue change.
-        ignored: The label of ignored pixels.
+            are not ignored, and there are two classes (default: 0.75).
+        flip: Probability of mirroring left and right (default: 0.5).
+        distortion: Whether brightness, contrast, saturation and hue change (default: `True`).
+        ignore_index: The label of ignored pixels (default: 255).
     """
 
     shortest_edge: int = 512
@@ -106,7 +127,7 @@ class SegmentationAugmentation:
     max_share: float = 0.75
     flip: float = 0.5
     distortion: bool = True
-    ignored: int = 255
+    ignore_index: int = 255
 
     def __call__(
         self, image: torch.Tensor, labels: torch.Tensor, generator: np.random.Generator
@@ -116,40 +137,52 @@ class SegmentationAugmentation:
             image: uint8 `(3, height, width)`, RGB.
             labels: int64 `(height, width)`.
             generator: Decides everything.
+
+        Returns:
+            The new image and its labels, at most as large as `crop`.
         """
         scale = generator.uniform(*self.scales)
-        limits = int(self.shortest_edge * scale), int(self.longest_edge * scale)
-        size = keep_ratio_size(*image.shape[-2:], *limits)
+        height, width = image.shape[-2:]
+        size = keep_ratio_size(height, width, int(self.shortest_edge * scale), int(self.longest_edge * scale))
         image, labels = resize_bilinear(image, size), resize_nearest(labels, size)
-        window = self._window(labels, generator)
+        window = self._draw_window(labels, generator)
         image, labels = image[(slice(None), *window)], labels[window]
         if generator.random() < self.flip:
             image, labels = image.flip(-1), labels.flip(-1)
         if self.distortion:
-            image = photometric_distortion(image, generator)
+            image = apply_photometric_distortion(image, generator)
         return image, labels
 
-    def _window(self, labels: torch.Tensor, generator: np.random.Generator) -> tuple[slice, slice]:
+    def _draw_window(self, labels: torch.Tensor, generator: np.random.Generator) -> tuple[slice, slice]:
+        """Rows and columns of a crop."""
+
         def draw() -> tuple[slice, slice]:
-            starts = [
+            top, left = (
                 int(generator.integers(max(side - cut, 0) + 1))
                 for side, cut in zip(labels.shape, self.crop, strict=True)
-            ]
-            return tuple(slice(start, start + cut) for start, cut in zip(starts, self.crop, strict=True))
+            )
+            return slice(top, top + self.crop[0]), slice(left, left + self.crop[1])
 
         window = draw()
         for _ in range(10):
             values, counts = labels[window].unique(return_counts=True)
-            counts = counts[values != self.ignored]
+            counts = counts[values != self.ignore_index]
             if len(counts) > 1 and counts.max() / counts.sum() < self.max_share:
                 break
             window = draw()
         return window
 
 
-def training_transform(recipe: ImageNetRecipe, size: int) -> Callable[[Image.Image], torch.Tensor]:
-    """The recipe's augmentation by timm, from a PIL image in RGB to `(3, size, size)`, normalised with ImageNet's
-    mean and standard deviation."""
+def build_training_transform(recipe: ImageNetRecipe, size: int) -> Callable[[Image.Image], torch.Tensor]:
+    """Builds the recipe's augmentation by timm.
+
+    Args:
+        recipe: With its colour jitter, RandAugment and random erasing.
+        size: Height and width of the crop in pixels.
+
+    Returns:
+        From a PIL image in RGB to float32 `(3, size, size)`, normalised with ImageNet's mean and standard deviation.
+    """
     import timm.data.auto_augment
     from timm.data import create_transform
 
@@ -174,19 +207,27 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return image if bits >= 8 else ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda _: 0)
 
 
+# By hand, since torchvision's colour functions are not OpenCV's, whose bits mmsegmentation trains on.
 def to_hsv(image: torch.Tensor) -> torch.Tensor:
-    """uint8 `(3, height, width)` RGB to hue in [0, 180), saturation and value in [0, 255], as OpenCV's `COLOR_RGB2HSV`
-    in its fixed-point arithmetic."""
-    red, green, blue = image.int().unbind()
+    """OpenCV's `COLOR_RGB2HSV` in its fixed-point arithmetic.
+
+    Args:
+        image: uint8 `(3, height, width)`, RGB.
+
+    Returns:
+        uint8 `(3, height, width)`: hue in [0, 180), saturation and value in [0, 255].
+    """
+    red, green, blue = image.int().unbind()  # each (height, width)
     value, low = image.amax(0).int(), image.amin(0).int()
     difference = value - low
 
-    def reciprocals(numerator: float) -> torch.Tensor:
+    def reciprocals(numerator: float) -> torch.Tensor:  # int32 (256,), with 12 bits of fraction
         table = np.rint(numerator * 4096 / np.maximum(np.arange(256), 1)).astype(np.int32)
         table[0] = 0
         return torch.from_numpy(table).to(image.device)
 
     saturation = (difference * reciprocals(255)[value.long()] + 2048) >> 12
+    # In sixths of the circle times the difference, from red: each channel where it is the largest.
     hue = torch.where(
         value == red,
         green - blue,
@@ -197,44 +238,55 @@ def to_hsv(image: torch.Tensor) -> torch.Tensor:
 
 
 def to_rgb(image: torch.Tensor) -> torch.Tensor:
-    """The inverse of [`to_hsv`], within a grey level of OpenCV's `COLOR_HSV2RGB`, which cuts fractions off."""
-    hue, saturation, value = image.float().unbind()
-    hue, saturation = hue / 30, saturation / 255
+    """The inverse of [`to_hsv`], within a grey level of OpenCV's `COLOR_HSV2RGB`, which cuts fractions off.
+
+    Args:
+        image: uint8 `(3, height, width)`: hue in [0, 180), saturation and value in [0, 255].
+
+    Returns:
+        uint8 `(3, height, width)`, RGB.
+    """
+    hue, saturation, value = image.float().unbind()  # each (height, width)
+    hue, saturation = hue / 30, saturation / 255  # [0, 6), [0, 1]
     # Each channel falls from the value by the saturation where the hue is far from that of the channel.
     channels = [
-        value * (1 - saturation * (1 - ((hue - centre + 3) % 6 - 3).abs().sub(2).neg().clamp(0, 1)))
-        for centre in (0, 2, 4)
+        value * (1 - saturation * (1 - ((hue - center + 3) % 6 - 3).abs().sub(2).neg().clamp(0, 1)))
+        for center in (0, 2, 4)
     ]
     return torch.stack(channels).clamp(0, 255).to(torch.uint8)
 
 
-def _linear(image: torch.Tensor, factor: float = 1.0, offset: float = 0.0) -> torch.Tensor:
-    return (image.float() * factor + offset).clamp(0, 255).to(torch.uint8)
-
-
-def photometric_distortion(image: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
+def apply_photometric_distortion(image: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
     """mmsegmentation's `PhotoMetricDistortion`: brightness up to 32 grey levels, contrast and saturation by 0.5 to 1.5,
     hue up to 18 of 180, each for half of the images; contrast before or after the colours.
 
     Args:
         image: uint8 `(3, height, width)`, RGB.
         generator: Decides everything.
+
+    Returns:
+        uint8 `(3, height, width)`, RGB.
     """
 
-    def contrast(image: torch.Tensor) -> torch.Tensor:
-        return _linear(image, generator.uniform(0.5, 1.5)) if generator.integers(2) else image
+    def change_contrast(image: torch.Tensor) -> torch.Tensor:
+        return _scale(image, generator.uniform(0.5, 1.5)) if generator.integers(2) else image
 
     if generator.integers(2):
-        image = _linear(image, offset=generator.uniform(-32, 32))
+        image = _scale(image, offset=generator.uniform(-32, 32))
     contrast_first = generator.integers(2)
     if contrast_first:
-        image = contrast(image)
+        image = change_contrast(image)
     if generator.integers(2):
-        hsv = to_hsv(image)
-        hsv[1] = _linear(hsv[1], generator.uniform(0.5, 1.5))
+        hsv = to_hsv(image)  # (3, height, width)
+        hsv[1] = _scale(hsv[1], generator.uniform(0.5, 1.5))
         image = to_rgb(hsv)
     if generator.integers(2):
         hsv = to_hsv(image)
         hsv[0] = ((hsv[0].int() + int(generator.integers(-18, 18))) % 180).to(torch.uint8)
         image = to_rgb(hsv)
-    return image if contrast_first else contrast(image)
+    return image if contrast_first else change_contrast(image)
+
+
+def _scale(image: torch.Tensor, factor: float = 1.0, offset: float = 0.0) -> torch.Tensor:
+    """uint8 of any shape times the factor plus the offset, cut to uint8."""
+    return (image.float() * factor + offset).clamp(0, 255).to(torch.uint8)

@@ -1,10 +1,10 @@
-"""Images for training: where they come from, how they are augmented, in an order that a resumed run repeats."""
+"""Images with a class each: loaded, augmented, and in an order that a resumed run repeats."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,13 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
 
-from .digits import digits
-from .images import ImageError, decode, seed_random_state
+from .digits import load_digits_dataset
+from .images import ImageError, decode, drop_skipped, seed_random_state
 
 if TYPE_CHECKING:
     import datasets
+    from PIL import Image
+    from transformers import BaseImageProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -31,13 +33,14 @@ def load_images(
     Args:
         source: A data set of the Hub; a folder with one of images per class, or of such folders per split; or a pattern
             of parquet files or WebDataset shards (`data/train-*.parquet`, `shards/{0000..0146}.tar`, as `datasets`
-            expands it). `None` is scikit-learn's digits, four fifths in `train` and the others in every other split.
+            expands it). `None` is the bundled data: scikit-learn's digits, four fifths in `train` and the others in
+            every other split.
         split: For example `train` or `validation`.
-        config_name: Of a data set of the Hub.
-        streaming: Whether images are read when they are needed instead of being prepared first.
+        config_name: Of a data set of the Hub (default: its only one).
+        streaming: Whether images are read when they are needed instead of being prepared first (default: `False`).
 
     Returns:
-        The split, with images that are not decoded yet: see [`TrainingImages`].
+        The split, with a column `image` that is not decoded yet: see [`TrainingImages`].
 
     Raises:
         ImageError: If there is no such data, with what `datasets` says about it.
@@ -45,16 +48,7 @@ def load_images(
     import datasets
 
     try:
-        if source is None:
-            data = digits(split)
-        elif Path(source).is_dir() and not any(Path(source).rglob("*.parquet")):
-            data = datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
-        elif source.endswith((".parquet", ".tar")):
-            kind = "parquet" if source.endswith(".parquet") else "webdataset"
-            # The files are the split, whatever they are called.
-            data = datasets.load_dataset(kind, data_files={split: source}, split=split, streaming=streaming)
-        else:
-            data = datasets.load_dataset(source, config_name, split=split, streaming=streaming)
+        data = _load_split(source, split, config_name, streaming)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ImageError(f"Split {split!r} of {source!r} cannot be loaded: {error}") from error
     if data.features is None:
@@ -71,29 +65,67 @@ def load_images(
     return data.cast_column("image", datasets.Image(decode=False))
 
 
-def stored(stream: datasets.IterableDataset) -> datasets.Dataset:
-    """A stream written to the cache of `datasets`, as a data set with a length: for evaluation, where loading a split
-    without streaming would prepare all the others too."""
+def _load_split(
+    source: str | None, split: str, config_name: str | None, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
     import datasets
 
-    def rows(stream):
+    if source is None:
+        return load_digits_dataset(split)
+    if Path(source).is_dir() and not any(Path(source).rglob("*.parquet")):
+        return datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
+    if source.endswith((".parquet", ".tar")):
+        builder = "parquet" if source.endswith(".parquet") else "webdataset"
+        # The files are the split, whatever they are called.
+        return datasets.load_dataset(builder, data_files={split: source}, split=split, streaming=streaming)
+    return datasets.load_dataset(source, config_name, split=split, streaming=streaming)
+
+
+def cache_stream(stream: datasets.IterableDataset) -> datasets.Dataset:
+    """Writes a stream to the cache of `datasets`: for evaluation, where loading a split without streaming would prepare
+    all the others too.
+
+    Args:
+        stream: From [`load_images`].
+
+    Returns:
+        The same rows as a data set with a length.
+    """
+    import datasets
+
+    def rows(stream: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
         yield from stream
 
     return datasets.Dataset.from_generator(rows, features=stream.features, gen_kwargs={"stream": stream})
 
 
-def label_names(
+def count_images(stream: datasets.IterableDataset, split: str) -> int | None:
+    """The number of images of a stream, or `None` where its data set does not say it.
+
+    Args:
+        stream: From [`load_images`].
+        split: The one that it was loaded from.
+    """
+    splits = getattr(stream.info, "splits", None) or {}
+    count = splits[split].num_examples if split in splits else None
+    return count if count and math.isfinite(count) and count > 0 else None
+
+
+def find_labels(
     data: datasets.Dataset | datasets.IterableDataset, column: str | None = None, num_labels: int | None = None
 ) -> tuple[str, list[str]]:
-    """The column of labels, and the names of the classes.
+    """Finds the column of labels, and the names of the classes.
 
     Args:
         data: From [`load_images`].
-        column: Its name; without it, the only column of class labels, or of integers.
-        num_labels: The number of classes, for labels without names that are not all at hand (streams).
+        column: Its name (default: the only column of class labels, or of integers).
+        num_labels: Number of classes, for labels without names that are not all at hand (streams).
+
+    Returns:
+        The name of the column, and the name of each class.
 
     Raises:
-        ValueError: If there is no such column, or more than one.
+        ValueError: If there is no such column, or more than one, or its values are not class indices.
     """
     import datasets
 
@@ -120,20 +152,34 @@ def label_names(
 
 
 def check_class_index(label: Any, num_labels: int, name: str) -> int:
-    """Raises an `ImageError` that names the image unless its label is a class."""
+    """The label itself, if it is a class.
+
+    Args:
+        label: Of an image.
+        num_labels: Number of classes.
+        name: Of the image, for the message of an error.
+
+    Raises:
+        ImageError: If the label is not an integer in [0, `num_labels`).
+    """
     if not isinstance(label, int) or not 0 <= label < num_labels:
         raise ImageError(f"The label of {name} must be a class in [0, {num_labels}), got {label!r}.")
     return label
 
 
-class _Prepared:
-    """What both kinds of training data share: a row becomes `pixel_values`, `labels` and `names`, or is skipped."""
+class _AugmentedImages:
+    """What [`TrainingImages`] and [`StreamedImages`] share: a row becomes an augmented image, or is skipped."""
 
-    def prepare(self, row: dict[str, Any], seed: tuple[int, ...], position: int) -> dict[str, Any] | None:
-        stored = row["image"] or {}
-        name = stored.get("path") or row.get("__key__") or f"image {position}"
+    label_column: str
+    num_labels: int
+    transform: Callable[[Image.Image], torch.Tensor]
+    skip_corrupt: bool
+
+    def augment(self, row: Mapping[str, Any], seed: Sequence[int], position: int) -> dict[str, Any] | None:
+        """`pixel_values`, `labels` and `names` of a row, or `None` where its image is corrupt and skipped."""
+        name = (row["image"] or {}).get("path") or row.get("__key__") or f"image {position}"
         try:
-            image = decode(stored, name)
+            image = decode(row["image"], name)
         except ImageError as error:
             if not self.skip_corrupt:
                 raise
@@ -144,19 +190,28 @@ class _Prepared:
             return {"pixel_values": self.transform(image), "labels": label, "names": name}
 
 
-class TrainingImages(_Prepared, Dataset):
+class TrainingImages(_AugmentedImages, Dataset):
     """Augmented images of a data set that is on the disk.
+
+    Items are asked for with `(index, *seed)`, as [`~pvt_hf.data.samplers.EpochSampler`] gives them. The augmentation
+    depends on nothing else.
 
     Args:
         data: From [`load_images`].
-        label_column, num_labels: From [`label_names`].
-        transform: From a PIL image to a tensor.
-        skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error.
-
-    Items are asked for with `(index, *seed)`, as [`EpochSampler`] gives them. The augmentation depends on nothing else.
+        label_column: From [`find_labels`].
+        num_labels: Number of classes.
+        transform: From a PIL image in RGB to a tensor `(3, height, width)`.
+        skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error (default: `False`).
     """
 
-    def __init__(self, data, label_column: str, num_labels: int, transform: Callable, skip_corrupt: bool = False):
+    def __init__(
+        self,
+        data: datasets.Dataset | Sequence[Mapping[str, Any]],
+        label_column: str,
+        num_labels: int,
+        transform: Callable[[Image.Image], torch.Tensor],
+        skip_corrupt: bool = False,
+    ):
         self.data, self.label_column, self.num_labels = data, label_column, num_labels
         self.transform, self.skip_corrupt = transform, skip_corrupt
 
@@ -165,10 +220,10 @@ class TrainingImages(_Prepared, Dataset):
 
     def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any] | None:
         index, *seed = key
-        return self.prepare(self.data[index], seed, index)
+        return self.augment(self.data[index], seed, index)
 
 
-class StreamedImages(_Prepared, IterableDataset):
+class StreamedImages(_AugmentedImages, IterableDataset):
     """Augmented images of a stream, split by process and worker, shuffled in a buffer, in epochs of a fixed length.
 
     A part of the stream that is shorter than its share of an epoch begins again; a longer one is cut. Both, and the
@@ -176,10 +231,15 @@ class StreamedImages(_Prepared, IterableDataset):
 
     Args:
         data: A streamed data set from [`load_images`].
-        label_column, num_labels, transform, skip_corrupt: As in [`TrainingImages`].
+        label_column: From [`find_labels`].
+        num_labels: Number of classes.
+        transform: From a PIL image in RGB to a tensor `(3, height, width)`.
         samples_per_epoch: Images of an epoch, over all processes.
-        seed, rank, world_size: Of the run and of the process.
-        buffer_size: How many images each worker shuffles at a time, encoded as they are stored.
+        seed: Of the run.
+        rank: Number of the process, from 0 (default: 0).
+        world_size: Number of processes (default: 1).
+        buffer_size: How many images each worker shuffles at a time, encoded as they are stored (default: 10,000).
+        skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error (default: `False`).
 
     Raises:
         ImageError: While iterating, if a shard cannot be read, or a worker gets no shard.
@@ -187,10 +247,10 @@ class StreamedImages(_Prepared, IterableDataset):
 
     def __init__(
         self,
-        data,
+        data: datasets.IterableDataset,
         label_column: str,
         num_labels: int,
-        transform: Callable,
+        transform: Callable[[Image.Image], torch.Tensor],
         samples_per_epoch: int,
         seed: int,
         rank: int = 0,
@@ -228,9 +288,9 @@ class StreamedImages(_Prepared, IterableDataset):
             # Whole batches are dealt to the workers: each drops its own incomplete last one.
             for batch in range(index, self.samples // self.batch_size, workers):
                 for position in range(batch * self.batch_size, (batch + 1) * self.batch_size):
-                    yield self.prepare(next(rows), (self.seed, self.epoch, self.rank, position), position)
+                    yield self.augment(next(rows), (self.seed, self.epoch, self.rank, position), position)
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _rows(self) -> Generator[dict[str, Any], None, None]:
         for lap in range(2**31):
             self.data.set_epoch(self.epoch + 100_003 * lap)
             row = None
@@ -247,29 +307,45 @@ class StreamedImages(_Prepared, IterableDataset):
 
 
 def collate(rows: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
-    """A batch: `pixel_values` `(batch, 3, height, width)` and `labels` `(batch,)` int64; of images for training also
-    `names`, and `skipped`, the number of corrupt ones that it lacks.
+    """Makes a batch.
+
+    Args:
+        rows: Of [`TrainingImages`], [`StreamedImages`] or [`EvaluationImages`].
+
+    Returns:
+        `pixel_values` `(batch, 3, height, width)` and `labels` `(batch,)` int64; of images for training also `names`,
+        and `skipped`, the number of corrupt ones that the batch lacks.
 
     Raises:
         ImageError: If all of them are corrupt.
     """
-    rows = list(rows)
-    whole = [row for row in rows if row is not None]
-    if not whole:
-        raise ImageError(f"All {len(rows)} images of a batch are corrupt.")
+    kept, skipped = drop_skipped(rows)
     batch = {
-        "pixel_values": torch.stack([row["pixel_values"] for row in whole]),
-        "labels": torch.tensor([row["labels"] for row in whole]),
+        "pixel_values": torch.stack([row["pixel_values"] for row in kept]),
+        "labels": torch.tensor([row["labels"] for row in kept]),
     }
-    if "names" in whole[0]:
-        batch |= {"names": [row["names"] for row in whole], "skipped": len(rows) - len(whole)}
+    if "names" in kept[0]:
+        batch |= {"names": [row["names"] for row in kept], "skipped": skipped}
     return batch
 
 
 class EvaluationImages(Dataset):
-    """Images as an image processor prepares them, in their order; a corrupt one is an error."""
+    """Images as an image processor prepares them, in their order; a corrupt one is an error.
 
-    def __init__(self, data, label_column: str, num_labels: int, image_processor: Callable):
+    Args:
+        data: From [`load_images`].
+        label_column: From [`find_labels`].
+        num_labels: Number of classes.
+        image_processor: Of the model.
+    """
+
+    def __init__(
+        self,
+        data: datasets.Dataset | Sequence[Mapping[str, Any]],
+        label_column: str,
+        num_labels: int,
+        image_processor: BaseImageProcessor,
+    ):
         self.data, self.label_column, self.num_labels = data, label_column, num_labels
         self.image_processor = image_processor
 
@@ -278,16 +354,7 @@ class EvaluationImages(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.data[index]
-        name = row["image"].get("path") or f"image {index}"
+        name = (row["image"] or {}).get("path") or f"image {index}"
         pixel_values = self.image_processor(decode(row["image"], name), return_tensors="pt").pixel_values[0]
-        return {
-            "pixel_values": pixel_values,
-            "labels": check_class_index(row[self.label_column], self.num_labels, name),
-        }
-
-
-def epoch_length(data: datasets.IterableDataset, split: str) -> int | None:
-    """The number of images of a stream, where its data set says so."""
-    splits = getattr(data.info, "splits", None) or {}
-    count = splits[split].num_examples if split in splits else None
-    return count if count and math.isfinite(count) and count > 0 else None
+        label = check_class_index(row[self.label_column], self.num_labels, name)
+        return {"pixel_values": pixel_values, "labels": label}

@@ -1,27 +1,26 @@
-"""Images and their label maps for semantic segmentation: folders of files, or a data set of the Hub."""
+"""Images with label maps for semantic segmentation: folders of files, or a data set of the Hub."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..models.image_processing_segmentation import IGNORE_INDEX, check_label_map, read_label_map, reduce_labels
-from .images import ImageError, decode
+from .images import ImageError, decode, drop_skipped
 
 if TYPE_CHECKING:
     import datasets
 
     from ..models.image_processing_segmentation import PvtSegmentationImageProcessor
 
+    Augment: TypeAlias = Callable[[torch.Tensor, torch.Tensor, np.random.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 logger = logging.get_logger(__name__)
 
@@ -34,11 +33,11 @@ class SegmentationData:
 
     Args:
         rows: With `image` and `label_map`, each `{"bytes": ..., "path": ...}`, not decoded.
-        num_labels: Number of classes, or `None` where it is not known; other labels are an error.
-        reduce_labels: Whether label 0 is no class, and the others count from 0 (ADE20K).
+        num_labels: Number of classes, other labels are an error (default: `None`, not known).
+        reduce_labels: Whether label 0 is no class, and the others count from 0, as ADE20K's (default: `False`).
     """
 
-    rows: Sequence[dict[str, Any]]
+    rows: Sequence[Mapping[str, Any]] | datasets.Dataset
     num_labels: int | None = None
     reduce_labels: bool = False
 
@@ -46,25 +45,30 @@ class SegmentationData:
         return len(self.rows)
 
     def name(self, index: int) -> str:
+        """What messages call an image: its path, or its place.
+
+        Args:
+            index: Of its row.
+        """
         return (self.rows[index]["image"] or {}).get("path") or f"image {index}"
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The image, uint8 `(3, height, width)` RGB, and its labels, int64 `(height, width)`, 255 where ignored.
+        """Reads an image and its label map.
+
+        Args:
+            index: Of its row.
+
+        Returns:
+            The image, uint8 `(3, height, width)` RGB, and its labels, int64 `(height, width)`, 255 where ignored.
 
         Raises:
             ImageError: If either cannot be read; it names the file.
             ValueError: If the map is of colours, of another size, or has labels that are not classes.
         """
         row, name = self.rows[index], self.name(index)
-        image = torch.from_numpy(np.array(decode(row["image"] or {}, name))).permute(2, 0, 1)
-        stored = row["label_map"] or {}
-        map_name = f"The label map {stored.get('path') or ''} of {name}"
-        try:
-            source = io.BytesIO(stored["bytes"]) if stored.get("bytes") is not None else stored["path"]
-            with Image.open(source) as opened:
-                given = opened.copy()
-        except Exception as error:  # PIL's decoders raise whatever a corrupt file leads them to
-            raise ImageError(f"{map_name} cannot be read: {type(error).__name__}: {error}.") from error
+        image = torch.from_numpy(np.array(decode(row["image"], name))).permute(2, 0, 1)
+        map_name = f"The label map {(row['label_map'] or {}).get('path') or ''} of {name}"
+        given = decode(row["label_map"], map_name, mode=None)
         labels = read_label_map(given, map_name)
         if labels.shape != image.shape[1:]:
             raise ValueError(f"{map_name} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])}.")
@@ -74,10 +78,11 @@ class SegmentationData:
 
 
 def read_segmentation_folders(image_folder: str | Path, map_folder: str | Path, **settings: Any) -> SegmentationData:
-    """Images and PNG maps that have the same names but for their endings.
+    """Finds images and PNG maps that have the same names but for their endings.
 
     Args:
-        image_folder, map_folder: Folders, with folders in them or not.
+        image_folder: With the images, in folders or not.
+        map_folder: With the maps, in the same folders.
         **settings: `num_labels` and `reduce_labels` of [`SegmentationData`].
 
     Raises:
@@ -108,11 +113,11 @@ def read_segmentation_folders(image_folder: str | Path, map_folder: str | Path, 
 def read_segmentation_dataset(
     data: datasets.Dataset, map_column: str | None = None, **settings: Any
 ) -> SegmentationData:
-    """A data set of the Hub with two columns of images, such as `image` and `annotation` (`scene_parse_150`).
+    """Reads a data set of the Hub with two columns of images, such as `image` and `annotation` (`scene_parse_150`).
 
     Args:
         data: One split.
-        map_column: The column with the maps; by default the other one of two columns of images.
+        map_column: The column with the maps (default: the other one of two columns of images).
         **settings: `num_labels` and `reduce_labels` of [`SegmentationData`].
 
     Raises:
@@ -132,18 +137,19 @@ def read_segmentation_dataset(
 
 
 class TrainingMaps(Dataset):
-    """Augmented images with their label maps. Items are asked for with `(index, *seed)`, as
-    [`~pvt_hf.data.samplers.EpochSampler`] gives them, and depend on nothing else.
+    """Augmented images with their label maps.
+
+    Items are asked for with `(index, *seed)`, as [`~pvt_hf.data.samplers.EpochSampler`] gives them, and depend on
+    nothing else.
 
     Args:
         data: From [`read_segmentation_folders`] or [`read_segmentation_dataset`].
-        augment: From an image, its labels and a generator to both, such as a
-            [`~pvt_hf.data.augmentation.SegmentationAugmentation`].
-        skip_corrupt: Whether an image that cannot be read is skipped (and counted) instead of being an
-            error.
+        augment: From an image (uint8 `(3, height, width)`), its labels (int64 `(height, width)`) and a generator to
+            both, such as a [`~pvt_hf.data.augmentation.SegmentationAugmentation`].
+        skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error (default: `False`).
     """
 
-    def __init__(self, data: SegmentationData, augment: Callable, skip_corrupt: bool = False):
+    def __init__(self, data: SegmentationData, augment: Augment, skip_corrupt: bool = False):
         self.data, self.augment, self.skip_corrupt = data, augment, skip_corrupt
 
     def __len__(self) -> int:
@@ -164,7 +170,12 @@ class TrainingMaps(Dataset):
 
 class EvaluationMaps(Dataset):
     """All images as the image processor prepares them, in their order, with the labels at their original size, where
-    predictions are compared with them. Images may differ in size: for batches of one."""
+    predictions are compared with them. Images may differ in size: for batches of one.
+
+    Args:
+        data: From [`read_segmentation_folders`] or [`read_segmentation_dataset`].
+        image_processor: Of the model.
+    """
 
     def __init__(self, data: SegmentationData, image_processor: PvtSegmentationImageProcessor):
         self.data, self.image_processor = data, image_processor
@@ -179,23 +190,21 @@ class EvaluationMaps(Dataset):
 
 @dataclass(frozen=True)
 class MapCollator:
-    """Rows of [`TrainingMaps`] to `pixel_values`, `labels`, `names` and `skipped`, the number of images that could not
-    be read.
+    """Makes batches of rows of [`TrainingMaps`]: `pixel_values` `(batch, 3, *size)`, `labels` `(batch, *size)`,
+    `names` and `skipped`, the number of corrupt images that the batch lacks.
 
     Args:
         image_processor: Normalises and pads.
-        size: (height, width) of the crops, to which smaller images are padded.
-        ignored: The label of ignored pixels in the batch, whose label is 255 in the rows.
+        size: (height, width) of the crops in pixels, to which smaller images are padded.
+        ignore_index: The label of ignored pixels in the batch (default: 255, their label in the rows).
     """
 
     image_processor: PvtSegmentationImageProcessor
     size: tuple[int, int]
-    ignored: int = IGNORE_INDEX
+    ignore_index: int = IGNORE_INDEX
 
     def __call__(self, rows: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-        whole = [row for row in rows if row is not None]
-        if not whole:
-            raise ImageError(f"All {len(rows)} images of a batch are corrupt.")
-        batch = self.image_processor.batch([row["image"] for row in whole], [row["labels"] for row in whole], self.size)
-        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == IGNORE_INDEX, self.ignored)
-        return dict(batch) | {"names": [row["names"] for row in whole], "skipped": len(rows) - len(whole)}
+        kept, skipped = drop_skipped(rows)
+        batch = self.image_processor.batch([row["image"] for row in kept], [row["labels"] for row in kept], self.size)
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] == IGNORE_INDEX, self.ignore_index)
+        return dict(batch) | {"names": [row["names"] for row in kept], "skipped": skipped}

@@ -1,26 +1,42 @@
-"""Pictures of images with the objects in them: truth beside detections."""
+"""Pictures of what a model finds beside what is there: boxes and masks of objects, and classes of pixels."""
+
+from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from ..data.detection import DetectionData
 from ..models.annotations import rasterize, read_objects
 from ..models.image_processing_segmentation import IGNORE_INDEX
 
+if TYPE_CHECKING:
+    from ..data.detection import DetectionData
+
+    Color: TypeAlias = tuple[int, int, int]
+
 # In pixels: around pairs of pictures, within a pair, and above them all.
 _MARGIN, _GAP, _TITLE = 8, 4, 32
+_BACKGROUND = (128, 128, 128)
 
 
-def class_color(label: int) -> tuple[int, int, int]:
-    """A bright colour; neighbouring classes have far hues."""
+def pick_color(label: int) -> Color:
+    """The colour of a class, RGB of 0 to 255. Neighbouring classes have far hues.
+
+    Args:
+        label: Of the class, from 0.
+    """
     hue = label * 0.618034 % 1  # the golden ratio spreads any number of them
-    return tuple(round(255 * value) for value in colorsys.hsv_to_rgb(hue, 0.85, 1.0))
+    saturation, value = (0.85, 0.6)[label // 7 % 2], (1.0, 0.75)[label // 14 % 2]
+    red, green, blue = (round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, saturation, value))
+    return red, green, blue
 
 
 def draw_objects(
@@ -32,60 +48,65 @@ def draw_objects(
     masks: Sequence[np.ndarray] | torch.Tensor | None = None,
     height: int | None = None,
 ) -> Image.Image:
-    """An image with boxes, names and scores, and translucent masks with an outline.
+    """Draws an image with boxes, names and scores, and translucent masks with an outline.
 
     Args:
         image: uint8 `(3, height, width)`, RGB, or a PIL image.
-        boxes: xyxy in pixels of the image `(objects, 4)`.
+        boxes: float `(objects, 4)`, absolute xyxy in pixels of the image; the best object is the first, and on top.
         class_labels: Of the objects; they choose name and colour.
         label_names: The name of each class.
-        scores: Of the objects, where there are any.
-        masks: Bool `(height, width)` each, of the image.
-        height: Of the picture in pixels, at the same ratio; by default that of the image.
+        scores: Of the objects, in [0, 1] (default: none are written).
+        masks: bool `(height, width)` of the image for each object (default: none are drawn).
+        height: Of the picture in pixels, at the same aspect ratio (default: that of the image).
 
     Returns:
         A PIL image, RGB.
     """
-    if isinstance(image, torch.Tensor):
-        image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    factor = (height or image.height) / image.height
-    picture = image.convert("RGB").resize((round(image.width * factor), round(image.height * factor)))
-    # The best detection comes first and is drawn last, on top.
-    for mask, label in reversed(list(zip(masks, class_labels, strict=True))) if masks is not None else ():
-        picture = _tinted(picture, np.asarray(mask), class_color(int(label)))
-    draw = ImageDraw.Draw(picture)
+    picture = to_pil_image(image.cpu()) if isinstance(image, torch.Tensor) else image.convert("RGB")
+    factor = (height or picture.height) / picture.height
+    picture = picture.resize((round(picture.width * factor), round(picture.height * factor)))
+    colors = [pick_color(int(label)) for label in class_labels]
+    pixels = pil_to_tensor(picture)
+    if masks is not None:
+        pixels = _draw_masks(pixels, masks, colors)
+    corners = (torch.as_tensor(boxes).reshape(-1, 4) * factor).round()
     size = max(11, round(min(picture.size) / 24))
-    font, width = ImageFont.load_default(size), max(1, round(size / 7))
-    corners = (torch.as_tensor(boxes).reshape(-1, 4) * factor).tolist()
-    for index in reversed(range(len(corners))):
-        label = int(class_labels[index])
-        color = class_color(label)
-        text = label_names[label] if scores is None else f"{label_names[label]} {float(scores[index]):.2f}"
-        draw.rectangle(corners[index], outline=color, width=width)
-        _write(draw, corners[index], text, font, color, picture.size)
+    if colors:  # the best is drawn last
+        pixels = draw_bounding_boxes(pixels, corners.flip(0), colors=colors[::-1], width=max(1, round(size / 7)))
+    picture = to_pil_image(pixels)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
+    for index in reversed(range(len(colors))):
+        name = label_names[int(class_labels[index])]
+        text = name if scores is None else f"{name} {float(scores[index]):.2f}"
+        _write_name(draw, corners[index].tolist(), text, font, colors[index], picture.size)
     return picture
 
 
-def _tinted(picture: Image.Image, mask: np.ndarray, color: tuple[int, int, int]) -> Image.Image:
-    """The picture with a mask of any size over it: translucent, its outline opaque."""
-    enlarged = Image.fromarray(mask.astype(np.uint8) * 255).resize(picture.size)
-    inside = np.asarray(enlarged) >= 128
-    padded = np.pad(inside, 1)
-    surrounded = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    strength = np.where(inside & ~surrounded, 1.0, np.where(inside, 0.45, 0.0))[..., None]
-    pixels = np.asarray(picture) * (1 - strength) + np.array(color) * strength
-    return Image.fromarray(pixels.round().astype(np.uint8))
+def _draw_masks(
+    pixels: torch.Tensor, masks: Sequence[np.ndarray] | torch.Tensor, colors: Sequence[Color]
+) -> torch.Tensor:
+    """Pixels, uint8 `(3, height, width)`, with masks of any size over them: translucent, their outlines opaque."""
+    # One call for each, the best last: within a call, torchvision blackens what two masks share.
+    for mask, color in reversed(list(zip(masks, colors, strict=True))):
+        given = torch.as_tensor(mask).float().cpu()[None, None]  # (1, 1, height, width)
+        inside = F.interpolate(given, pixels.shape[-2:], mode="bilinear") >= 0.5
+        outline = inside & (F.avg_pool2d(inside.float(), 3, stride=1, padding=1) < 0.95)  # some of 3 x 3 are outside
+        pixels = draw_segmentation_masks(pixels, inside[0], 0.45, color)
+        pixels = draw_segmentation_masks(pixels, outline[0], 1.0, color)
+    return pixels
 
 
-def _write(
+# By hand, since torchvision writes names into the boxes, over what they show, and past the picture's edge.
+def _write_name(
     draw: ImageDraw.ImageDraw,
     box: Sequence[float],
     text: str,
-    font: ImageFont.FreeTypeFont,
-    color: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    color: Color,
     size: tuple[int, int],
 ) -> None:
-    """A name on a plate of its colour: above the box, inside it where there is no room above, always in the picture."""
+    """A name on a plate of its colour: above the box (xyxy in pixels), inside it where there is no room above, always
+    in the picture of `size` (width, height)."""
     left, top, right, bottom = font.getbbox(text)
     width, height = right - left + 4, bottom - top + 4
     x = max(0, min(box[0], size[0] - width))
@@ -102,16 +123,19 @@ def draw_detections(
     threshold: float = 0.3,
     size: tuple[int, int] = (280, 360),
 ) -> Image.Image:
-    """A sheet of images, each with its annotations on the left and its detections on the right.
+    """Draws a sheet of images, each with its annotations on the left and its detections on the right.
 
     Args:
         data: With the images and their annotations.
         results: For each image id its detections, from [`~pvt_hf.evaluation.metrics.coco_results`].
-        images: How many of the first images are shown.
-        threshold: Detections with a larger score are drawn.
-        size: Each image has this height in pixels, or less where it would be wider than the second number.
+        images: How many of the first images are shown (default: 8).
+        threshold: Detections with a larger score are drawn (default: 0.3).
+        size: (height, width) in pixels within which each image is fitted (default: 280 x 360).
+
+    Returns:
+        A PIL image, RGB.
     """
-    pairs = [_pair(data, index, results, threshold, size) for index in range(min(images, len(data)))]
+    pairs = [_draw_pair(data, index, results, threshold, size) for index in range(min(images, len(data)))]
     columns = [pairs[0::2], pairs[1::2]] if len(pairs) > 1 else [pairs]
     widths = [max(pair.width for pair in column) + 2 * _MARGIN for column in columns]
     heights = [
@@ -126,19 +150,19 @@ def draw_detections(
     return sheet
 
 
-def _pair(
+def _draw_pair(
     data: DetectionData, index: int, results: Mapping[int, Any], threshold: float, size: tuple[int, int]
 ) -> Image.Image:
     """Annotations and detections of one image, side by side."""
     record, image = data.records[index], data.image(index)
     height = round(min(size[0], size[1] * record.size[0] / record.size[1]))
-    found = [result for result in results[record.image_id] if result["score"] > threshold]
     has_masks = any("segmentation" in result for image_results in results.values() for result in image_results)
     truth = read_objects(data.target(index), record.size, has_masks)
     labels = truth.class_labels.tolist()
     left = draw_objects(image, truth.boxes, labels, data.label_names, masks=truth.masks, height=height)
-    boxes = torch.tensor([result["bbox"] for result in found]).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
+    found = [result for result in results[record.image_id] if result["score"] > threshold]
+    boxes = torch.tensor([result["bbox"] for result in found]).reshape(-1, 4)  # xywh
+    boxes[:, 2:] += boxes[:, :2]  # xyxy
     labels = [data.category_ids.index(result["category_id"]) for result in found]
     scores = [result["score"] for result in found]
     masks = [rasterize(result["segmentation"], record.size) for result in found] if has_masks else None
@@ -149,41 +173,32 @@ def _pair(
     return pair
 
 
-_OPACITY = 0.65
-
-
-def palette(num_labels: int) -> torch.Tensor:
-    """A colour for every class, uint8 `(num_labels, 3)`. The first is grey, which suits a background; the hues of the
-    others are far apart from one class to the next."""
-    colors = [(0.5, 0.5, 0.5)]
-    for label in range(1, num_labels):
-        hue = label * 0.618034 % 1
-        colors.append(colorsys.hsv_to_rgb(hue, (0.9, 0.6)[label // 7 % 2], (1.0, 0.75)[label // 14 % 2]))
-    return (torch.tensor(colors[:num_labels]) * 255).round().to(torch.uint8)
-
-
-def overlay(image: torch.Tensor, labels: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
-    """An image in the colours of its classes, through which its brightness shows.
+def overlay(image: torch.Tensor, labels: torch.Tensor, colors: Sequence[Color]) -> torch.Tensor:
+    """Paints an image in the colours of its classes, through which its brightness shows.
 
     Args:
         image: uint8 `(3, height, width)`, RGB.
         labels: int64 `(height, width)`; where they are 255 the pixels are black.
-        colors: uint8 `(num_labels, 3)`, from [`palette`].
+        colors: Of each class, such as [`pick_color`] gives.
 
     Returns:
         uint8 `(3, height, width)`.
     """
-    brightness = image.float().mean(0)
+    brightness = image.float().mean(0).round().to(torch.uint8).expand(3, -1, -1)
     ignored = labels == IGNORE_INDEX
-    painted = colors[labels.masked_fill(ignored, 0)].movedim(-1, 0).float()
-    mixed = _OPACITY * painted + (1 - _OPACITY) * brightness
-    return mixed.masked_fill(ignored, 0).round().to(torch.uint8)
+    present = labels[~ignored].unique()
+    masks = labels == present[:, None, None]  # (classes, height, width)
+    painted = brightness.masked_fill(ignored, 0)
+    if len(present):
+        painted = draw_segmentation_masks(painted, masks, 0.65, [colors[label] for label in present.tolist()])
+    return painted
 
 
 def draw_overlays(
     samples: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], names: Mapping[int, str], file: str | Path
 ) -> None:
-    """Writes a PNG with a row for each sample: image, truth, prediction, and a legend of the classes in either.
+    """Writes a PNG with a row for each sample: image, truth, prediction, and a legend of the classes in either. The
+    first class, often the background, is grey.
 
     Args:
         samples: Image, uint8 `(3, height, width)`, RGB; truth and prediction, int64 `(height, width)`, 255 where
@@ -194,7 +209,7 @@ def draw_overlays(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colors = palette(len(names))
+    colors = [_BACKGROUND, *(pick_color(label) for label in range(1, len(names)))]
     figure = Figure(figsize=(11, 2.7 * len(samples) + 0.3), layout="constrained")
     grid = figure.subplots(len(samples), 4, squeeze=False, width_ratios=(3, 3, 3, 2))
     for axes, (image, truth, prediction) in zip(grid, samples, strict=True):
@@ -206,7 +221,7 @@ def draw_overlays(
         valid = truth != IGNORE_INDEX
         axes[2].set_title(f"{100 * (truth == prediction)[valid].float().mean():.1f} % of the pixels right", fontsize=8)
         present = torch.cat([truth[valid], prediction.flatten()]).unique().tolist()
-        handles = [Patch(color=(colors[label] / 255).tolist(), label=names[label]) for label in present]
+        handles = [Patch(color=np.divide(colors[label], 255), label=names[label]) for label in present]
         if not valid.all():
             handles.append(Patch(color="black", label="ignored"))
         axes[3].legend(handles=handles, loc="center left", frameon=False, fontsize=9, ncols=1 + len(handles) // 13)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from ..data.samplers import EvaluationShare
 from ..data.segmentation import MapCollator
-from ..evaluation.metrics import ConfusionMatrix
+from ..evaluation.metrics import mean_iou_metric
 from ..evaluation.visualization import draw_overlays
 from ..models.image_processing_segmentation import IGNORE_INDEX
 from ..models.modeling_semantic_fpn import semantic_loss
@@ -85,19 +84,21 @@ class SegmentationTrainer(DensePredictionTrainer):
         if self.args.world_size > 1 and self.args.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # in place, with the same parameters
         self.window, self.stride = window, stride
+        self.metric = mean_iou_metric(self.model.config.num_labels, IGNORE_INDEX)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """One image at a time, since sizes differ; each process reads its own share."""
         dataset, args = self.eval_dataset if eval_dataset is None else eval_dataset, self.args
         return DataLoader(
             dataset,
-            sampler=EvaluationShare(len(dataset), args.process_index, args.world_size),
+            sampler=DistributedSampler(dataset, args.world_size, args.process_index, shuffle=False),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
 
     def start_evaluation(self) -> None:
-        self.matrix, self.seen = ConfusionMatrix(self.model.config.num_labels, IGNORE_INDEX), 0
+        self.metric.reset()
+        self.matrix, self.seen = self.metric.matrix, 0
         self.sums = torch.zeros(3, dtype=torch.float64)  # of the loss, of valid pixels, of images
 
     @torch.no_grad()
@@ -127,17 +128,20 @@ class SegmentationTrainer(DensePredictionTrainer):
         if position >= len(self.callback_handler.eval_dataloader.dataset):
             return
         labels, size = inputs["labels"], tuple(inputs["pixel_values"].shape[-2:])
-        self.matrix.update(torch.stack(self._label_maps(outputs, size[0], tuple(labels.shape[-2:]))), labels)
+        predictions = self._label_maps(outputs, size[0], tuple(labels.shape[-2:]))
+        self.metric.add_batch(predictions=predictions, references=labels)
         labels = resize_nearest(labels, size)
         pixels = (labels != IGNORE_INDEX).sum()
         loss = semantic_loss(outputs.logits, labels, IGNORE_INDEX).double() * pixels
         self.sums += torch.stack([loss, pixels, torch.ones_like(loss)]).cpu()
 
     def evaluation_metrics(self) -> dict[str, float]:
-        self.matrix.reduce()
-        metrics = self.matrix.metrics()
+        found = self.metric.compute()
         counts = self.matrix.counts.sum(dim=1).tolist()
-        self.classes = list(zip(metrics.pop("IoU"), metrics.pop("Acc"), counts, strict=True))
+        classes = (found["per_category_iou"].tolist(), found["per_category_accuracy"].tolist(), counts)
+        self.classes = list(zip(*classes, strict=True))
+        hub_names = {"mIoU": "mean_iou", "mAcc": "mean_accuracy", "aAcc": "overall_accuracy"}
+        metrics = {name: found[hub_name] for name, hub_name in hub_names.items()}
         # As float32, which is what every device can add up; pixels are too many for it to be exact.
         loss, pixels, images = self.accelerator.reduce(self.sums.float().to(self.args.device)).tolist()
         return metrics | {"loss": loss / max(pixels, 1), "images": round(images)}

@@ -1,4 +1,4 @@
-"""Where the objects of images come from, and that boxes and masks stay where they belong in augmented training."""
+"""Where the objects of images come from, how bad files are told, and batches of them."""
 
 import copy
 import json
@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.ops import masks_to_boxes
 from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 import pvt_hf
-from pvt_hf.data.augmentation import DetectionAugmentation, flip, random_crop, resize_keep_ratio
+from pvt_hf.data.augmentation import DetectionAugmentation
 from pvt_hf.data.detection import (
     DetectionCollator,
     EvaluationDetections,
@@ -26,7 +27,7 @@ from pvt_hf.data.digits import write_scenes
 from pvt_hf.data.images import ImageError
 from pvt_hf.data.samplers import AspectRatioSampler, EpochSampler
 from pvt_hf.evaluation.metrics import coco_metrics, coco_results
-from pvt_hf.models.annotations import AnnotationError, Objects, encode_mask, rasterize
+from pvt_hf.models.annotations import AnnotationError, encode_mask, rasterize
 
 PROCESSOR = pvt_hf.PvtDetectionImageProcessor(size={"shortest_edge": 96, "longest_edge": 160})
 
@@ -63,113 +64,7 @@ def coco_json(tmp_path):
     return write
 
 
-def squares(height: int, width: int, count: int = 3, seed: int = 0) -> tuple[torch.Tensor, Objects]:
-    """An image that is white where its objects' masks are, which are rectangles like their boxes."""
-    draw = np.random.default_rng(seed)
-    boxes, masks = [], torch.zeros(count, height, width, dtype=torch.bool)
-    for mask in masks:
-        top, left = draw.integers(0, height - 30), draw.integers(0, width - 30)
-        bottom, right = draw.integers(top + 12, height + 1), draw.integers(left + 12, width + 1)
-        mask[top:bottom, left:right] = True
-        boxes.append([left, top, right, bottom])
-    boxes = torch.tensor(boxes, dtype=torch.float32)
-    image = (masks.any(0) * 255).to(torch.uint8).expand(3, -1, -1)
-    ones = torch.ones(count, dtype=torch.int64)
-    return image, Objects(boxes, torch.arange(count), torch.ones(count), ones, masks)
-
-
-def boxes_of(masks: torch.Tensor) -> torch.Tensor:
-    boxes = []
-    for mask in masks:
-        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-        boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-    return torch.tensor(boxes, dtype=torch.float32)
-
-
-def assert_aligned(image: torch.Tensor, objects: Objects, atol: float) -> None:
-    assert objects.masks.shape[1:] == image.shape[1:]
-    torch.testing.assert_close(objects.boxes, boxes_of(objects.masks), rtol=0, atol=atol)
-    different = (image[0] > 127) != objects.masks.any(0)
-    assert different.float().mean() < 0.05  # the borders, where the nearest pixel and bilinear differ
-
-
-def test_resize_keeps_objects_in_place():
-    image, objects = squares(90, 130)
-    for short, long in ((200, 260), (45, 1000), (64, 80), (90, 130)):
-        resized, moved = resize_keep_ratio(image, objects, short, long)
-        factor = min(long / 130, short / 90)
-        size = int(90 * factor + 0.5), int(130 * factor + 0.5)
-        expected = cv2.resize(image.permute(1, 2, 0).numpy(), size[::-1], interpolation=cv2.INTER_LINEAR)
-        np.testing.assert_array_equal(resized.permute(1, 2, 0).numpy(), expected)
-        assert_aligned(resized, moved, atol=1.01)
-        scale = torch.tensor([size[1] / 130, size[0] / 90] * 2)
-        torch.testing.assert_close(moved.boxes, objects.boxes * scale)
-
-
-def test_flip_keeps_objects_in_place():
-    image, objects = squares(90, 131)
-    flipped, moved = flip(image, objects)
-    assert torch.equal(flipped, image.flip(2)) and not torch.equal(moved.boxes, objects.boxes)
-    assert_aligned(flipped, moved, atol=0)
-    again, back = flip(flipped, moved)
-    assert (
-        torch.equal(again, image) and torch.equal(back.boxes, objects.boxes) and torch.equal(back.masks, objects.masks)
-    )
-
-
-def test_crop_keeps_objects_in_place():
-    image, objects = squares(120, 150, count=5)
-    sizes, vanished = [], 0
-    for seed in range(60):
-        cut, left = random_crop(image, objects, (40, 130), np.random.default_rng(seed))
-        assert 40 <= cut.shape[1] <= 120 and 40 <= cut.shape[2] <= 130  # no longer than the image
-        sizes.append(cut.shape[1:])
-        assert_aligned(cut, left, atol=0)
-        expected = [
-            label for label, mask in zip(objects.class_labels, objects.masks, strict=True) if label in left.class_labels
-        ]
-        assert left.class_labels.tolist() == [int(label) for label in expected]
-        vanished += len(objects) - len(left)
-    heights, widths = zip(*sizes, strict=True)
-    assert 115 < max(heights) <= 120 and min(heights) < 50 and max(widths) > 120 and min(widths) < 50 and vanished > 10
-    small, kept = random_crop(image, objects, (384, 600), np.random.default_rng(0))
-    assert torch.equal(small, image) and torch.equal(kept.boxes, objects.boxes)
-
-
-def test_crop_may_leave_nothing():
-    image, objects = squares(120, 150)
-    cut = objects.crop(0, 0, 1, 1)
-    assert len(cut) == 0 and cut.boxes.shape == (0, 4) and cut.masks.shape == (0, 1, 1)
-
-
-def test_recipes_of_augmentation():
-    """What is drawn: short sides, flips and crops, each as often as it should be."""
-    image, objects = squares(100, 160, count=1)
-    one = DetectionAugmentation((64,), 200)
-    flips = 0
-    for seed in range(200):
-        out, moved = one(image, objects, np.random.default_rng(seed))
-        assert out.shape == (3, 64, 102)
-        flips += bool(abs(moved.boxes[0, 0] - objects.boxes[0, 0] * 102 / 160) > 1e-3)
-    assert 75 < flips < 125
-    ranged = DetectionAugmentation(range(50, 61), 200, flip=0)
-    shorts = [ranged(image, objects, np.random.default_rng(seed))[0].shape[1] for seed in range(200)]
-    assert set(shorts) == set(range(50, 61)) and np.bincount(shorts).max() < 40
-    cropped = DetectionAugmentation((64,), 2000, flip=0, crop_shortest_edges=(80, 90), crop_sides=(40, 60))
-    ratios = []
-    for seed in range(200):
-        out, moved = cropped(image, objects, np.random.default_rng(seed))
-        assert min(out.shape[1:]) == 64
-        if len(moved):
-            assert_aligned(out, moved, atol=3)
-        ratios.append(out.shape[2] / out.shape[1])
-    assert 70 < sum(abs(ratio - 1.6) < 0.01 for ratio in ratios) < 130
-    assert min(ratios) >= 40 / 60 - 0.02 and max(ratios) <= 1.6
-    again = [cropped(image, objects, np.random.default_rng(5)) for _ in range(2)]
-    assert torch.equal(again[0][0], again[1][0]) and torch.equal(again[0][1].boxes, again[1][1].boxes)
-
-
-def test_read_coco(coco_json):
+def test_coco_categories_become_labels_and_back(coco_json):
     data = read_coco(*coco_json())
     assert data.label_names == ["dog", "emu", "cat"] and data.category_ids == [4, 11, 90]
     assert [record.image_id for record in data.records] == [7, 3]
@@ -199,19 +94,19 @@ def test_read_coco(coco_json):
         (lambda content: content["categories"][0].update(id=4), "`categories` whose ids are not different"),
     ],
 )  # fmt: skip
-def test_malformed_json(coco_json, change, message):
+def test_malformed_coco_json_is_an_error_that_says_where(coco_json, change, message):
     with pytest.raises(AnnotationError, match=rf"annotations\.json.*{message}"):
         read_coco(*coco_json(change))
 
 
-def test_file_that_is_no_json(tmp_path):
+def test_file_that_is_not_json_is_an_error(tmp_path):
     (tmp_path / "x.json").write_text("{")
     for name in ("x.json", "missing.json"):
         with pytest.raises(AnnotationError, match=rf"{name} cannot be read"):
             read_coco(tmp_path / name, tmp_path)
 
 
-def test_damaged_images(coco_json):
+def test_corrupt_image_is_skipped_or_an_error(coco_json):
     file, folder = coco_json()
     data = read_coco(file, folder)
     (folder / "b.png").write_bytes(b"no image")
@@ -232,7 +127,7 @@ def test_damaged_images(coco_json):
         data.image(1)
 
 
-def test_orientation(coco_json):
+def test_exif_orientation_is_applied_as_by_opencv(coco_json):
     """Applied as OpenCV does, unless the json has the size of the stored pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     exif = Image.Exif()
@@ -250,7 +145,7 @@ def test_orientation(coco_json):
         assert image.shape == expected.shape and np.abs(image.astype(int) - expected).mean() < 2
 
 
-def test_images_for_training(coco_json, caplog):
+def test_small_and_empty_images_are_not_trained_on(coco_json, caplog):
     def change(content):
         content["images"] += [
             {"id": 8, "file_name": "c.png", "width": 90, "height": 90},
@@ -260,8 +155,8 @@ def test_images_for_training(coco_json, caplog):
 
     data = read_coco(*coco_json(change))
     assert [record.image_id for record in data.for_training().records] == [7, 3]
-    assert "leaves out 2 of 4 images: 1 have a side of less than 32 pixels, 1 others have no annotations" in caplog.text
-    assert "leaves out 1 of 3 annotations: {'it is a crowd': 1}" in caplog.text
+    assert "skips 2 of 4 images: 1 have a side of less than 32 pixels, 1 others have no annotations" in caplog.text
+    assert "skips 1 of 3 annotations: {'it is a crowd': 1}" in caplog.text
     assert [record.image_id for record in data.for_training(empty=True).records] == [7, 3, 8]
     data.records[1].annotations[0]["bbox"] = [1, 2, math.nan, 4]
     with pytest.raises(AnnotationError, match="Annotation 1 of image 3 has `bbox` .*four finite numbers"):
@@ -270,7 +165,7 @@ def test_images_for_training(coco_json, caplog):
         data.for_training(min_side=1000)
 
 
-def test_hub(scenes):
+def test_data_set_of_the_hub_equals_coco_json(scenes):
     """The scenes as a data set with the columns of the Hub's are the same data."""
     expected = read_coco(scenes / "annotations.json", scenes / "images")
     rows = []
@@ -316,7 +211,7 @@ def test_hub(scenes):
         read_detection_dataset(datasets.Dataset.from_list([{"image": None, "objects": {"box": [1]}}]))
 
 
-def test_hub_without_names():
+def test_classes_without_names_are_numbered():
     png = {"bytes": None, "path": "x.png"}
     rows = [{"image": png, "height": 4, "width": 5, "objects": {"bbox": [[0, 0, 1, 1]], "label": [2]}}] * 2
     features = datasets.Features(
@@ -342,7 +237,7 @@ def test_hub_without_names():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_batches(scenes, workers):
+def test_training_batches_do_not_depend_on_workers(scenes, workers):
     data = read_coco(scenes / "annotations.json", scenes / "images").for_training()
     training = TrainingDetections(data, DetectionAugmentation((64, 96), 128), masks=True)
     sampler = AspectRatioSampler([record.size for record in data.records], 4, seed=1)
@@ -361,7 +256,8 @@ def test_training_batches(scenes, workers):
             assert mask.sum() == size.prod() and label["masks"].shape[1:] == (height, width)
             centres, sides = label["boxes"].split(2, dim=1)
             corners = torch.cat([centres - sides / 2, centres + sides / 2], dim=1) * size.flip(0).repeat(2)
-            torch.testing.assert_close(corners, boxes_of(label["masks"]), rtol=0, atol=1.01)
+            surrounding = masks_to_boxes(label["masks"].bool()) + torch.tensor([0.0, 0, 1, 1])
+            torch.testing.assert_close(corners, surrounding, rtol=0, atol=1.01)
     assert names == {record.name for record in data.records}
     for one, other in zip(runs[0], runs[-1], strict=True):
         assert torch.equal(one["pixel_values"], other["pixel_values"])
@@ -371,7 +267,7 @@ def test_training_batches(scenes, workers):
     assert len(next(iter(plain))["labels"]) == 4
 
 
-def test_evaluation_batches(scenes):
+def test_evaluation_batches_are_the_processors(scenes):
     data = read_coco(scenes / "annotations.json", scenes / "images")
     loader = DataLoader(EvaluationDetections(data), 5, collate_fn=DetectionCollator(PROCESSOR, masks=True))
     ids = []
@@ -404,32 +300,6 @@ def test_labels_come_back_as_detections(scenes):
         results |= coco_results(found, [int(label["image_id"]) for label in batch["labels"]], data.category_ids)
     metrics = coco_metrics(results, data.ground_truth())
     assert metrics["AP"] == pytest.approx(1) and metrics["AR100"] == pytest.approx(1)
-
-
-def test_orientation_batches():
-    sizes = [(3, 4)] * 23 + [(4, 3)] * 9 + [(3, 3)] * 5
-
-    def batches_of(sampler: AspectRatioSampler) -> list[list[tuple]]:
-        keys = list(sampler)
-        assert len(keys) == len(sampler)
-        return [keys[first : first + 4] for first in range(0, len(keys), 4)]
-
-    sampler = AspectRatioSampler(sizes, 4, seed=2)
-    epochs = []
-    for epoch in (0, 1):
-        sampler.set_epoch(epoch)
-        batches = batches_of(sampler)
-        assert len(batches) == 6 + 4
-        wide = [{sizes[index][1] > sizes[index][0] for index, *_ in batch} for batch in batches]
-        assert all(len(kinds) == 1 for kinds in wide) and wide != sorted(wide, key=str)
-        assert {index for batch in batches for index, *_ in batch} == set(range(37))
-        assert [position for batch in batches for *_, position in batch] == list(range(40))
-        epochs.append(batches)
-    assert epochs[0] != epochs[1]
-    shares = [batches_of(AspectRatioSampler(sizes, 4, seed=2, rank=rank, world_size=3)) for rank in range(3)]
-    assert [len(share) for share in shares] == [4] * 3
-    assert [shares[number % 3][number // 3] for number in range(10)] == epochs[0]  # dealt in turn
-    assert len(batches_of(AspectRatioSampler([(1, 2)], 4, seed=0, rank=3, world_size=4))) == 1
 
 
 def test_masks_survive_encoding():

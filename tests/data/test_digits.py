@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pvt_hf.data.digits import CLASSES, digit_images, draw_scene, write_scenes
+from pvt_hf.data.digits import CLASSES, draw_scene, load_digit_images, write_scenes
 from pvt_hf.models.annotations import rasterize
 
 
@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
     return write_scenes(tmp_path_factory.mktemp("data") / "scenes", images=60, validation=30, seed=3)
 
 
-def test_files_agree(folder):
+def test_boxes_masks_and_maps_agree(folder):
     for split, count in (("train", 60), ("validation", 30)):
         records = json.loads((folder / split / "annotations.json").read_text())
         assert [category["name"] for category in records["categories"]] == list(CLASSES)
@@ -42,8 +42,8 @@ def test_files_agree(folder):
             np.testing.assert_array_equal(labels, expected)
 
 
-def test_what_is_on_them():
-    glyphs, labels = digit_images("train")
+def test_scenes_have_all_digits_and_contrast():
+    glyphs, labels = load_digit_images("train")
     scenes = [draw_scene(glyphs, labels, np.random.default_rng(seed)) for seed in range(200)]
     counts = [len(scene.labels) for scene in scenes]
     assert 2 <= counts.count(0) <= 20 and max(counts) == 5 and 2 < np.mean(counts) < 3.5
@@ -61,13 +61,13 @@ def test_what_is_on_them():
 
 
 def test_no_digit_is_in_both_splits():
-    (train, labels), (validation, held_out_labels) = digit_images("train"), digit_images("validation")
-    assert len(train) == len(labels) == 1437 and len(validation) == len(held_out_labels) == 360
+    (train, labels), (validation, validation_labels) = load_digit_images("train"), load_digit_images("validation")
+    assert len(train) == len(labels) == 1437 and len(validation) == len(validation_labels) == 360
     assert not {glyph.tobytes() for glyph in train} & {glyph.tobytes() for glyph in validation}
-    assert set(held_out_labels) == set(range(10))
+    assert set(validation_labels) == set(range(10))
 
 
-def test_same_seed_same_bytes(folder, tmp_path):
+def test_same_seed_gives_same_bytes(folder, tmp_path):
     files = sorted(path.relative_to(folder) for path in folder.rglob("*.*"))
     again = write_scenes(tmp_path / "again", images=60, validation=30, seed=3)
     assert len(files) == 2 * 90 + 3
@@ -78,7 +78,7 @@ def test_same_seed_same_bytes(folder, tmp_path):
     assert (other / first).read_bytes() != (other / "validation/images/000001.png").read_bytes()
 
 
-def test_written_once_and_whole(folder, tmp_path, monkeypatch):
+def test_scenes_are_written_once_and_completely(folder, tmp_path, monkeypatch):
     time = (folder / "scenes.json").stat().st_mtime_ns
     assert write_scenes(folder, images=60, validation=30, seed=3) == folder
     assert (folder / "scenes.json").stat().st_mtime_ns == time
@@ -94,7 +94,7 @@ def test_written_once_and_whole(folder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_programs_at_once(tmp_path, monkeypatch):
+def test_slower_of_two_programs_takes_what_is_there(tmp_path, monkeypatch):
     """The one that is late takes what the other has written."""
     rename, others = os.rename, []
 

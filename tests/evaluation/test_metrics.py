@@ -3,7 +3,10 @@
 import copy
 import json
 import math
+import sys
+from types import ModuleType
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -25,6 +28,8 @@ from pvt_hf.evaluation.metrics import (
     mean_iou_metric,
 )
 from pvt_hf.models.annotations import read_objects
+
+MEANS = ("mean_iou", "mean_accuracy", "overall_accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +86,7 @@ def test_coco_metrics_are_pycocotools(data, masks, capsys):
         assert evaluation.stats[3] > 0 and evaluation.stats[5] == -1
 
 
-def test_coco_metrics_of_all_and_nothing(data, tmp_path):
+def test_coco_metrics_are_1_for_all_and_0_for_nothing(data, tmp_path):
     truth = data.ground_truth()
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     for masks in (False, True):
@@ -108,7 +113,7 @@ def _gather(rank: int, store: str, queue) -> None:
     dist.destroy_process_group()
 
 
-def test_processes_are_gathered(tmp_path):
+def test_processes_gather_results_and_counts(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [context.Process(target=_gather, args=(rank, str(tmp_path / "store"), queue)) for rank in range(2)]
@@ -150,7 +155,7 @@ def maps(classes: int = 6) -> tuple[np.ndarray, np.ndarray]:
     return predictions, labels
 
 
-def test_mean_iou():
+def test_mean_iou_equals_counting_pixel_by_pixel():
     predictions, labels = maps()
     whole, parts = ConfusionMatrix(6), [ConfusionMatrix(6) for _ in labels]
     whole.update(predictions, labels)
@@ -161,11 +166,12 @@ def test_mean_iou():
         merged += part
     assert torch.equal(merged.counts, whole.counts)
     metrics = whole.metrics()
-    assert [metrics[name] for name in ("mIoU", "mAcc", "aAcc")] == pytest.approx(slow_metrics(predictions, labels, 6))
-    assert metrics["IoU"][4] == 0 and math.isnan(metrics["IoU"][5]) and math.isnan(metrics["Acc"][4])
+    assert [metrics[name] for name in MEANS] == pytest.approx(slow_metrics(predictions, labels, 6))
+    iou, accuracy = metrics["per_category_iou"], metrics["per_category_accuracy"]
+    assert iou[4] == 0 and math.isnan(iou[5]) and math.isnan(accuracy[4])
 
 
-def test_mean_iou_of_wrong_values():
+def test_values_that_are_not_classes_are_an_error():
     matrix = ConfusionMatrix(3)
     with pytest.raises(ValueError, match=r"`label` has the values \[-1, 3, 9\], the classes are 0 to 2"):
         matrix.update(torch.tensor([0, 1, 2, 0]), torch.tensor([3, 9, 255, -1]))
@@ -176,7 +182,7 @@ def test_mean_iou_of_wrong_values():
     assert not matrix.counts.any()
 
 
-def test_mean_iou_as_a_metric_of_evaluate():
+def test_mean_iou_metric_starts_anew_after_computing():
     predictions, labels = maps()
     metric = mean_iou_metric(6)
     expected = pytest.approx(slow_metrics(predictions, labels, 6))
@@ -184,11 +190,81 @@ def test_mean_iou_as_a_metric_of_evaluate():
         metric.add(prediction=predictions[0], reference=labels[0])
         metric.add_batch(predictions=predictions[1:], references=labels[1:])
         metrics = metric.compute()
-        assert [metrics[name] for name in ("mIoU", "mAcc", "aAcc")] == expected
-    assert metric.compute(predictions=predictions, references=labels)["mIoU"] == expected.expected[0]
+        assert [metrics[name] for name in MEANS] == expected
+    assert metric.compute(predictions=predictions, references=labels)["mean_iou"] == expected.expected[0]
 
 
-def test_classification():
+def hub_metrics(predictions: np.ndarray, labels: np.ndarray, num_labels: int, ignore_index: int, reduce_labels: bool):
+    """The arithmetic of the metric `mean_iou` on the Hub (which takes mmsegmentation's), in its own steps."""
+    totals = np.zeros((3, num_labels))
+    for prediction, label in zip(predictions, labels, strict=True):
+        label = label.copy()
+        if reduce_labels:
+            label[label == 0] = 255
+            label = label - 1
+            label[label == 254] = 255
+        counted = label != ignore_index
+        prediction, label = prediction[counted], label[counted]
+        for total, values in zip(totals, (prediction[prediction == label], prediction, label), strict=True):
+            total += np.histogram(values, bins=num_labels, range=(0, num_labels - 1))[0]
+    intersection, predicted, labelled = totals
+    with np.errstate(invalid="ignore"):
+        iou, accuracy = intersection / (predicted + labelled - intersection), intersection / labelled
+    means = [np.nanmean(iou), np.nanmean(accuracy), intersection.sum() / labelled.sum()]
+    return dict(zip(MEANS, means, strict=True)) | {"per_category_iou": iou, "per_category_accuracy": accuracy}
+
+
+@pytest.mark.parametrize("settings", [(6, 255, False), (6, 1, False), (6, 255, True)], ids=str)
+def test_mean_iou_metric_is_the_hubs(settings):
+    """With the settings given at construction, or to `compute` as the Hub's takes them."""
+    predictions, labels = maps()
+    labels[labels == 255] = 0 if settings[1] == 1 else 255
+    names = dict(zip(("num_labels", "ignore_index", "reduce_labels"), settings, strict=True))
+    expected = hub_metrics(predictions, labels, *settings)
+    images = {"predictions": list(predictions), "references": list(labels)}
+    for metrics in (mean_iou_metric(**names).compute(**images), mean_iou_metric().compute(**images, **names)):
+        assert metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-12, err_msg=name)
+
+
+def test_mean_iou_metric_needs_settings_before_images():
+    image = {"predictions": [[[0, 1]]], "references": [[[0, 0]]]}
+    with pytest.raises(ValueError, match="`num_labels` is missing"):
+        mean_iou_metric().add_batch(**image)
+    with pytest.raises(ValueError, match="`num_labels` is missing"):
+        mean_iou_metric().compute(**image)
+    metric = mean_iou_metric(2)
+    metric.add_batch(**image)
+    with pytest.raises(ValueError, match=r"added with .*'num_labels': 2.*, `compute` got {'num_labels': 3}"):
+        metric.compute(num_labels=3)
+    assert metric.compute(**image, num_labels=2)["overall_accuracy"] == 0.5
+    with pytest.raises(ValueError, match=r"`label` has the values \[7\]"):
+        metric.compute(predictions=[[[1, 0]]], references=[[[1, 7]]])
+    assert math.isnan(metric.compute()["overall_accuracy"])  # nothing is left of the wrong image
+    assert metric.compute(**image, num_labels=3)["per_category_iou"].shape == (3,)
+    assert metric.compute(**image)["per_category_iou"].shape == (2,)
+
+
+def test_mean_iou_metric_finds_the_package_beside_a_file_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "evaluate.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "evaluate")
+    assert isinstance(mean_iou_metric(2), evaluate.EvaluationModule)
+    assert sys.path[0] == str(tmp_path)
+    monkeypatch.setitem(sys.modules, "evaluate", ModuleType("evaluate"))
+    sys.modules["evaluate"].__file__ = "mine/evaluate.py"
+    with pytest.raises(ImportError, match=r"but mine/evaluate\.py has its name"):
+        mean_iou_metric(2)
+
+
+def test_mean_iou_metric_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(ImportError, match="needs `pip install evaluate`"):
+        mean_iou_metric(2)
+
+
+def test_accuracies_and_loss_equal_those_of_sorted_logits():
     logits, labels = torch.randn(40, 12), torch.randint(0, 12, (40,))
     statistics = classification_statistics((logits, "more"), labels)
     metrics = classification_metrics(EvalPrediction(tuple(part.numpy() for part in statistics), labels.numpy()))

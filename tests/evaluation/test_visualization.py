@@ -1,4 +1,4 @@
-"""Pictures of detections: everything is where it should be, in its class's colour."""
+"""Pictures of objects and of label maps: everything is where it should be, in its class's colour."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 
 from pvt_hf.data.detection import DetectionData, ImageRecord
 from pvt_hf.evaluation.metrics import coco_results
-from pvt_hf.evaluation.visualization import class_color, draw_detections, draw_objects
+from pvt_hf.evaluation.visualization import draw_detections, draw_objects, draw_overlays, overlay, pick_color
 from pvt_hf.models.annotations import encode_mask
 
 GREY = torch.full((3, 80, 120), 100, dtype=torch.uint8)
@@ -18,25 +18,25 @@ def pixels(picture):
     return np.asarray(picture).astype(int)
 
 
-def test_boxes_and_masks():
+def test_boxes_and_masks_are_where_they_belong():
     """The outline lies on the box, the mask is tinted within its own outline, the rest is the image."""
     mask = torch.zeros(1, 80, 120, dtype=torch.bool)
     mask[0, 44:56, 40:60] = True
     drawn = pixels(draw_objects(GREY, BOX, [2], ["a", "b", "c"], masks=mask))
-    color = np.array(class_color(2))
+    color = np.array(pick_color(2))
     for y, x in ((40, 69), (60, 50), (50, 30), (50, 70), (44, 50), (55, 59)):
         assert (drawn[y, x] == color).all(), (y, x)
-    assert (drawn[50, 50] == (0.55 * 100 + 0.45 * color).round()).all()
+    assert (drawn[50, 50] == (0.55 * 100 + 0.45 * color).astype(int)).all()
     assert (drawn[42, 35] == 100).all() and (drawn[70:] == 100).all() and (drawn[:, 80:] == 100).all()
 
 
-def test_size_and_scores():
+def test_boxes_move_along_and_scores_need_room():
     """Twice as high: boxes move along; a score makes the plate above the box wider."""
     plain, scored = (pixels(draw_objects(GREY, BOX, [0], ["a"], scores, height=160)) for scores in (None, [0.5]))
     assert plain.shape == scored.shape == (160, 240, 3)
     for drawn in (plain, scored):
-        assert (drawn[100, 60] == class_color(0)).all() and (drawn[100, 140] == class_color(0)).all()
-    widths = [((drawn == class_color(0)).all(axis=2)[72]).sum() for drawn in (plain, scored)]
+        assert (drawn[100, 60] == pick_color(0)).all() and (drawn[100, 140] == pick_color(0)).all()
+    widths = [((drawn == pick_color(0)).all(axis=2)[72]).sum() for drawn in (plain, scored)]
     assert 0 < widths[0] < widths[1]
 
 
@@ -52,18 +52,18 @@ def test_names_stay_in_the_picture(box):
     assert plate(box) > 0.5 * inside
 
 
-def test_nothing_to_draw():
+def test_no_objects_leave_the_image_as_it_is():
     assert (pixels(draw_objects(GREY, torch.zeros(0, 4), [], ["a"], [], [])) == 100).all()
 
 
 def test_colors_of_neighbouring_classes_differ():
-    colors = np.array([class_color(label) for label in range(80)])
-    assert len(np.unique(colors, axis=0)) == 80
+    colors = np.array([pick_color(label) for label in range(151)])
+    assert len(np.unique(colors, axis=0)) == 151
     assert np.abs(np.diff(colors, axis=0)).sum(axis=1).min() > 150
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_sheet(masks, tmp_path):
+def test_sheet_shows_truth_beside_detections(masks, tmp_path):
     """Perfect detections look like the annotations but for their scores; low scores are not drawn."""
     mask = np.zeros((80, 120), dtype=bool)
     mask[45:55, 40:60] = True
@@ -87,3 +87,34 @@ def test_sheet(masks, tmp_path):
     assert (poor[32:112, 132:252] == 100).all() and (poor[32:112, 8:128] == left).all()
     assert ((left[50, 50] != 100).any()) == masks
     assert (good[120:200, 268:512] == 255).all()  # three images, four places
+
+
+def test_best_object_is_on_top():
+    masks = torch.zeros(2, 80, 120, dtype=torch.bool)
+    masks[0, 30:60, 40:70] = masks[1, 30:60, 60:90] = True
+    drawn = pixels(
+        draw_objects(GREY, torch.tensor([[30.0, 20, 75, 70], [50, 20, 100, 70]]), [3, 1], "abcd", masks=masks)
+    )
+    best, other = (np.array(pick_color(label)) for label in (3, 1))
+    assert (drawn[69, 60] == best).all() and (drawn[69, 90] == other).all()  # where one box crosses the other, and not
+    assert (drawn[70, 40:75] == best).all()
+    assert np.abs(drawn[45, 65] - drawn[45, 45]).sum() < np.abs(drawn[45, 65] - drawn[45, 80]).sum()
+
+
+def test_overlays_show_classes_over_brightness(tmp_path):
+    """The classes' colours over the image's brightness, black where ignored, and a legend of what is there."""
+    colors = [pick_color(label) for label in range(151)]
+    image = torch.full((3, 40, 60), 100, dtype=torch.uint8)
+    truth = torch.zeros(40, 60, dtype=torch.int64)
+    truth[:20, :30], truth[30:] = 150, 255
+    painted = overlay(image, truth, colors)
+    expected = (0.65 * torch.tensor(colors[150]) + 0.35 * 100).to(torch.uint8)
+    assert torch.equal(painted[:, 0, 0], expected) and not painted[:, 35].any()
+    assert not torch.equal(painted[:, 25, 0], expected) and painted.shape == image.shape
+    assert not overlay(image, torch.full_like(truth, 255), colors).any()
+    names = {label: f"class {label}" for label in range(151)}
+    draw_overlays([(image, truth, truth.clamp(max=150))] * 2, names, tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        shown = np.array(picture.convert("RGB")).reshape(-1, 3)
+    assert all((shown == color).all(1).sum() > 1000 for color in (expected.tolist(), [0, 0, 0], [100, 100, 100]))
+    assert ((shown == colors[150]).all(1)).sum() > 50  # the legend

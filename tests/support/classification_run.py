@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from transformers import AutoModelForImageClassification, TrainingArguments, set_seed
 
-from pvt_hf.data.augmentation import training_transform
+from pvt_hf.data.augmentation import build_training_transform
 from pvt_hf.data.classification import EvaluationImages, TrainingImages, load_images
 from pvt_hf.recipes import ImageNetRecipe
 from pvt_hf.training.classification import ImageClassificationTrainer
@@ -56,7 +56,7 @@ def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, rec
         model=network,
         args=TrainingArguments(output_dir=str(output_dir), **arguments),
         recipe=recipe,
-        train_dataset=TrainingImages(train.select(range(images)), "label", 10, training_transform(recipe, 32)),
+        train_dataset=TrainingImages(train.select(range(images)), "label", 10, build_training_transform(recipe, 32)),
         eval_dataset=EvaluationImages(validation.select(range(evaluation)), "label", 10, Processor()),
         **(trainer or {}),
     )

@@ -1,0 +1,69 @@
+"""Which images each process gets: together those of one process, each once, in the order of timm and mmdetection."""
+
+import pytest
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DistributedSampler
+
+from pvt_hf.data.samplers import AspectRatioSampler, EpochSampler
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_processes_share_a_larger_batch(repeats):
+    """The n-th batches of two processes are the n-th of one with twice the size: images, augmentation seeds and all."""
+    one = EpochSampler(300, seed=5, repeats=repeats)
+    two = [EpochSampler(300, seed=5, rank=rank, world_size=2, repeats=repeats) for rank in (0, 1)]
+    for epoch in (0, 1):
+        for sampler in (one, *two):
+            sampler.set_epoch(epoch)
+        whole, parts = list(one), [list(sampler) for sampler in two]
+        assert len(one) == len(whole) and len(two[0]) == len(parts[0]) == len(parts[1]) == len(whole) // 2
+        for start in range(0, len(parts[0]) - 4, 4):
+            assert {*parts[0][start : start + 4], *parts[1][start : start + 4]} == {*whole[2 * start : 2 * start + 8]}
+        if repeats == 1:
+            assert sorted(index for index, *_ in whole) == list(range(300))
+    orders = [index for index, *_ in one], [index for index, *_ in EpochSampler(300, seed=5, repeats=repeats)]
+    assert orders[0] != orders[1]  # epoch 1 and epoch 0
+
+
+def test_repeated_augmentation_is_timms():
+    ours, timms = EpochSampler(1000, seed=0, rank=1, world_size=2, repeats=3), RepeatAugSampler(range(1000), 2, 1)
+    ours.set_epoch(4)
+    timms.set_epoch(4)
+    keys = list(ours)
+    assert [index for index, *_ in keys] == list(timms)
+    assert len(set(keys)) == len(keys) == len(timms)  # every repetition has an augmentation of its own
+
+
+def test_batches_are_grouped_by_aspect_ratio():
+    sizes = [(3, 4)] * 23 + [(4, 3)] * 9 + [(3, 3)] * 5
+
+    def batches_of(sampler: AspectRatioSampler) -> list[list[tuple]]:
+        keys = list(sampler)
+        assert len(keys) == len(sampler)
+        return [keys[first : first + 4] for first in range(0, len(keys), 4)]
+
+    sampler = AspectRatioSampler(sizes, 4, seed=2)
+    epochs = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        batches = batches_of(sampler)
+        assert len(batches) == 6 + 4
+        wide = [{sizes[index][1] > sizes[index][0] for index, *_ in batch} for batch in batches]
+        assert all(len(kinds) == 1 for kinds in wide) and wide != sorted(wide, key=str)
+        assert {index for batch in batches for index, *_ in batch} == set(range(37))
+        assert [position for batch in batches for *_, position in batch] == list(range(40))
+        epochs.append(batches)
+    assert epochs[0] != epochs[1]
+    shares = [batches_of(AspectRatioSampler(sizes, 4, seed=2, rank=rank, world_size=3)) for rank in range(3)]
+    assert [len(share) for share in shares] == [4] * 3
+    assert [shares[number % 3][number // 3] for number in range(10)] == epochs[0]  # dealt in turn
+    assert len(batches_of(AspectRatioSampler([(1, 2)], 4, seed=0, rank=3, world_size=4))) == 1
+
+
+@pytest.mark.parametrize(("length", "world_size"), [(5, 2), (4, 2), (1, 3), (2, 7), (7, 4), (3, 1)])
+def test_evaluation_sees_every_image_once(length, world_size):
+    """What the evaluations rely on: shares of one length, dealt in turn; what comes again is behind the end."""
+    shares = [list(DistributedSampler(range(length), world_size, rank, shuffle=False)) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {-(-length // world_size)}
+    together = [index for step in zip(*shares, strict=True) for index in step]
+    assert together == [position % length for position in range(len(together))]
