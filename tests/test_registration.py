@@ -5,15 +5,12 @@ imported torch and transformers' base classes, but no model and no Auto class th
 """
 
 import itertools
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 
 import pvt_hf
-from tests.support.small_models import ROOT
+from tests.support.processes import run_python
 
 pytestmark = pytest.mark.process
 
@@ -42,17 +39,9 @@ def check():
 """
 
 
-def run(code: str, *args: str) -> str:
-    """The output of a fresh Python process in which this repository can be imported."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def run_each(cases: list[str]) -> None:
     """Runs each piece of code in a process of its own (see above), and fails with those that fail or print."""
-    failures = run(
+    failures = run_python(
         f"""
 import os, sys, torch, torchvision, transformers.image_processing_backends, transformers.modeling_utils
 {CHECK}
@@ -98,7 +87,7 @@ def test_any_import_order_gives_our_classes():
 
 @pytest.mark.parametrize("first", ["import pvt_hf", "from transformers import AutoModel, PvtModel; import pvt_hf"])
 def test_threads_that_import_and_build_at_once_get_our_classes(first):
-    run(
+    run_python(
         f"""
 import threading
 results, barrier = [], threading.Barrier(4)
@@ -119,7 +108,7 @@ assert len(results) == 4 and all(m.startswith("pvt_hf.models.") and right for m,
 
 def test_another_importer_than_pythons_gives_our_classes():
     """Frozen applications have a finder of their own in the place of `PathFinder`."""
-    run(
+    run_python(
         f"""
 import importlib.machinery, sys
 
@@ -169,7 +158,7 @@ def test_import_costs_what_transformers_costs():
     """In CPU time, at most a tenth more than what every program that trains a classifier imports anyway."""
 
     def cpu_seconds(code: str) -> float:
-        return float(run(f"{code}\nimport time; print(time.process_time())").splitlines()[-1])
+        return float(run_python(f"{code}\nimport time; print(time.process_time())").splitlines()[-1])
 
     base, ours = "from transformers import AutoModelForImageClassification, Trainer", "import pvt_hf"
     pairs = [(cpu_seconds(base), cpu_seconds(ours)) for _ in range(2)]

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import http.client
 import json
+import logging
 import pathlib
 import pickle
 import re
@@ -21,7 +22,9 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 
 from ..variants import VARIANTS
-from .rename import ConversionError, StateDict, quote, with_base_prefix
+from .rename import ConversionError, StateDict, add_base_prefix, quote
+
+logger = logging.getLogger(__name__)
 
 _FILE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -66,8 +69,9 @@ class Checkpoint:
         path: The file.
         weights: Its tensors, by the names that they have in the file, without wrappers and common prefixes; those of a
             bare model or backbone of transformers by the names that a classifier gives them.
-        config, preprocessor: `config.json` and `preprocessor_config.json` beside the weights, empty if there are none.
-        set_aside: What else the file holds: optimiser, epoch, averaged weights.
+        config: `config.json` beside the weights, empty if there is none.
+        preprocessor: `preprocessor_config.json` beside the weights, empty if there is none.
+        set_aside: What else the file holds: optimiser, epoch, EMA weights.
         class_names: Those that mmdetection and mmsegmentation put beside the weights, without blanks around them.
     """
 
@@ -133,7 +137,7 @@ def _read_release(name: str) -> Checkpoint:
     downloaded = not path.exists()
     if downloaded:
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"Downloading {url} to {path}")
+        logger.info("Downloading %s to %s", url, path)
         try:
             torch.hub.download_url_to_file(url, str(path))
         except (OSError, http.client.HTTPException) as error:
@@ -180,7 +184,7 @@ def _read(source: str, path: Path, config: dict[str, Any], preprocessor: dict[st
         )
     while loaded and (prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in loaded)), None)):
         loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
-    return Checkpoint(source, path, with_base_prefix(loaded), config, preprocessor, tuple(set_aside), class_names)
+    return Checkpoint(source, path, add_base_prefix(loaded), config, preprocessor, tuple(set_aside), class_names)
 
 
 def _class_names(meta: Any) -> tuple[str, ...]:

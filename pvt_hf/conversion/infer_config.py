@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -13,10 +13,10 @@ from ..models.configuration_pvt import PvtConfig
 from ..models.configuration_pvt_v2 import PvtV2Config
 from .rename import ConversionError, StateDict, quote
 
-_CONFIG_CLASSES = {"pvt": PvtConfig, "pvt_v2": PvtV2Config}
+_CONFIG_CLASSES: dict[str, type[PvtConfig] | type[PvtV2Config]] = {"pvt": PvtConfig, "pvt_v2": PvtV2Config}
 
 
-def read_fields(weights: StateDict) -> dict[str, Any]:
+def infer_fields(weights: StateDict) -> dict[str, Any]:
     """The fields of the configuration that the official names and shapes determine, `model_type` among them.
 
     Raises:
@@ -25,7 +25,7 @@ def read_fields(weights: StateDict) -> dict[str, Any]:
 
     def shape(key: str, ndim: int) -> tuple[int, ...]:
         if key not in weights:
-            raise ConversionError(f"The checkpoint lacks {key!r} (by its official name), and is not a whole PVT.")
+            raise ConversionError(f"The checkpoint lacks {key!r} (by its official name), and is not a complete PVT.")
         if weights[key].ndim != ndim or not weights[key].numel():
             raise ConversionError(f"{key!r} must have {ndim} dimensions, got shape {tuple(weights[key].shape)}.")
         return tuple(weights[key].shape)
@@ -58,7 +58,7 @@ def read_fields(weights: StateDict) -> dict[str, Any]:
     return fields
 
 
-def read_config(weights: StateDict, known: dict[str, Any] | None = None) -> PreTrainedConfig:
+def infer_config(weights: StateDict, known: Mapping[str, Any] | None = None) -> PreTrainedConfig:
     """The configuration of a checkpoint with official names.
 
     Args:
@@ -69,7 +69,7 @@ def read_config(weights: StateDict, known: dict[str, Any] | None = None) -> PreT
     Raises:
         ConversionError: If tensors are missing or `known` contradicts them.
     """
-    fields = read_fields(weights)
+    fields = infer_fields(weights)
     config_class = _CONFIG_CLASSES[fields.pop("model_type")]
     known = known or {}
     if known.get("model_type") in _CONFIG_CLASSES:
@@ -145,7 +145,7 @@ def label_names(num_labels: int, stated: Sequence[str], default: Sequence[str]) 
     return list(stated) or [f"LABEL_{index}" for index in range(num_labels)]
 
 
-def _classifier_labels(num_labels: int, known: dict[str, Any]) -> list[str]:
+def _classifier_labels(num_labels: int, known: Mapping[str, Any]) -> list[str]:
     """Those of `config.json` (transformers' or timm's), or ImageNet's for 1000 classes, or LABEL_0, LABEL_1, ..."""
     placeholders = [f"LABEL_{index}" for index in range(num_labels)]
     stated = known.get("id2label") or known.get("label_names") or {}

@@ -6,8 +6,9 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from pvt_hf.variants import Variant, backbone_config
-
+from ..variants import Variant, backbone_config
+from .architectures.base import Architecture
+from .formats import Format
 from .verify import TOLERANCE
 
 
@@ -16,25 +17,27 @@ class Conversion:
     """What a conversion found and measured.
 
     Attributes:
-        source, sha256: Where the checkpoint came from, and its file.
-        source_format: One of [`pvt_hf.conversion.rename.detect_format`].
+        source: Where the checkpoint came from.
+        sha256: Of its file.
+        source_format: Its format.
+        architecture: What it became.
         config: Of the model that was written.
-        kind, pipeline_tag, auto_class: Of [`pvt_hf.conversion.kinds.Kind`]; the class by its name.
         variant: The released variant with this architecture, if there is one.
         model_class: Name of the class that was written.
         dtype: Of the weights, for example `float32`.
-        tensors, parameters: How many were written.
+        tensors: How many were written.
+        parameters: How many they have together.
         difference: The largest difference between source and result in float64.
-        has_image_processor, has_code: Whether those were written too.
+        has_image_processor: Whether one was written too.
+        has_code: Whether the code was written too.
+        notes: What was decided and is not in the checkpoint, for who converted it.
     """
 
     source: str
     sha256: str
-    source_format: str
+    source_format: Format
+    architecture: Architecture
     config: PreTrainedConfig
-    kind: str
-    pipeline_tag: str
-    auto_class: str
     variant: Variant | None
     model_class: str
     dtype: str
@@ -43,14 +46,7 @@ class Conversion:
     difference: float
     has_image_processor: bool
     has_code: bool
-
-    @property
-    def is_backbone(self) -> bool:
-        return self.model_class.endswith("Backbone")
-
-    @property
-    def is_system(self) -> bool:
-        return hasattr(self.config, "backbone_config")
+    notes: tuple[str, ...] = ()
 
     @property
     def is_release(self) -> bool:
@@ -63,16 +59,17 @@ def render(conversion: Conversion, name: str) -> ModelCard:
 
     Its metadata has no `model-index`: a conversion measures no accuracy.
     """
+    architecture = conversion.architecture
     model_type = backbone_config(conversion.config).model_type
     known = {"license": "apache-2.0", "datasets": ["ILSVRC/imagenet-1k"]} if conversion.is_release else {}
     metadata = ModelCardData(
         **known,
         library_name="transformers",
-        pipeline_tag=conversion.pipeline_tag,
-        tags=["vision", model_type, *_more_tags(conversion)],
+        pipeline_tag=architecture.pipeline_tag,
+        tags=["vision", model_type, *architecture.tags],
         conversion={
             "source": conversion.source,
-            "source_format": conversion.source_format,
+            "source_format": conversion.source_format.name,
             "source_sha256": conversion.sha256,
             "max_abs_difference_float64": conversion.difference,
             "tolerance": TOLERANCE,
@@ -82,16 +79,11 @@ def render(conversion: Conversion, name: str) -> ModelCard:
         metadata,
         template_path=str(Path(__file__).with_name("model_card.md.jinja")),
         conversion=conversion,
+        architecture=architecture,
         config=conversion.config,
         variant=conversion.variant,
         name=name,
-        auto_class=conversion.auto_class,
+        auto_class=architecture.auto_class.__name__,
         is_v1=model_type == "pvt",
         prefix="Pvt" if model_type == "pvt" else "PvtV2",
     )
-
-
-def _more_tags(conversion: Conversion) -> list[str]:
-    if conversion.is_system:
-        return [conversion.kind.lower().replace(" ", "-")]
-    return ["backbone"] if conversion.is_backbone else []

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes: it appears when it is whole, and nothing of others is deleted for it."""
+"""The folder that a conversion writes: it appears when it is complete, and nothing of others is deleted for it."""
 
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def appearing_whole(output_dir: Path, overwrite: bool) -> Iterator[Path]:
+def atomic_folder(output_dir: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write to. If all goes well it takes the place of `output_dir`, else it disappears."""
     target = output_dir.resolve()  # through links
     target.parent.mkdir(parents=True, exist_ok=True)

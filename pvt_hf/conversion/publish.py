@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -40,13 +41,14 @@ def publish(folder: Path, repo: str, private: bool) -> str:
         if private and not api.repo_info(repo).private:
             raise ConversionError(f"{repo} exists and is public, and `--private` is set: nothing was uploaded.")
         files = {path.name: path for path in sorted(folder.iterdir())}
+        # By hand, as `upload_folder` makes several commits where hf_xet is installed: a failure would leave a part.
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         # Code that a former upload had and this one has not would be run with other weights.
         operations += [CommitOperationDelete(name) for name in api.list_repo_files(repo) if name in CODE - files.keys()]
         return api.create_commit(repo, operations, commit_message="Checkpoint converted by pvt_hf").commit_url
     except ConversionError:
         raise
-    except Exception as error:  # HTTP errors, cut connections, offline mode: whatever it is, the folder is whole
+    except Exception as error:  # HTTP errors, cut connections, offline mode: whatever it is, the folder is complete
         if isinstance(error, HfHubHTTPError):
             reason = _REASONS.get(error.response.status_code, str(error))
             outcome = "Nothing was committed there"
@@ -60,7 +62,7 @@ def publish(folder: Path, repo: str, private: bool) -> str:
 
 
 @contextmanager
-def saved_with_code(**auto_classes: type) -> Iterator[None]:
+def register_code(**auto_classes: type[Any]) -> Iterator[None]:
     """While it lasts, `save_pretrained` of these classes saves their code too, for `trust_remote_code=True`."""
     try:
         for auto_class, registered in auto_classes.items():

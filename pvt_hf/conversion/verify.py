@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pvt_hf.variants import backbone_config
-
-from .kinds import Kind
+from ..variants import backbone_config
+from .architectures.base import Architecture, Outputs
 from .rename import ConversionError, StateDict
 
 TOLERANCE = 1e-8
@@ -49,14 +48,14 @@ def probe_images(config: PreTrainedConfig) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def reference_outputs(official: StateDict, config: PreTrainedConfig, kind: Kind) -> list[torch.Tensor]:
+def reference_outputs(official: StateDict, config: PreTrainedConfig, architecture: Architecture) -> Outputs:
     """The raw outputs of tensors with official names for each of the test images."""
     weights = _Float64(official)
-    return [output for image in probe_images(config) for output in kind.reference(weights, image, config)]
+    return [output for image in probe_images(config) for output in architecture.reference(weights, image, config)]
 
 
 @torch.no_grad()
-def timm_outputs(weights: StateDict, config: PreTrainedConfig, is_backbone: bool) -> list[torch.Tensor]:
+def timm_outputs(weights: StateDict, config: PreTrainedConfig, is_backbone: bool) -> Outputs:
     """The same by timm's own model. Consumes `weights`."""
     try:
         from timm.models.pvt_v2 import PyramidVisionTransformerV2
@@ -87,14 +86,14 @@ def timm_outputs(weights: StateDict, config: PreTrainedConfig, is_backbone: bool
 
 
 @torch.no_grad()
-def largest_difference(model: PreTrainedModel, expected: list[torch.Tensor], kind: Kind) -> float:
+def largest_difference(model: PreTrainedModel, expected: Outputs, architecture: Architecture) -> float:
     """The largest difference between a model, which is turned to float64 for it, and the outputs of its source.
 
     Raises:
         ConversionError: If it is above `TOLERANCE`, or not a number.
     """
     _to_float64(model)
-    actual = [output for image in probe_images(model.config) for output in kind.outputs(model, image)]
+    actual = [output for image in probe_images(model.config) for output in architecture.outputs(model, image)]
     difference = max((a - b).abs().max().item() for a, b in zip(actual, expected, strict=True))
     if any(not tensor.isfinite().all() for tensor in (*actual, *expected)):
         raise ConversionError("The checkpoint's outputs are not finite numbers. Nothing was written.")

@@ -1,4 +1,4 @@
-"""Whole detectors and the segmenter through `conversion/convert.py`: official checkpoints in, and back bit for bit."""
+"""Complete detectors and the segmenter through `pvt-hf convert`: official checkpoints in, and back bit for bit."""
 
 import json
 import re
@@ -14,64 +14,73 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoImageProcessor
 
 import pvt_hf
-from pvt_hf.conversion import convert, kinds, rename, systems
+from pvt_hf.commands.convert import print_conversion
+from pvt_hf.conversion import convert, formats
+from pvt_hf.conversion.architectures import registry
 from pvt_hf.conversion.class_names import ADE20K, COCO
 from pvt_hf.variants import VARIANTS
+from tests.support import head_shapes
 from tests.support.checkpoints import TINY, equal, run, save, without
-from tests.support.head_shapes import listed_shapes, system_shapes, system_weights
 from tests.support.small_models import STAGES
 
-KINDS = {kind.name: kind for kind in kinds.SYSTEMS}
-SMALL = {
-    "Semantic FPN": {"channels": 16, "num_labels": 150},
-    "RetinaNet": {"channels": 16, "num_labels": 80},
-    "Mask R-CNN": {"channels": 16, "num_labels": 80, "hidden": 24},
-    "Faster R-CNN": {"channels": 16, "num_labels": 80, "hidden": 24},
-    "DETR": {"channels": 32, "num_labels": 80, "hidden": 48},
+SEMANTIC_FPN, RETINANET, MASK_RCNN, FASTER_RCNN, DETR = registry.DENSE_PREDICTORS
+HEADS = {
+    SEMANTIC_FPN: head_shapes.semantic_fpn,
+    RETINANET: head_shapes.retinanet,
+    MASK_RCNN: head_shapes.mask_rcnn,
+    FASTER_RCNN: head_shapes.faster_rcnn,
+    DETR: head_shapes.detr,
 }
-EVERY_SYSTEM = pytest.mark.parametrize("system", SMALL)
+SMALL = {
+    SEMANTIC_FPN: {"channels": 16, "num_labels": 150},
+    RETINANET: {"channels": 16, "num_labels": 80},
+    MASK_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24},
+    FASTER_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24},
+    DETR: {"channels": 32, "num_labels": 80, "hidden": 48},
+}
+EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", SMALL, ids=lambda architecture: architecture.name)
 VERSIONS = pytest.mark.parametrize("version", TINY)
 
 
-def small_weights(system: str, version: str, **options) -> dict[str, torch.Tensor]:
-    return system_weights(system, TINY[version], std=0.1, **(SMALL[system] | options))
+def small_weights(architecture, version: str, **options) -> dict[str, torch.Tensor]:
+    options = SMALL[architecture] | options
+    return head_shapes.checkpoint_weights(HEADS[architecture], TINY[version], std=0.1, **options)
 
 
 @pytest.mark.parametrize(
-    ("name", "system", "variant"),
+    ("name", "architecture", "variant"),
     [
-        ("det_retinanet_pvt_t", "RetinaNet", "pvt_tiny"),
-        ("det_retinanet_pvt_v2_b0", "RetinaNet", "pvt_v2_b0"),
-        ("det_mask_rcnn_pvt_t", "Mask R-CNN", "pvt_tiny"),
-        ("det_mask_rcnn_pvt_v2_b0", "Mask R-CNN", "pvt_v2_b0"),
-        ("det_detr_pvt_s", "DETR", "pvt_small"),
-        ("seg_semfpn_pvt_t", "Semantic FPN", "pvt_tiny"),
+        ("det_retinanet_pvt_t", RETINANET, "pvt_tiny"),
+        ("det_retinanet_pvt_v2_b0", RETINANET, "pvt_v2_b0"),
+        ("det_mask_rcnn_pvt_t", MASK_RCNN, "pvt_tiny"),
+        ("det_mask_rcnn_pvt_v2_b0", MASK_RCNN, "pvt_v2_b0"),
+        ("det_detr_pvt_s", DETR, "pvt_small"),
+        ("seg_semfpn_pvt_t", SEMANTIC_FPN, "pvt_tiny"),
     ],
 )
-def test_names_and_shapes_of_official_files(name, system, variant):
-    assert system_shapes(system, VARIANTS[variant]) == listed_shapes(name)
+def test_official_files_have_these_names_and_shapes(name, architecture, variant):
+    assert head_shapes.checkpoint_shapes(HEADS[architecture], VARIANTS[variant]) == head_shapes.listed_shapes(name)
 
 
-@EVERY_SYSTEM
+@EVERY_ARCHITECTURE
 @VERSIONS
-def test_every_system(system, version, tmp_path, capsys):
+def test_every_architecture_becomes_a_verified_folder_and_back(architecture, version, tmp_path, capsys):
     """Verified, complete, with names and image processor, loadable by its Auto class, and back bit for bit."""
-    source = small_weights(system, version)
+    source = small_weights(architecture, version)
     checkpoint = {"state_dict": source, "meta": {"epoch": 12, "config": "model = dict()"}, "optimizer": {"state": {}}}
     done = convert.convert(str(save(checkpoint, tmp_path / "a.pth")), tmp_path / "out")
-    assert done.kind == system and done.difference < 1e-8 and done.variant is None
-    assert done.source_format == ("mmsegmentation" if system == "Semantic FPN" else "mmdetection")
-    assert f"a variant of your own + {system}" in capsys.readouterr().out
+    assert done.architecture is architecture and done.difference < 1e-8 and done.variant is None
+    assert done.source_format.name == ("mmsegmentation" if architecture is SEMANTIC_FPN else "mmdetection")
+    print_conversion(done, tmp_path / "out")
+    assert f"a variant of your own + {architecture.name}" in capsys.readouterr().out
 
-    kind = KINDS[system]
-    model = kind.auto_class.from_pretrained(tmp_path / "out")
-    prefix = "pvt" if version == "v1" else "pvt_v2"
-    assert equal(model.state_dict(), systems.from_official(source, system, prefix))
-    assert tuple(model.config.id2label.values()) == (ADE20K if system == "Semantic FPN" else COCO)
+    model = architecture.auto_class.from_pretrained(tmp_path / "out")
+    assert equal(model.state_dict(), architecture.from_official(source))
+    assert tuple(model.config.id2label.values()) == (ADE20K if architecture is SEMANTIC_FPN else COCO)
     assert len(model.config.label2id) == model.config.num_labels
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert processor.num_labels == model.config.num_labels
-    edges = (512, 2048) if system == "Semantic FPN" else (800, 1333)
+    edges = (512, 2048) if architecture is SEMANTIC_FPN else (800, 1333)
     assert (processor.size.shortest_edge, processor.size.longest_edge) == edges
 
     assert run("--to", "official", tmp_path / "out", tmp_path / "back.pth") == 0
@@ -81,37 +90,38 @@ def test_every_system(system, version, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("system", "variant", "parameters"),
+    ("architecture", "variant", "parameters"),
     [
-        ("Semantic FPN", "pvt_tiny", 16.981),
-        ("RetinaNet", "pvt_v2_b0", 12.947),
-        ("Mask R-CNN", "pvt_v2_b0", 23.446),
-        ("DETR", "pvt_small", 41.645),
+        (SEMANTIC_FPN, "pvt_tiny", 16.981),
+        (RETINANET, "pvt_v2_b0", 12.947),
+        (MASK_RCNN, "pvt_v2_b0", 23.446),
+        (DETR, "pvt_small", 41.645),
     ],
 )
-def test_official_sizes(system, variant, parameters, tmp_path):
-    """The papers' own systems: the variant is found, insisted on, and the parameters are as many as published."""
-    path = save({"state_dict": system_weights(system, VARIANTS[variant])}, tmp_path / "a.pth")
+def test_official_checkpoints_have_the_published_parameters(architecture, variant, parameters, tmp_path):
+    """The papers' own: the variant is found, insisted on, and the parameters are as many as published."""
+    weights = head_shapes.checkpoint_weights(HEADS[architecture], VARIANTS[variant])
+    path = save({"state_dict": weights}, tmp_path / "a.pth")
     done = convert.convert(str(path), tmp_path / "out", variant=variant)
     assert done.variant.name == variant and round(done.parameters / 1e6, 3) == parameters
     assert run(path, tmp_path / "again", "--variant", "pvt_v2_b5") == 1
 
 
-@EVERY_SYSTEM
-def test_wrong_numbers_are_not_written(system, tmp_path, capsys, monkeypatch):
+@EVERY_ARCHITECTURE
+def test_wrong_numbers_are_not_written(architecture, tmp_path, capsys, monkeypatch):
     """The comparison sees the heads: a model that computes something else is no conversion."""
-    path = save(small_weights(system, "v2"), tmp_path / "a.pth")
-    outputs = kinds.System.outputs
-    monkeypatch.setattr(kinds.System, "outputs", lambda *args: [x + 1e-7 for x in outputs(*args)])
+    path = save(small_weights(architecture, "v2"), tmp_path / "a.pth")
+    outputs = type(architecture).outputs
+    monkeypatch.setattr(type(architecture), "outputs", lambda *args: [x + 1e-7 for x in outputs(*args)])
     assert run(path, tmp_path / "out") == 1
     assert "differs from its source by 1.0e-07" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@EVERY_SYSTEM
-def test_names_of_the_checkpoint(system, tmp_path):
+@EVERY_ARCHITECTURE
+def test_class_names_of_the_checkpoint_count_more(architecture, tmp_path):
     """`meta.CLASSES` of version 2, and `dataset_meta` of version 3, count more than the number of classes."""
-    names = tuple(f"thing {index} " for index in range(SMALL[system]["num_labels"]))
-    source = small_weights(system, "v2")
+    names = tuple(f"thing {index} " for index in range(SMALL[architecture]["num_labels"]))
+    source = small_weights(architecture, "v2")
     for index, meta in enumerate(({"CLASSES": names}, {"dataset_meta": {"classes": names, "palette": [(1, 2, 3)]}})):
         path = save({"state_dict": source, "meta": meta}, tmp_path / f"{index}.pth")
         config = convert.convert(str(path), tmp_path / f"{index}").config
@@ -120,26 +130,26 @@ def test_names_of_the_checkpoint(system, tmp_path):
     assert run(path, tmp_path / "wrong") == 1
 
 
-@EVERY_SYSTEM
-def test_other_numbers_of_classes_and_channels(system, tmp_path, capsys):
-    weights = small_weights(system, "v1", num_labels=3, channels=24 if system != "DETR" else 64)
+@EVERY_ARCHITECTURE
+def test_any_number_of_classes_and_channels_is_converted(architecture, tmp_path):
+    weights = small_weights(architecture, "v1", num_labels=3, channels=24 if architecture is not DETR else 64)
     done = convert.convert(str(save(weights, tmp_path / "a.pth")), tmp_path / "out")
     assert done.config.num_labels == 3 and done.config.id2label[2] == "LABEL_2"
-    assert "LABEL_0, LABEL_1, LABEL_2" in capsys.readouterr().out
+    assert any("LABEL_0, LABEL_1, LABEL_2" in note for note in done.notes)
     assert not getattr(AutoImageProcessor.from_pretrained(tmp_path / "out"), "do_reduce_labels", False)
 
 
-def test_half_precision_keeps_counters(tmp_path):
+def test_half_precision_keeps_counters_as_integers(tmp_path):
     """BatchNorm counts its batches in integers."""
-    source = {k: v.half() if v.is_floating_point() else v for k, v in small_weights("Semantic FPN", "v2").items()}
+    source = {k: v.half() if v.is_floating_point() else v for k, v in small_weights(SEMANTIC_FPN, "v2").items()}
     convert.convert(str(save(source, tmp_path / "a.pth")), tmp_path / "out")
-    model = KINDS["Semantic FPN"].auto_class.from_pretrained(tmp_path / "out")
+    model = SEMANTIC_FPN.auto_class.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.float16 and model.head.scale_heads[0][0].norm.num_batches_tracked == 40_000
-    assert equal(model.state_dict(), systems.from_official(source, "Semantic FPN", "pvt_v2"))
+    assert equal(model.state_dict(), SEMANTIC_FPN.from_official(source))
 
 
-def test_names_of_detr_before_2_13(tmp_path):
-    source, former = small_weights("DETR", "v1"), {}
+def test_detr_of_former_versions_becomes_the_current_one(tmp_path):
+    source, former = small_weights(DETR, "v1"), {}
     for key, tensor in source.items():
         key = key.replace(".attentions.0.", ".self_attn.").replace(".attentions.1.", ".multihead_attn.")
         former[key.replace(".ffns.0.", ".ffn.").replace(".post_norm.", ".norm.")] = tensor
@@ -149,30 +159,30 @@ def test_names_of_detr_before_2_13(tmp_path):
     assert equal(torch.load(tmp_path / "b.pth"), source)
 
 
-@EVERY_SYSTEM
+@EVERY_ARCHITECTURE
 @pytest.mark.parametrize("missing", ["neck or transformer", "backbone.block2.0.attn.q.bias"])
-def test_incomplete_system(system, missing, tmp_path, capsys):
-    weights = small_weights(system, "v2")
+def test_incomplete_checkpoint_is_refused(architecture, missing, tmp_path, capsys):
+    weights = small_weights(architecture, "v2")
     if missing not in weights:
-        missing = {"DETR": "bbox_head.query_embedding.weight"}.get(system, "neck.fpn_convs.0.conv.weight")
+        missing = "bbox_head.query_embedding.weight" if architecture is DETR else "neck.fpn_convs.0.conv.weight"
     assert run(save(without(weights, missing), tmp_path / "a.pth"), tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert re.search(rf"lacks '{missing}'.*--backbone-only|lacks 1: '.*query.bias'", error), error
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_that_lost_a_tensor(tmp_path, capsys):
-    convert.convert(str(save(small_weights("DETR", "v2"), tmp_path / "a.pth")), tmp_path / "out")
+def test_folder_that_lost_a_tensor_is_not_exported(tmp_path, capsys):
+    convert.convert(str(save(small_weights(DETR, "v2"), tmp_path / "a.pth")), tmp_path / "out")
     weights = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     weights = without(weights, "model.decoder.layernorm.bias")
     safetensors.torch.save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     assert run("--to", "official", tmp_path / "out", tmp_path / "b.pth") == 1
     error = capsys.readouterr().err
-    assert "not hold a whole DETR: {'missing_keys': ['model.decoder.layernorm.bias']}" in error
+    assert "not hold a complete DETR: {'missing_keys': ['model.decoder.layernorm.bias']}" in error
 
 
-def test_code_cannot_be_saved_with_a_system(tmp_path, capsys):
-    path = save(small_weights("RetinaNet", "v2"), tmp_path / "a.pth")
+def test_code_cannot_be_saved_with_a_detector(tmp_path, capsys):
+    path = save(small_weights(RETINANET, "v2"), tmp_path / "a.pth")
     assert run(path, tmp_path / "out", "--with-code") == 1
     assert "`--with-code` cannot be used for a RetinaNet" in capsys.readouterr().err
 
@@ -186,16 +196,16 @@ def test_other_backbones_have_no_official_names(tmp_path, capsys):
     assert "backbone of type 'resnet'" in capsys.readouterr().err
 
 
-@EVERY_SYSTEM
+@EVERY_ARCHITECTURE
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_model_card(system, version, tmp_path, monkeypatch):
+def test_model_card_runs_and_names_the_architecture(architecture, version, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save(small_weights(system, version), tmp_path / "a.pth")
+    save(small_weights(architecture, version), tmp_path / "a.pth")
     done = convert.convert("a.pth", tmp_path / "out", card_name="out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     metadata = card.data.to_dict()
-    assert metadata["pipeline_tag"] == KINDS[system].pipeline_tag
-    assert f"# PVT {version} + {system}\n" in card.content
+    assert metadata["pipeline_tag"] == architecture.pipeline_tag
+    assert f"# PVT {version} + {architecture.name}\n" in card.content
     assert metadata["conversion"]["max_abs_difference_float64"] == done.difference
     assert "license" not in metadata and "paper's" not in card.content
     assert not re.search(r"\{\{ | \}\}|\n\n\n", card.content)
@@ -203,6 +213,33 @@ def test_model_card(system, version, tmp_path, monkeypatch):
     namespace = {}
     exec(block, namespace)
     assert all(value.isfinite().all() for value in namespace["outputs"].values())
+
+
+def test_new_architecture_needs_a_line_in_the_list_only(tmp_path, monkeypatch, capsys):
+    """Recognised, converted, described in the card, and exported by what its class says."""
+
+    class NewNet(type(RETINANET)):
+        name, tags, signature = "NewNet", ("new-net",), "bbox_head.new_cls."
+        rules = tuple((official.replace("retina_cls", "new_cls"), ours) for official, ours in RETINANET.rules)
+        fixed_fields = {"focal_gamma": 3.0}
+
+        def read_fields(self, shape, official):
+            return super().read_fields(lambda key: shape(key.replace("retina_cls", "new_cls")), official)
+
+        def head_reference(self, weights, image, feature_maps):
+            weights = {key.replace("new_cls", "retina_cls"): weights[key] for key in weights}
+            return super().head_reference(weights, image, feature_maps)
+
+    source = {key.replace("retina_cls", "new_cls"): x for key, x in small_weights(RETINANET, "v2").items()}
+    path = save(source, tmp_path / "a.pth")
+    assert run(path, tmp_path / "out") == 1
+    assert "of an architecture with 'bbox_head', 'neck', which pvt_hf does not have" in capsys.readouterr().err
+    monkeypatch.setattr(registry, "DENSE_PREDICTORS", (NewNet(), *registry.DENSE_PREDICTORS))
+    assert run(path, tmp_path / "out") == 0
+    assert "+ NewNet, mmdetection format" in capsys.readouterr().out
+    assert {"new-net", "pvt_v2"} <= set(ModelCard.load(tmp_path / "out" / "README.md").data.tags)
+    assert run("--to", "official", tmp_path / "out", tmp_path / "b.pth") == 0
+    assert equal(torch.load(tmp_path / "b.pth"), source)
 
 
 def mmdetection_3(official: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -240,24 +277,25 @@ def mmdetection_3(official: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_mmdetection_3(version, tmp_path, capsys):
-    """RetinaNet on mmdetection 3's own PVT, whole and as a backbone."""
-    official = small_weights("RetinaNet", version)
+def test_mmdetection_3_is_converted_with_its_epsilon(version, tmp_path, capsys):
+    """RetinaNet on mmdetection 3's own PVT, complete and as a backbone."""
+    official = small_weights(RETINANET, version)
     if version == "v1":
         official["backbone.pos_embed4"][:, 0] = 0  # not in that format, and not used
     path = save({"state_dict": mmdetection_3(official), "meta": {}}, tmp_path / "a.pth")
-    assert equal(rename.mmdetection_3_to_official(mmdetection_3(official)), official)
+    assert equal(formats.mmdetection_3_to_official(mmdetection_3(official)), official)
     done = convert.convert(str(path), tmp_path / "out")
-    assert done.source_format == "mmdetection 3" and done.kind == "RetinaNet" and done.difference < 1e-8
-    assert "epsilon of the norms in patch embedding and spatial reduction: 1e-06" in capsys.readouterr().out
+    assert done.source_format.name == "mmdetection 3" and done.architecture is RETINANET and done.difference < 1e-8
+    assert "epsilon of the norms in patch embedding and spatial reduction: 1e-06" in done.notes
     assert run("--to", "official", tmp_path / "out", tmp_path / "back.pth") == 0
     assert "trained with patch_layer_norm_eps 1e-06" in capsys.readouterr().out
     assert equal(torch.load(tmp_path / "back.pth"), official)
     done = convert.convert(str(path), tmp_path / "backbone", backbone_only=True)
-    assert done.kind == "backbone" and json.loads((tmp_path / "backbone" / "config.json").read_text())["out_features"]
+    assert done.architecture is registry.BACKBONE
+    assert json.loads((tmp_path / "backbone" / "config.json").read_text())["out_features"]
     config = AutoConfig.from_pretrained(tmp_path / "out").backbone_config
     assert config.out_features == ["stage2", "stage3", "stage4"] and config.patch_layer_norm_eps == 1e-6
-    model = KINDS["RetinaNet"].auto_class.from_pretrained(tmp_path / "out")
+    model = RETINANET.auto_class.from_pretrained(tmp_path / "out")
     epsilons = [module.eps for module in model.backbone.modules() if isinstance(module, torch.nn.LayerNorm)]
     assert set(epsilons) == {1e-6} and len(epsilons) > 15
 
@@ -273,14 +311,14 @@ class HistoryBuffer:
 
 
 @pytest.mark.parametrize("numpy", ["numpy._core", "numpy.core"])
-def test_logs_of_mmengine(numpy, tmp_path, monkeypatch, capsys):
+def test_logs_of_mmengine_are_set_aside(numpy, tmp_path, monkeypatch, capsys):
     """They are set aside without running anything of mmengine, which need not be installed."""
     module = types.ModuleType("mmengine.logging.history_buffer")
     HistoryBuffer.__module__, module.HistoryBuffer = module.__name__, HistoryBuffer
     for name in ("mmengine", "mmengine.logging", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
     hub = {"log_scalars": {"train/loss": HistoryBuffer()}}
-    source = small_weights("RetinaNet", "v2")
+    source = small_weights(RETINANET, "v2")
     save({"state_dict": mmdetection_3(source), "message_hub": hub}, tmp_path / "a.pth")
     monkeypatch.undo()
     with zipfile.ZipFile(tmp_path / "a.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w") as new:

@@ -1,4 +1,4 @@
-"""`conversion/convert.py`: every format in, verified folders out, and back again."""
+"""`pvt-hf convert`: every format in, verified folders out, and back again."""
 
 import argparse
 import ast
@@ -23,7 +23,8 @@ from torchvision.models import ResNet50_Weights
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 import pvt_hf
-from pvt_hf.conversion import convert, rename, verify
+from pvt_hf.commands import convert as command
+from pvt_hf.conversion import convert, formats, rename, verify
 from pvt_hf.variants import VARIANTS
 from tests.support.checkpoints import TINY, equal, official_shapes, official_weights, run, save
 from tests.support.small_models import ROOT, STAGES, randomize, small_config
@@ -32,7 +33,7 @@ VERSIONS = pytest.mark.parametrize("version", TINY)
 
 
 @pytest.mark.parametrize("name", ["pvt_tiny", "pvt_v2_b0", "pvt_v2_b2_li"])
-def test_names_and_shapes_of_official_files(name):
+def test_official_files_have_these_names_and_shapes(name):
     """`../keys/*.tsv` list the official files, tensor by tensor, and where each goes."""
     rows = [line.split("\t") for line in (ROOT / "tests" / "keys" / f"cls_{name}.tsv").read_text().splitlines()[1:]]
     shapes = official_shapes(VARIANTS[name])
@@ -42,7 +43,7 @@ def test_names_and_shapes_of_official_files(name):
     assert sorted(renamed) == sorted(targets)
 
 
-def test_counts_of_official_tensors():
+def test_official_files_have_these_numbers_of_tensors():
     counts = {name: len(official_shapes(variant)) for name, variant in VARIANTS.items()}
     assert [counts[f"pvt_{size}"] for size in ("tiny", "small", "medium", "large")] == [161, 301, 517, 751]
     assert [counts[f"pvt_v2_b{index}"] for index in range(6)] == [178, 178, 334, 574, 834, 1054]
@@ -55,11 +56,11 @@ LARGE = ("pvt_medium", "pvt_large", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in VARIANTS]
 )
-def test_every_variant(name, tmp_path, monkeypatch):
+def test_every_variant_becomes_a_verified_folder_and_back(name, tmp_path, monkeypatch):
     """The official format, and timm's for v2, of the real shapes: verified, loadable, and back bit for bit."""
     source = official_weights(VARIANTS[name])
     done = convert.convert(str(save({"model": source}, tmp_path / "source.pth")), tmp_path / "out")
-    assert done.variant.name == name and done.difference < 1e-10 and done.source_format == "official"
+    assert done.variant.name == name and done.difference < 1e-10 and done.source_format.name == "official"
 
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert type(model).__module__.startswith("pvt_hf.")
@@ -79,7 +80,7 @@ def test_every_variant(name, tmp_path, monkeypatch):
         assert run("--to", "timm", tmp_path / "out", tmp_path / "timm.safetensors") == 0
         monkeypatch.delattr(convert, "reference_outputs")  # timm's checkpoint is compared with timm's model
         again = convert.convert(str(tmp_path / "timm.safetensors"), tmp_path / "again")
-        assert again.source_format == "timm" and again.difference < 1e-10
+        assert again.source_format.name == "timm" and again.difference < 1e-10
         with safetensors.safe_open(tmp_path / "timm.safetensors", "pt") as file:
             assert {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()} == expected  # noqa: SIM118
         first, second = (tmp_path / folder / "model.safetensors" for folder in ("out", "again"))
@@ -112,19 +113,19 @@ PACKAGINGS = {
 
 @pytest.mark.parametrize("packaging", PACKAGINGS)
 @VERSIONS
-def test_packaging(version, packaging, tmp_path, capsys):
+def test_weights_are_found_in_every_packaging(version, packaging, tmp_path):
     source = official_weights(TINY[version])
     if packaging == "shared and strided" and version != "v1":
         source["norm1.bias"] = source["norm1.weight"]
-    convert.convert(str(save(PACKAGINGS[packaging](source), tmp_path / "a.pth")), tmp_path / "out")
+    done = convert.convert(str(save(PACKAGINGS[packaging](source), tmp_path / "a.pth")), tmp_path / "out")
     beside = {"model, optimizer and arguments": "left in the file: epoch, best, optimizer, args", "model.": "epoch"}
-    assert beside.get(packaging, "") in capsys.readouterr().out
+    assert beside.get(packaging, "") in "\n".join(done.notes)
     assert equal(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors"), rename.from_official(source))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("file", ["a.pth", "a.safetensors", "safetensors.pth", "legacy.pth"])
-def test_dtype_and_kind_of_file(file, dtype, tmp_path):
+def test_dtype_stays_and_content_tells_the_file_format(file, dtype, tmp_path):
     """The dtype stays, and the kind of file is told from its content."""
     source, path = {key: value.to(dtype) for key, value in official_weights(TINY["v2"]).items()}, tmp_path / file
     if "safetensors" in file:
@@ -181,7 +182,7 @@ def test_architecture_is_read_from_the_tensors(version, fields, tmp_path):
 
 
 @VERSIONS
-def test_folder_of_save_pretrained(version, tmp_path):
+def test_folder_of_save_pretrained_becomes_itself(version, tmp_path):
     """What shapes do not tell comes from its files: labels, heads, image size, rates, and its own preprocessing."""
     names = {0: "cat", 1: "dog", 2: "owl"}
     config = small_config(version, drop_path_rate=0.2, num_labels=3)  # with 1, 2, 3, 4 heads
@@ -192,15 +193,15 @@ def test_folder_of_save_pretrained(version, tmp_path):
     model.save_pretrained(tmp_path / "in")
     pvt_hf.PvtImageProcessor(size={"height": 64, "width": 96}, image_mean=[0.5] * 3).save_pretrained(tmp_path / "in")
     done = convert.convert(str(tmp_path / "in" / "model.safetensors"), tmp_path / "out")
-    assert done.source_format == "transformers"
+    assert done.source_format.name == "transformers"
     for file in ("model.safetensors", "config.json", "preprocessor_config.json"):
         assert (tmp_path / "in" / file).read_bytes() == (tmp_path / "out" / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("names", ['["no", "yes"]', '{"1": "yes", "0": "no"}'])
-def test_settings_of_timm(names, tmp_path):
+def test_labels_and_preprocessing_of_timm_are_kept(names, tmp_path):
     """Labels and preprocessing from timm's `config.json`."""
-    weights = rename.official_to_timm(official_weights(TINY["v2"]))
+    weights = formats.official_to_timm(official_weights(TINY["v2"]))
     weights["head.weight"], weights["head.bias"] = torch.randn(2, 64), torch.randn(2)
     folder = tmp_path / "repo"
     folder.mkdir()
@@ -228,7 +229,7 @@ def test_settings_of_timm(names, tmp_path):
         ({}, 256, "the papers' evaluation"),
     ],
 )
-def test_preprocessing_of_transformers(fields, edge, origin, tmp_path, capsys):
+def test_preprocessing_is_kept_but_for_the_squashing_default(fields, edge, origin, tmp_path, capsys):
     """Settings are kept, but for the squashing default with which the released weights are on the Hub."""
     folder = tmp_path / "repo"
     folder.mkdir()
@@ -252,7 +253,7 @@ def test_size_of_v1_is_the_size_of_its_crop(tmp_path):
     assert AutoImageProcessor.from_pretrained(tmp_path / "out").crop_size.height == 96
 
 
-def test_tensors_of_a_gpu(tmp_path):
+def test_tensors_of_a_gpu_are_read_without_one(tmp_path):
     """A file that was saved on a GPU is read without one."""
     source, path = official_weights(TINY["v2"]), tmp_path / "a.pth"
     torch.save(source, path)
@@ -265,7 +266,7 @@ def test_tensors_of_a_gpu(tmp_path):
     assert run(tmp_path / "gpu.pth", tmp_path / "out") == 0
 
 
-def test_bare_model_and_backbone_of_transformers(tmp_path, capsys):
+def test_bare_models_of_transformers_become_backbones(tmp_path, capsys):
     """Without a classifier there is a backbone in them, and what `--backbone-only` wrote can be read again."""
     for version, name in (("v1", "PvtModel"), ("v2", "PvtV2Model")):
         model = randomize(getattr(pvt_hf, name)(small_config(version)))
@@ -289,7 +290,7 @@ def test_bare_model_and_backbone_of_transformers(tmp_path, capsys):
         if (version, source_format) != ("v1", "timm")
     ],
 )
-def test_backbone_only(version, source_format, tmp_path, capsys):
+def test_backbone_only_leaves_the_heads(version, source_format, tmp_path, capsys):
     source = official_weights(TINY[version])
     encoder = {key: value for key, value in source.items() if not key.startswith(("head.", "norm.", "cls_token"))}
     head = {"mmdetection": "bbox_head.retina_cls.weight", "mmsegmentation": "decode_head.scale_heads.0.0.conv.weight"}
@@ -298,11 +299,11 @@ def test_backbone_only(version, source_format, tmp_path, capsys):
         assert run(save({"state_dict": source}, tmp_path / "a.pth"), tmp_path / "out") == 1
         error = capsys.readouterr().err
         name = "RetinaNet" if source_format == "mmdetection" else "Semantic FPN"
-        assert f"not a whole {name}. `--backbone-only` converts its backbone" in error
+        assert f"not a complete {name}. `--backbone-only` converts its backbone" in error
     elif source_format == "timm":
-        source = rename.official_to_timm(source)
+        source = formats.official_to_timm(source)
     done = convert.convert(str(save(source, tmp_path / "a.pth")), tmp_path / "out", backbone_only=True)
-    assert done.source_format == source_format and done.difference < 1e-10
+    assert done.source_format.name == source_format and done.difference < 1e-10
     backbone = getattr(pvt_hf, done.model_class).from_pretrained(tmp_path / "out")
     assert backbone.out_features == STAGES and done.model_class in ("PvtBackbone", "PvtV2Backbone")
     prefix = "pvt" if version == "v1" else "pvt_v2"
@@ -311,7 +312,7 @@ def test_backbone_only(version, source_format, tmp_path, capsys):
     assert equal(torch.load(tmp_path / "back.pth"), encoder)
 
 
-def test_insisting_on_a_variant(tmp_path, capsys):
+def test_another_variant_than_insisted_on_is_refused(tmp_path, capsys):
     path = save(official_weights(VARIANTS["pvt_v2_b0"]), tmp_path / "a.pth")
     assert run(path, tmp_path / "out", "--variant", "pvt_v2_b2_li") == 1
     error = capsys.readouterr().err
@@ -327,7 +328,7 @@ def test_insisting_on_a_variant(tmp_path, capsys):
     assert run(path, tmp_path / "out", "--variant", "pvt_v2_b0") == 0
 
 
-def test_program_from_another_directory(tmp_path):
+def test_program_runs_from_another_directory(tmp_path):
     """As a newcomer runs it, without this repository on the path."""
     save(official_weights(TINY["v2"]), tmp_path / "a.pth")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -353,7 +354,7 @@ def release(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_download(release, tmp_path, capsys, monkeypatch):
+def test_release_is_downloaded_once(release, tmp_path, capsys, monkeypatch):
     source = save(official_weights(VARIANTS["pvt_v2_b0"]), release / "pvt_v2_b0.pth")
     assert run("pvt_v2_b0", tmp_path / "out") == 0
     captured = capsys.readouterr()
@@ -378,9 +379,9 @@ def test_download(release, tmp_path, capsys, monkeypatch):
     assert not any((tmp_path / name).exists() for name in ("b1", "b2", "b3"))
 
 
-def test_model_zoo(release, tmp_path, capsys, monkeypatch):
+def test_one_failure_leaves_the_other_variants(release, tmp_path, capsys, monkeypatch):
     names = ["pvt_tiny", "pvt_v2_b0", "pvt_v2_b1"]
-    monkeypatch.setattr(convert, "VARIANTS", {name: VARIANTS[name] for name in names})
+    monkeypatch.setattr(command, "VARIANTS", {name: VARIANTS[name] for name in names})
     for name in names[:2]:
         save(official_weights(VARIANTS[name]), release / f"{name}.pth")
     assert run("--all", tmp_path / "zoo") == 1  # one is missing; the others are there
@@ -395,7 +396,7 @@ def test_model_zoo(release, tmp_path, capsys, monkeypatch):
 MEASURE = """
 import resource, sys, threading, time
 sys.path.insert(0, sys.argv[1])
-from pvt_hf.conversion import convert
+from pvt_hf.commands import convert
 
 def resident() -> int:
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -420,7 +421,7 @@ print("MEASURED", seconds, peak - start)
 @pytest.mark.parametrize("source_format", ["official", "timm"])
 def test_largest_variant_is_quick_and_small(source_format, tmp_path):
     weights = official_weights(VARIANTS["pvt_v2_b5"])
-    path = save(rename.official_to_timm(weights) if source_format == "timm" else weights, tmp_path / "b5.pth")
+    path = save(formats.official_to_timm(weights) if source_format == "timm" else weights, tmp_path / "b5.pth")
     command = [sys.executable, "-c", MEASURE, str(ROOT), str(path), str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, text=True)
     seconds, peak = map(float, re.search(r"MEASURED (\S+) (\S+)", result.stdout).groups())

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForImageClassification
 
-from pvt_hf.conversion import convert, rename
+from pvt_hf.conversion import convert, formats, rename
 from tests.support.checkpoints import TINY, equal, official_weights, run, save, without
 from tests.support.small_models import randomize, small_config
 
@@ -75,11 +75,11 @@ WRONG_FILES = {
     "resnet.pth": (changed(lambda w: {"conv1.weight": ONES, "fc.bias": ONES}), "'conv1.weight', 'fc.bias'"),
     "mmdet3.pth": (
         changed(lambda w: {"backbone.layers.0.0.projection.weight": ONES}),
-        "mmdetection 3 checkpoint of a system with",
+        "mmdetection 3 checkpoint of an architecture with",
     ),
     "unknown_detector.pth": (
         changed(lambda w: {f"backbone.{key}": value for key, value in w.items()} | {"query_head.x": ONES}),
-        "a system with 'query_head', which pvt_hf does not have",
+        "an architecture with 'query_head', which pvt_hf does not have",
     ),
     "lacking.pth": (lacking("block2.1.attn.q.bias"), r"lacks 1: '.*blocks\.1\.attention\.query\.bias"),
     "headless.pth": (lacking("head.weight", "head.bias"), "lacks 2: 'classifier.bias'"),
@@ -88,7 +88,7 @@ WRONG_FILES = {
     "float8.pth": (adding(**{"norm3.bias": ONES.to(torch.float8_e5m2)}), "other things than plain tensors"),
     "numbered.pth": (changed(lambda w: dict(enumerate(w.values()))), "plain tensors with names"),
     "twice.pth": (
-        changed(lambda w: rename.official_to_timm(w) | {"stages.0.downsample.proj.weight": ONES}),
+        changed(lambda w: formats.official_to_timm(w) | {"stages.0.downsample.proj.weight": ONES}),
         "Several tensors would get the same name: 'patch_embed1.proj.weight'",
     ),
     "no_mlp.pth": (lacking("block1.0.mlp.fc1.weight"), "lacks 'block1.0.mlp.fc1.weight'"),
@@ -106,7 +106,7 @@ WRONG_FILES = {
 
 
 @pytest.mark.parametrize("name", WRONG_FILES)
-def test_wrong_file(name, tmp_path, capsys):
+def test_wrong_file_is_refused_and_nothing_is_left(name, tmp_path, capsys):
     write, message = WRONG_FILES[name]
     write(tmp_path / name, official_weights(TINY["v2"]))
     assert run(tmp_path / name, tmp_path / "out") == 1
@@ -115,7 +115,7 @@ def test_wrong_file(name, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == [name]  # no output, no rest of it, and no harm
 
 
-def test_v1_positions_that_are_no_square(tmp_path, capsys):
+def test_v1_positions_that_are_no_square_are_refused(tmp_path, capsys):
     weights = official_weights(TINY["v1"])
     weights["pos_embed1"] = torch.ones(1, 24 * 16, 8)
     assert run(save(weights, tmp_path / "a.pth"), tmp_path / "out") == 1
@@ -132,7 +132,7 @@ def test_v1_positions_that_are_no_square(tmp_path, capsys):
         (".", "must be a file, got the directory"),
     ],
 )
-def test_wrong_source(source, message, tmp_path, capsys, monkeypatch):
+def test_wrong_source_is_refused(source, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(source, "out") == 1
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
@@ -149,7 +149,7 @@ def test_wrong_source(source, message, tmp_path, capsys, monkeypatch):
         (("id2label", "abc"), "does not name the 5 labels"),
     ],
 )
-def test_config_that_contradicts_the_tensors(change, message, tmp_path, capsys):
+def test_config_that_contradicts_the_tensors_is_refused(change, message, tmp_path, capsys):
     randomize(AutoModelForImageClassification.from_config(small_config("v2"))).save_pretrained(tmp_path / "in")
     path = tmp_path / "in" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict([change])))
@@ -161,7 +161,7 @@ def test_config_that_contradicts_the_tensors(change, message, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_output_directory(tmp_path, capsys):
+def test_output_directory_is_replaced_by_overwrite_only(tmp_path, capsys):
     first, second = (save(official_weights(TINY["v2"]), tmp_path / name) for name in ("1.pth", "2.pth"))
     out = tmp_path / "deep" / "out"
     out.mkdir(parents=True)  # an empty one is fine
@@ -223,7 +223,7 @@ def test_interrupted_conversion_leaves_the_former_one(occasion, tmp_path, monkey
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.pth", "out"]
 
 
-def test_back_to_official(tmp_path, capsys):
+def test_export_is_exact_or_refused(tmp_path, capsys):
     assert run("--to", "official", tmp_path / "none", tmp_path / "x.pth") == 1
     assert "has no ['config.json', 'model.safetensors']" in capsys.readouterr().err
     source = official_weights(TINY["v1"])
@@ -257,10 +257,10 @@ def test_back_to_official(tmp_path, capsys):
         ["a.pth", "b", "--variant", "pvt_v3"],
     ],
 )
-def test_wrong_arguments(arguments):
+def test_wrong_arguments_show_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         run(*arguments)
-    assert error.value.code == 2
+    assert error.value.code == 2 and capsys.readouterr().err.startswith("usage: pvt-hf convert")
 
 
 @pytest.mark.parametrize("version", TINY)

@@ -15,7 +15,7 @@ from tests.support.checkpoints import TINY, official_weights, save
 
 @pytest.mark.parametrize("backbone_only", [False, True])
 @pytest.mark.parametrize("name", ["pvt_tiny", "pvt_v2_b0"])
-def test_model_card(name, backbone_only, tmp_path, monkeypatch):
+def test_model_card_is_true_and_runs(name, backbone_only, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save(official_weights(VARIANTS[name], std=0.02), tmp_path / "a.pth")
     done = convert.convert(str(path), tmp_path / "out", backbone_only=backbone_only)
@@ -39,7 +39,7 @@ def test_model_card(name, backbone_only, tmp_path, monkeypatch):
     assert backbone_only or namespace["model"].config.num_labels == 2
 
 
-def test_card_of_a_stranger_s_weights(tmp_path):
+def test_card_claims_nothing_for_unknown_weights(tmp_path):
     """No licence, data set or published number is claimed for weights that nobody knows."""
     weights = official_weights(TINY["v2"])
     weights["head.weight"], weights["head.bias"] = torch.randn(3, 64), torch.randn(3)

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 import pvt_hf
-from pvt_hf.conversion import rename
+from pvt_hf.conversion import formats, rename
 from tests.support.checkpoints import TINY, equal, official_weights, run, save
 from tests.support.hub import TOKEN
 from tests.support.small_models import ROOT, STAGES, randomize, small_config
@@ -50,7 +50,7 @@ print(type(model).__module__, type(processor).__module__, processor.size)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_upload_and_load(version, python, hub, tmp_path):
+def test_uploads_load_with_and_without_pvt_hf(version, python, hub, tmp_path):
     source = official_weights(TINY[version])
     path = save(source, tmp_path / "a.pth")
     result = python(CONVERT, path, "out", "--push-to-hub", "me/pvt", "--with-code")
@@ -111,7 +111,7 @@ for name, own in json.loads(sys.argv[1]).items():
 
 
 @torch.no_grad()
-def test_code_of_every_class(python, hub, tmp_path, monkeypatch):
+def test_saved_code_of_every_class_works_without_pvt_hf(python, hub, tmp_path, monkeypatch):
     """What `save_pretrained` leaves after `register_for_auto_class` works where pvt_hf is not installed."""
     auto_classes = {name: OWN_AUTO_CLASS[re.search("|".join(OWN_AUTO_CLASS), name)[0]] for name in CLASSES}
     assert len(auto_classes) == 6
@@ -146,10 +146,10 @@ def test_own_subclass_is_saved_as_everywhere(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {"AutoModel": "my_pvt.MyPvt"}
 
 
-def test_repository_as_source(online, tmp_path, capsys):
+def test_repositories_of_the_hub_are_sources(online, tmp_path, capsys):
     """timm's files from the Hub, and a repository of transformers, private and with the labels of its config."""
     weights = official_weights(TINY["v2"])
-    content = safetensors.torch.save(rename.official_to_timm(weights))
+    content = safetensors.torch.save(formats.official_to_timm(weights))
     online.repos["timm/pvt"] = {"model.safetensors": content, "config.json": b'{"architecture": "pvt_v2_b0"}'}
     assert run("timm/pvt", "out") == 0
     assert f"{online.url}/timm/pvt: " in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_repository_as_source(online, tmp_path, capsys):
         assert not (tmp_path / "none").exists()
 
 
-def test_uploading_again(online, tmp_path):
+def test_uploading_again_deletes_former_code(online, tmp_path):
     """Code that the new upload does not bring would run with weights that are not its own."""
     path = save(official_weights(TINY["v2"]), tmp_path / "a.pth")
     assert run(path, "out", "--push-to-hub", "me/pvt", "--with-code") == 0
@@ -180,7 +180,7 @@ def test_uploading_again(online, tmp_path):
     assert online.repos["me/pvt"].keys() == {path.name for path in (tmp_path / "out").iterdir()} | {"notes.txt"}
 
 
-def test_private(online, tmp_path, capsys):
+def test_private_uploads_are_never_public(online, tmp_path, capsys):
     path = save(official_weights(TINY["v2"]), tmp_path / "a.pth")
     assert run(path, "out", "--push-to-hub", "org/pvt", "--private") == 0
     assert online.private == {"org/pvt"}
@@ -204,7 +204,7 @@ def test_private(online, tmp_path, capsys):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_network_fails(fault, message, online, tmp_path, capsys):
+def test_failed_upload_tells_why_and_can_be_repeated(fault, message, online, tmp_path, capsys):
     path = save(official_weights(TINY["v2"]), tmp_path / "a.pth")
     online.fault = fault
     assert run(path, "out", "--push-to-hub", "me/pvt") == 1
@@ -220,7 +220,7 @@ def test_network_fails(fault, message, online, tmp_path, capsys):
     assert sorted(online.repos["me/pvt"]) == names
 
 
-def test_unknown_or_offline(online, tmp_path, capsys, monkeypatch):
+def test_unknown_or_offline_user_is_told(online, tmp_path, capsys, monkeypatch):
     path = save(official_weights(TINY["v2"]), tmp_path / "a.pth")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert run(path, "out", "--push-to-hub", "me/pvt") == 1

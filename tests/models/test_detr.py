@@ -22,7 +22,8 @@ from transformers import (
 )
 
 import pvt_hf
-from pvt_hf.conversion import reference, reference_heads, rename, systems
+from pvt_hf.conversion import reference, reference_heads, rename
+from pvt_hf.conversion.architectures.detr import Detr
 from pvt_hf.models.backbone import load_pretrained_backbone
 from tests.support.checkpoints import equal
 from tests.support.small_models import ROOT, randomize, small_config
@@ -66,8 +67,7 @@ def random_labels(*counts: int, num_labels: int = 4) -> list[dict[str, torch.Ten
 
 
 def official_weights(model: DetrForObjectDetection) -> dict[str, torch.Tensor]:
-    prefix = "pvt" if model.config.backbone_config.model_type == "pvt" else "pvt_v2"
-    return systems.to_official(model.state_dict(), "DETR", prefix)
+    return Detr().to_official(model.state_dict())
 
 
 def reference_detr(weights, pixel_values, pixel_mask, config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +105,7 @@ def test_equals_the_reference(version):
     (logits[-1].square().sum() + boxes[-1].square().sum()).backward()
     gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
     expected = {key: torch.zeros_like(t) if t.grad is None else t.grad for key, t in weights.items()}
-    actual = systems.to_official(gradients, "DETR", "pvt" if version == "v1" else "pvt_v2")
+    actual = Detr().to_official(gradients)
     assert actual.keys() == expected.keys()
     for key in actual:
         assert_close(actual[key], expected[key])
@@ -132,11 +132,11 @@ def test_released_pvt_small_equals_the_reference():
         key: torch.empty(ast.literal_eval(shape)).normal_(std=0.03).add_(key.endswith("norm.weight") or "norms" in key)
         for key, shape in rows
     }
-    assert rename.system_name(official) == "DETR" and len(official) == 489
+    assert Detr().recognizes(official) and len(official) == 489
     model = DetrForObjectDetection(pvt_hf.build_detr_config(pvt_hf.build_config("pvt_small")))
-    converted = systems.from_official(official, "DETR", "pvt")
+    converted = Detr().from_official(official)
     model.load_state_dict(converted)  # strict
-    assert equal(systems.to_official(model.state_dict(), "DETR", "pvt"), official)
+    assert equal(Detr().to_official(model.state_dict()), official)
     assert sum(tensor.numel() for tensor in official.values()) == 41_645_141
 
     model.double().eval()
@@ -164,20 +164,20 @@ def test_former_names_are_converted():
             key = key.replace(".post_norm.", ".norm.")
         former[key] = tensor
     assert len(former.keys() - official.keys()) == 2 * 8 + 3 * 12 + 2
-    assert equal(systems.from_official(former, "DETR", "pvt"), dict(model.state_dict()))
+    assert equal(Detr().from_official(former), dict(model.state_dict()))
 
 
 def test_conversion_names_what_is_wrong():
     official = official_weights(small_detr())
     name = "bbox_head.transformer.encoder.layers.0.attentions.0.attn.in_proj_weight"
     with pytest.raises(rename.ConversionError, match=r"in_proj_weight.*\(95, 32\)"):
-        systems.from_official(official | {name: official[name][:-1]}, "DETR", "pvt")
-    ours = systems.from_official(official, "DETR", "pvt")
+        Detr().from_official(official | {name: official[name][:-1]})
+    ours = Detr().from_official(official)
     del ours["model.encoder.layers.0.self_attn.k_proj.weight"]
     with pytest.raises(rename.ConversionError, match="has no .*k_proj.weight"):
-        systems.to_official(ours, "DETR", "pvt")
+        Detr().to_official(ours)
     with pytest.raises(rename.ConversionError, match="other"):
-        systems.from_official(official | {"bbox_head.other.weight": torch.zeros(1)}, "DETR", "pvt")
+        Detr().from_official(official | {"bbox_head.other.weight": torch.zeros(1)})
 
 
 # Configuration and initialisation
@@ -324,7 +324,7 @@ def test_loss_and_gradients_equal_those_of_loops(counts):
     outputs.loss.backward()
     expected.backward()
     gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
-    actual = systems.to_official(gradients, "DETR", "pvt")
+    actual = Detr().to_official(gradients)
     for key, tensor in weights.items():
         assert_close(actual[key], torch.zeros_like(tensor) if tensor.grad is None else tensor.grad)
 
@@ -544,7 +544,7 @@ def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
         batch = {"pixel_values": pixels, "pixel_mask": torch.ones(1, 64, 64)}
         (slow_total(weights, batch, label, model.config.backbone_config, num_boxes=2.5)[0] / 2).backward()
     expected = {key: torch.zeros_like(t) if t.grad is None else t.grad for key, t in weights.items()}
-    expected = systems.from_official(expected, "DETR", "pvt")
+    expected = Detr().from_official(expected)
     gradients = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for (name, _), first, second in zip(model.named_parameters(), *gradients, strict=True):
         assert torch.equal(first, second)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import pvt_hf
-from tests.models.test_auto import run
+from tests.support.processes import run_python
 from tests.support.small_models import STAGES, randomize, small_config
 
 NATIVE = {
@@ -75,7 +75,7 @@ def test_our_checkpoint_loads_in_a_process_without_pvt_hf(tmp_path):
             output = list(output.feature_maps) if "Backbone" in name else [output[0]]
             torch.save({"pixels": pixels, "output": output}, tmp_path / name / "expected.pt")
             arguments += [str(tmp_path / name), name]
-    assert len(run(CHECK_NATIVE, *arguments).split()) == 5
+    assert len(run_python(CHECK_NATIVE, *arguments).split()) == 5
 
 
 @pytest.fixture(params=["v1", "v2"])

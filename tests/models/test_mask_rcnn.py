@@ -8,7 +8,8 @@ import transformers
 from torch.testing import assert_close
 
 import pvt_hf
-from pvt_hf.conversion import reference_heads, systems
+from pvt_hf.conversion import reference_heads
+from pvt_hf.conversion.architectures.mask_rcnn import MaskRCNN
 from pvt_hf.models.backbone import load_pretrained_backbone
 from pvt_hf.models.modeling_mask_rcnn import pool_rois, sample_rois
 from pvt_hf.models.post_processing import detect_objects, paste_masks, segment_instances
@@ -72,7 +73,7 @@ def converted_model(weights, version, **overrides):
         num_labels=CLASSES,
         **overrides,
     )
-    return detectors.converted(pvt_hf.MaskRCNNForInstanceSegmentation(config), weights, "Mask R-CNN")
+    return detectors.converted(pvt_hf.MaskRCNNForInstanceSegmentation(config), weights, MaskRCNN())
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -153,7 +154,7 @@ def test_losses_and_gradients_equal_the_reference(objects, samples):
         assert_close(outputs.loss_dict[f"loss_{name}"], value.double(), rtol=1e-10, atol=1e-14)
     assert_close(outputs.loss, sum(expected.values()).double(), rtol=1e-10, atol=0)
     gradients = {key: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for key, leaf in leaves.items()}
-    gradients = systems.from_official(gradients, "Mask R-CNN", model.backbone.base_model_prefix)
+    gradients = MaskRCNN().from_official(gradients)
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, gradients[name], rtol=1e-7, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -247,7 +248,7 @@ def test_released_checkpoint_fits(variant):
         model = pvt_hf.MaskRCNNForInstanceSegmentation(pvt_hf.MaskRCNNConfig(backbone_config=backbone))
     shapes = detectors.key_list(f"mask_rcnn_{variant}")
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    renamed = systems.from_official(tensors, "Mask R-CNN", model.backbone.base_model_prefix)
+    renamed = MaskRCNN().from_official(tensors)
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 

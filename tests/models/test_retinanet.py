@@ -6,7 +6,8 @@ import transformers
 from torch.testing import assert_close
 
 import pvt_hf
-from pvt_hf.conversion import reference_heads, systems
+from pvt_hf.conversion import reference_heads
+from pvt_hf.conversion.architectures.retinanet import RetinaNet
 from pvt_hf.models.backbone import load_pretrained_backbone
 from pvt_hf.models.post_processing import detect_objects
 from tests.support import checkpoints, detectors
@@ -50,7 +51,7 @@ def converted_model(weights, version):
     config = pvt_hf.RetinaNetConfig(
         backbone_config=tiny_backbone(version), neck_channels=detectors.CHANNELS, num_labels=CLASSES
     )
-    return detectors.converted(pvt_hf.RetinaNetForObjectDetection(config), weights, "RetinaNet")
+    return detectors.converted(pvt_hf.RetinaNetForObjectDetection(config), weights, RetinaNet())
 
 
 @VERSIONS
@@ -141,7 +142,7 @@ def test_losses_and_gradients_equal_the_reference(objects):
     assert_close(outputs.loss_dict["loss_box"], torch.as_tensor(box_loss).double(), rtol=1e-10, atol=0)
     assert_close(outputs.loss, class_loss + box_loss, rtol=1e-10, atol=0)
     gradients = {key: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for key, leaf in leaves.items()}
-    gradients = systems.from_official(gradients, "RetinaNet", model.backbone.base_model_prefix)
+    gradients = RetinaNet().from_official(gradients)
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, gradients[name], rtol=1e-7, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -155,7 +156,7 @@ def test_released_checkpoint_fits(variant):
     tensors = {
         key: torch.empty(shape, device="meta") for key, shape in detectors.key_list(f"retinanet_{variant}").items()
     }
-    renamed = systems.from_official(tensors, "RetinaNet", model.backbone.base_model_prefix)
+    renamed = RetinaNet().from_official(tensors)
     assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 

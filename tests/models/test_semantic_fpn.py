@@ -17,10 +17,11 @@ from transformers import (
 )
 
 import pvt_hf
-from pvt_hf.conversion import infer_config, reference, reference_heads, systems
+from pvt_hf.conversion import infer_config, reference, reference_heads
+from pvt_hf.conversion.architectures.semantic_fpn import SemanticFPN
 from pvt_hf.models.modeling_semantic_fpn import semantic_loss
 from tests.support.checkpoints import TINY
-from tests.support.head_shapes import system_weights
+from tests.support.head_shapes import checkpoint_weights, semantic_fpn
 from tests.support.small_models import STAGES, randomize, small_config
 
 BACKBONES = ("v1", "v2", "resnet")
@@ -44,16 +45,15 @@ def build(name: str = "v2", std: float = 0.05, **fields):
 
 def official_pair(version: str):
     """A random checkpoint as released, in float64, and the model that its tensors fill."""
-    official = system_weights("Semantic FPN", TINY[version], std=0.1, num_labels=7, channels=16)
+    official = checkpoint_weights(semantic_fpn, TINY[version], std=0.1, num_labels=7, channels=16)
     official = {key: value.double() if value.is_floating_point() else value for key, value in official.items()}
     encoder = {key.removeprefix("backbone."): official[key] for key in official if key.startswith("backbone.")}
-    backbone = infer_config.read_config(encoder)
+    backbone = infer_config.infer_config(encoder)
     backbone.out_features = STAGES
     config = pvt_hf.SemanticFPNConfig(backbone_config=backbone, num_labels=7, neck_channels=16, head_channels=8)
     model = pvt_hf.SemanticFPNForSemanticSegmentation(config).double().eval()
-    base_prefix = model.backbone.base_model_prefix
-    model.load_state_dict(systems.from_official(official, "Semantic FPN", base_prefix))
-    return official, encoder, model, base_prefix
+    model.load_state_dict(SemanticFPN().from_official(official))
+    return official, encoder, model
 
 
 def reference_logits(official, encoder, pixels):
@@ -64,20 +64,20 @@ def reference_logits(official, encoder, pixels):
 @pytest.mark.parametrize("version", TINY)
 @torch.no_grad()
 def test_logits_equal_the_reference(version):
-    official, encoder, model, base_prefix = official_pair(version)
+    official, encoder, model = official_pair(version)
     for size in ((64, 96), (224, 224), (160, 32), (97, 130)):
         pixels = torch.randn(2, 3, *size, dtype=torch.double)
         torch.testing.assert_close(
             model(pixels).logits, reference_logits(official, encoder, pixels), rtol=0, atol=1e-10
         )
-    back = systems.to_official(model.state_dict(), "Semantic FPN", base_prefix)
+    back = SemanticFPN().to_official(model.state_dict())
     assert back.keys() == official.keys() and all(torch.equal(back[key], official[key]) for key in official)
 
 
 @pytest.mark.parametrize("version", TINY)
 def test_gradients_equal_the_reference(version):
     """Of every parameter and of the image, in evaluation mode."""
-    official, _, model, base_prefix = official_pair(version)
+    official, _, model = official_pair(version)
     official = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in official.items()}
     encoder = {key.removeprefix("backbone."): official[key] for key in official if key.startswith("backbone.")}
     pixels = torch.randn(2, 3, 64, 96, dtype=torch.double, requires_grad=True)
@@ -90,7 +90,7 @@ def test_gradients_equal_the_reference(version):
         (weight * expected).sum(), [pixels, *sources.values()], allow_unused=True, materialize_grads=True
     )
     torch.testing.assert_close(actual[0], wanted[0], rtol=0, atol=1e-10)
-    wanted = systems.from_official(dict(zip(sources, wanted[1:], strict=True)), "Semantic FPN", base_prefix)
+    wanted = SemanticFPN().from_official(dict(zip(sources, wanted[1:], strict=True)))
     for name, gradient in zip(names, actual[1:], strict=True):
         torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=1e-10, msg=name)
 

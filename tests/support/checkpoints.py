@@ -5,7 +5,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from pvt_hf.conversion import convert
+from pvt_hf.commands import convert
 from pvt_hf.variants import Variant
 
 # Small, with the official numbers of heads, which no checkpoint stores.
@@ -83,5 +83,5 @@ def without(weights: dict, *names: str) -> dict:
 
 
 def run(*arguments) -> int:
-    """The exit code of `conversion/convert.py`."""
+    """The exit code of `pvt-hf convert`."""
     return convert.main([str(argument) for argument in arguments])

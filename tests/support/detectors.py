@@ -4,7 +4,7 @@ import torch
 import transformers
 
 import pvt_hf
-from pvt_hf.conversion import reference, reference_heads, systems
+from pvt_hf.conversion import reference, reference_heads
 from tests.support import checkpoints
 from tests.support import reference_detection as loops
 from tests.support.small_models import ROOT, STAGES, small_config
@@ -103,10 +103,9 @@ def official_mask_rcnn(variant):
     return weights
 
 
-def converted(model, weights, system):
+def converted(model, weights, architecture):
     """`model` in float64 and evaluation mode with the tensors of a released checkpoint, all of them."""
-    prefix = model.backbone.base_model_prefix
-    model.double().eval().load_state_dict(systems.from_official(weights, system, prefix), strict=True)
+    model.double().eval().load_state_dict(architecture.from_official(weights), strict=True)
     return model
 
 

@@ -1,5 +1,7 @@
 """Random checkpoints with the names and shapes of the official detectors and the segmenter (see `../keys/*.tsv`)."""
 
+from collections.abc import Callable
+
 import torch
 
 from pvt_hf.variants import Variant
@@ -108,27 +110,26 @@ def detr(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256
     return shapes
 
 
-HEADS = {
-    "RetinaNet": retinanet,
-    "Mask R-CNN": mask_rcnn,
-    "Faster R-CNN": faster_rcnn,
-    "DETR": detr,
-    "Semantic FPN": semantic_fpn,
-}
+def checkpoint_shapes(head: Callable[..., Shapes], variant: Variant, **options: int) -> Shapes:
+    """Names and shapes of an official detector or segmenter on the official backbone, which has no classifier there.
 
-
-def system_shapes(system: str, variant: Variant, **options: int) -> Shapes:
-    """Names and shapes of the official system on the official backbone, without what only its classifier has."""
+    Args:
+        head: Gives those of everything beside the backbone: [`retinanet`], [`detr`], ...
+        variant: Of the backbone.
+        options: Of `head`.
+    """
     classifier = official_shapes(variant)
     kept = [key for key in classifier if not key.startswith(("head.", "norm.", "cls_token"))]
     backbone = {f"backbone.{key}": classifier[key] for key in kept}
-    return backbone | HEADS[system](variant.hidden_sizes, **options)
+    return backbone | head(variant.hidden_sizes, **options)
 
 
-def system_weights(system: str, variant: Variant, std: float = 0.05, **options: int) -> dict[str, torch.Tensor]:
+def checkpoint_weights(
+    head: Callable[..., Shapes], variant: Variant, std: float = 0.05, **options: int
+) -> dict[str, torch.Tensor]:
     """A random checkpoint with those names and shapes: norms near one, positive running variances."""
     weights = {}
-    for name, shape in system_shapes(system, variant, **options).items():
+    for name, shape in checkpoint_shapes(head, variant, **options).items():
         if name.endswith("num_batches_tracked"):
             weights[name] = torch.tensor(40_000)
         elif name.endswith("running_var"):

@@ -8,12 +8,14 @@ import torch
 
 import pvt_hf
 from pvt_hf import recipes
-from pvt_hf.conversion import systems
+from pvt_hf.conversion.architectures.detr import Detr
+from pvt_hf.conversion.architectures.mask_rcnn import MaskRCNN
+from pvt_hf.conversion.architectures.retinanet import RetinaNet
 from pvt_hf.training import optimization
 from tests.support.small_models import STAGES, small_config
 
 RECIPES = pytest.mark.parametrize("name", recipes.DETECTION_RECIPES)
-SYSTEMS = {"retinanet": "RetinaNet", "mask_rcnn": "Mask R-CNN", "detr": "DETR"}
+ARCHITECTURES = {"retinanet": RetinaNet(), "mask_rcnn": MaskRCNN(), "detr": Detr()}
 SMALL = {"num_labels": 3, "neck_channels": 8}
 
 
@@ -119,7 +121,7 @@ def test_groups_by_official_name(name, version):
     assert settings.keys() == tensors.keys() and sum(len(group["params"]) for group in groups) == len(names)
     # Every tensor holds the position of its name, so that official tensors made of several keep them all.
     marked = {key: torch.full_like(tensor, position) for position, (key, tensor) in enumerate(tensors.items())}
-    official = systems.to_official(marked, SYSTEMS[recipe.architecture], "pvt_v2" if version == "v2" else "pvt")
+    official = ARCHITECTURES[recipe.architecture].to_official(marked)
     seen = set()
     for key, tensor in official.items():
         positions = tensor.unique().int().tolist()
@@ -131,7 +133,7 @@ def test_groups_by_official_name(name, version):
     assert seen == set(range(len(names)))
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", ARCHITECTURES)
 def test_frozen_parameters_are_left_out(system):
     """Those of the backbone's first stages; DETR's own encoder has layers too."""
     model = detector(system, "v2")

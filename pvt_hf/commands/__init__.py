@@ -1,0 +1,1 @@
+"""The `pvt-hf` command line: one file per subcommand, each a thin program with `main(argv)`."""
