@@ -33,31 +33,41 @@ _WRAPPERS = ("state_dict", "model")  # mmcv and timm; the official training code
 _PREFIXES = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel; torch.compile; Lightning
 
 
-class _LoggedValue:
-    """In the place of mmengine's history of a logged value, which its checkpoints hold and nobody needs here."""
+class _StandIn:
+    """In the place of everything of NumPy and mmengine that a checkpoint may hold beside its tensors.
+
+    Nobody needs these values here. NumPy's own types must not be read: `dtype.__setstate__` believes the flags that it
+    is given, and a scalar of a dtype that claims to hold objects takes bytes of the file for an address in memory.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
-def _no_method(*_) -> None:
-    """In the place of `getattr`, by which that history names its own methods: nothing is looked up."""
+def _no_method(*_: Any) -> None:
+    """In the place of `getattr`, by which mmengine's history names its own methods: nothing is looked up."""
 
 
-# What training programs put beside the weights, and what runs nothing when it is read: the arguments of the official
-# code, paths, counters, scalars and arrays of NumPy by their names in version 2 and before, and mmengine's logs.
+# NumPy's dtypes, scalars and arrays by their names in version 2 and before, and mmengine's history of a logged value.
+_INERT = (
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.dtypes.{name}" for name in np.dtypes.__all__),
+)
+# What training programs put beside the weights, and what runs nothing when it is read.
 _HARMLESS = [
-    argparse.Namespace,
+    argparse.Namespace,  # the arguments of the released code
     collections.defaultdict,
     pathlib.PosixPath,
     pathlib.PurePosixPath,
-    np.dtype,
-    np._core.multiarray.scalar,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np.ndarray,
-    np._core.multiarray._reconstruct,
-    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    (_LoggedValue, "mmengine.logging.history_buffer.HistoryBuffer"),
+    *((_StandIn, name) for name in _INERT),
     (_no_method, "builtins.getattr"),
     (_no_method, "__builtin__.getattr"),
-    *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
 ]
 
 
@@ -170,8 +180,11 @@ def _read_from_hub(repo: str) -> Checkpoint:
 
 def _read(source: str, path: Path, config: dict[str, Any], preprocessor: dict[str, Any]) -> Checkpoint:
     loaded, set_aside = load_file(path), []
-    class_names = _class_names(loaded.get("meta"))
+    class_names, unwrapped = _class_names(loaded.get("meta")), set()
     while wrapper := next((key for key in _WRAPPERS if isinstance(loaded.get(key), dict) and loaded[key]), None):
+        if id(loaded) in unwrapped:
+            raise ConversionError(f"{path} is refused: its {wrapper!r} holds itself.")
+        unwrapped.add(id(loaded))
         set_aside += [str(key) for key in loaded if key != wrapper]
         loaded = loaded[wrapper]
     if "n_averaged" in loaded:  # the counter of torch.optim.swa_utils.AveragedModel

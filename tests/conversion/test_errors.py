@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from pvt_hf.conversion import convert, formats, rename
 from tests.support.checkpoints import TINY, equal, official_weights, run, save, without
+from tests.support.processes import run_python
 from tests.support.small_models import randomize, small_config
 
 ONES = torch.ones(2)
@@ -55,7 +57,26 @@ def malicious(folder):
     return Malicious(folder / "harm")
 
 
+class ForgedDtype:
+    """A dtype of objects whose state says that it holds none, and a scalar of it whose bytes are an address."""
+
+    def __reduce__(self):
+        return np._core.multiarray.scalar, (_ForgedState(), (0xDEADBEEF).to_bytes(8, "little"))
+
+
+class _ForgedState:
+    def __reduce__(self):
+        return np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+def holding_itself(path, weights):
+    content = {"state_dict": weights}
+    content["state_dict"] = content
+    torch.save(content, path)
+
+
 WRONG_FILES = {
+    "itself.pth": (holding_itself, "refused: its 'state_dict' holds itself"),
     "malicious.pth": (pickled(malicious), r"refused.*`posix\.system`.*could run code"),
     "legacy.pth": (pickled(malicious, _use_new_zipfile_serialization=False), r"refused.*`posix\.system`"),
     "module.pth": (
@@ -103,6 +124,17 @@ WRONG_FILES = {
         "no PVT with.*41",
     ),
 }
+
+
+@pytest.mark.process
+def test_values_of_numpy_are_never_made(tmp_path):
+    """With NumPy's own types this file ends the process, or adds one to a word of its memory."""
+    torch.save(official_weights(TINY["v2"]) | {"loss": ForgedDtype()}, tmp_path / "forged.pth")
+    code = (
+        "import pathlib, sys; from pvt_hf.conversion.checkpoint import load_file, _StandIn\n"
+        "assert type(load_file(pathlib.Path(sys.argv[1]))['loss']) is _StandIn"
+    )
+    run_python(code, str(tmp_path / "forged.pth"))
 
 
 @pytest.mark.parametrize("name", WRONG_FILES)
