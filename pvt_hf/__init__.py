@@ -23,7 +23,7 @@ from .models.configuration_pvt import PvtConfig
 from .models.configuration_pvt_v2 import PvtV2Config
 from .models.configuration_retinanet import RetinaNetConfig
 from .models.configuration_semantic_fpn import SemanticFPNConfig
-from .models.detr import build_detr, build_detr_config, detr_detections, detr_loss, prepare_detr_training
+from .models.detr import build_detr, build_detr_config, detr_loss, prepare_detr_training
 from .models.image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
 from .models.image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
 from .models.image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
@@ -32,6 +32,7 @@ from .models.modeling_pvt import PvtBackbone, PvtForImageClassification, PvtMode
 from .models.modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
 from .models.modeling_retinanet import RetinaNetForObjectDetection
 from .models.modeling_semantic_fpn import SemanticFPNForSemanticSegmentation
+from .models.post_processing import detr_detections
 from .models.sliding_window import sliding_window_logits
 from .variants import VARIANTS, build_config
 

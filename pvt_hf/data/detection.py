@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..models.annotations import AnnotationError, checked, read_objects
+from ..models.annotations import AnnotationError, iter_annotations, read_objects
 from .images import ImageError, decode, drop_skipped
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class DetectionData:
         reasons = Counter(
             reason
             for record in kept
-            for *_, reason in checked(record.annotations, record.image_id, record.size, len(self.label_names))
+            for *_, reason in iter_annotations(record.annotations, record.image_id, record.size, len(self.label_names))
         )
         if skipped := {reason: count for reason, count in reasons.items() if reason}:
             logger.warning(f"Training skips {sum(skipped.values())} of {reasons.total()} annotations: {skipped}.")

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..models.image_processing_segmentation import IGNORE_INDEX, check_label_map, label_map, reduce_labels
+from ..models.image_processing_segmentation import IGNORE_INDEX, check_label_map, read_label_map, reduce_labels
 from .images import ImageError, decode, drop_skipped
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class SegmentationData:
         image = torch.from_numpy(np.array(decode(row["image"], name))).permute(2, 0, 1)
         map_name = f"The label map {(row['label_map'] or {}).get('path') or ''} of {name}"
         given = decode(row["label_map"], map_name, mode=None)
-        labels = label_map(given, map_name)
+        labels = read_label_map(given, map_name)
         if labels.shape != image.shape[1:]:
             raise ValueError(f"{map_name} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])}.")
         labels = reduce_labels(labels) if self.reduce_labels else labels

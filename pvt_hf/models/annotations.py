@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,12 @@ class Objects:
         return Objects(**{name: value if value is None else value[keep] for name, value in fields.items()})
 
     def resize(self, source: tuple[int, int], target: tuple[int, int]) -> Objects:
-        """The objects after the image of `(height, width)` `source` was resized to `target`; boxes are clipped to it.
+        """The objects after a resize of the image: boxes are clipped to it, masks have the nearest pixel (mmdetection's
+        `Resize`).
 
-        Masks are resized with the nearest pixel (mmdetection's `Resize`).
+        Args:
+            source: `(height, width)` in pixels before.
+            target: `(height, width)` in pixels after.
         """
         y_factor, x_factor = (np.float32(new / old) for new, old in zip(target, source, strict=True))
         boxes = self.boxes * torch.tensor([x_factor, y_factor, x_factor, y_factor])
@@ -69,7 +73,14 @@ class Objects:
         return dataclasses.replace(self, boxes=boxes, masks=self.masks if self.masks is None else self.masks.flip(-1))
 
     def crop(self, top: int, left: int, height: int, width: int) -> Objects:
-        """What is left of the objects in a window of the image; those whose box has nothing in it vanish."""
+        """What is left of the objects in a window of the image; those whose box has nothing in it vanish.
+
+        Args:
+            top: First row of the window.
+            left: First column of the window.
+            height: In pixels.
+            width: In pixels.
+        """
         boxes = clip(self.boxes - torch.tensor([left, top, left, top]), (height, width))
         masks = self.masks if self.masks is None else self.masks[:, top : top + height, left : left + width]
         visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
@@ -77,7 +88,12 @@ class Objects:
 
 
 def clip(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """xyxy boxes `(..., 4)` clipped to an image of `(height, width)` `size`."""
+    """Boxes clipped to an image.
+
+    Args:
+        boxes: xyxy in pixels, `(..., 4)`.
+        size: `(height, width)` of the image in pixels.
+    """
     height, width = size
     return torch.minimum(boxes.clamp(min=0), boxes.new_tensor([width, height, width, height]))
 
@@ -85,7 +101,7 @@ def clip(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def read_objects(
     target: dict[str, Any], size: tuple[int, int], masks: bool = False, num_labels: int | None = None
 ) -> Objects:
-    """The objects of COCO annotations as the official detectors train on them.
+    """The objects of COCO annotations as mmdetection trains on them.
 
     Left out are annotations marked `ignore`, crowds (`iscrowd`), those whose box lies outside the image, is less than a
     pixel wide or high, or whose area is not positive. They are counted in `SKIPPED`, and the first of each kind is
@@ -95,8 +111,8 @@ def read_objects(
         target: `{"image_id": ..., "annotations": [...]}`, each annotation with `bbox` (absolute xywh) and
             `category_id`, a class label in 0..`num_labels` - 1; optionally `area` (default: that of the box),
             `iscrowd`, `ignore`, `id`, and `segmentation` (polygons, or RLE, compressed or not).
-        size: `(height, width)` of the image.
-        masks: Whether the segmentations are read.
+        size: `(height, width)` of the image in pixels.
+        masks: Whether the segmentations are read (default: False).
         num_labels: Number of classes, where it is known.
 
     Raises:
@@ -110,7 +126,7 @@ def read_objects(
             f"{ {name: type(value).__name__ for name, value in target.items()} }."
         )
     kept = []
-    for name, annotation, reason in checked(annotations, image_id, size, num_labels):
+    for name, annotation, reason in iter_annotations(annotations, image_id, size, num_labels):
         if reason:
             SKIPPED[reason] += 1
             if SKIPPED[reason] == 1:
@@ -131,11 +147,20 @@ def read_objects(
     return objects
 
 
-def checked(
+def iter_annotations(
     annotations: Sequence[dict[str, Any]], image_id: int, size: tuple[int, int], num_labels: int | None = None
 ) -> Iterator[tuple[str, dict[str, Any], str | None]]:
-    """For each annotation a name for messages, itself, and why the official detectors do not train on it, or `None`
-    where they do. Raises as [`read_objects`], but does not look at segmentations."""
+    """For each annotation a name for messages, itself, and why mmdetection leaves it out, or `None`.
+
+    Args:
+        annotations: See [`read_objects`].
+        image_id: Of the image.
+        size: `(height, width)` of the image in pixels.
+        num_labels: Number of classes, where it is known.
+
+    Raises:
+        AnnotationError: As [`read_objects`], but segmentations are not looked at.
+    """
     for position, annotation in enumerate(annotations):
         name = f"Annotation {annotation.get('id', f'number {position}')} of image {image_id}"
         missing = [field for field in ("bbox", "category_id") if field not in annotation]
@@ -147,10 +172,10 @@ def checked(
         if label != int(label) or label < 0 or (num_labels is not None and label >= num_labels):
             wanted = f"0 to {num_labels - 1}" if num_labels is not None else "0, 1, 2, ..."
             raise AnnotationError(f"{name} has `category_id` {label}, the class labels are {wanted}.")
-        yield name, annotation, _reason_to_skip(annotation, size)
+        yield name, annotation, _find_reason_to_skip(annotation, size)
 
 
-def _reason_to_skip(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
+def _find_reason_to_skip(annotation: dict[str, Any], size: tuple[int, int]) -> str | None:
     x, y, width, height = annotation["bbox"]
     inside = min(x + width, size[1]) > max(x, 0) and min(y + height, size[0]) > max(y, 0)
     reasons = {
@@ -169,13 +194,13 @@ def rasterize(segmentation: Any, size: tuple[int, int], name: str = "A segmentat
     Args:
         segmentation: A list of polygons `[x0, y0, x1, y1, ...]`, or RLE `{"size": [height, width], "counts": ...}` with
             counts as a list, string or bytes.
-        size: `(height, width)` of the image.
+        size: `(height, width)` of the image in pixels.
         name: Of the annotation, for the error.
 
     Raises:
         AnnotationError: If it is none of these, or RLE of another size.
     """
-    coco_mask = _coco_mask()
+    coco_mask = _import_coco_mask()
     height, width = size
     if isinstance(segmentation, dict):
         given = list(segmentation.get("size") or ())
@@ -198,11 +223,11 @@ def rasterize(segmentation: Any, size: tuple[int, int], name: str = "A segmentat
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """A mask `(height, width)` as COCO's compressed RLE, with counts that json can hold."""
-    rle = _coco_mask().encode(np.asfortranarray(mask, dtype=np.uint8))
+    rle = _import_coco_mask().encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
-def _coco_mask():
+def _import_coco_mask() -> ModuleType:
     try:  # also keeps it from being asked of those who load the image processor's code from the Hub
         from faster_coco_eval import mask
     except ImportError as error:

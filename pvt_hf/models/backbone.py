@@ -1,39 +1,44 @@
-"""What the detectors and the segmenter do around their backbone: complete loading, checks, pretrained backbones."""
+"""The backbone of a detector or segmenter: built from its configuration, and filled from a checkpoint."""
 
 import copy
+from os import PathLike
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoBackbone, AutoConfig, BackboneMixin, PreTrainedConfig
 
-from .pretrained import _first
+from .pretrained import list_tensors
 
 # Fields of a backbone's configuration that change its outputs and that the shapes of its tensors do not show.
 _UNSEEN_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_layer_norm_eps", "linear_attention")
 
 
-def build_backbone(config: PreTrainedConfig, num_levels: int) -> nn.Module:
-    """The backbone of `config.backbone_config`, which must give `num_levels` feature maps.
+def build_backbone(config: PreTrainedConfig) -> nn.Module:
+    """The backbone of a detector or segmenter, from any configuration with as many feature maps as its head wants.
+
+    Args:
+        config: With a `backbone_config`, and `backbone_out_features` as their class attribute.
 
     Raises:
-        ValueError: If it gives another number of them.
+        ValueError: If the backbone gives another number of feature maps.
     """
-    features = config.backbone_config.out_features
-    if len(features) != num_levels:
+    num_maps, features = len(config.backbone_out_features), config.backbone_config.out_features
+    if len(features) != num_maps:
         raise ValueError(
-            f"`backbone_config` of a {type(config).__name__} must name {num_levels} `out_features`, got {features}."
+            f"`backbone_config` of a {type(config).__name__} must name {num_maps} `out_features`, got {features}."
         )
     return AutoBackbone.from_config(config.backbone_config)
 
 
-def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: str, **kwargs) -> int:
+def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> int:
     """Fills the backbone of a detector or segmenter from a checkpoint and proves that nothing of it is left at random.
 
     Args:
         model: Any model with one [`~transformers.BackboneMixin`] in it: those of pvt_hf, DETR, UperNet, Mask2Former.
         pretrained_model_name_or_path: Folder or repository of a classifier or a backbone of the same architecture,
             or of a detector or segmenter with such a `backbone`: RetinaNet, Mask R-CNN, Semantic FPN, UperNet.
-        kwargs: As for `from_pretrained`: `revision`, `token`, `cache_dir`, ...
+        **kwargs: As for `from_pretrained`: `revision`, `token`, `cache_dir`, ...
 
     Returns:
         The number of tensors of the backbone, each of which came from the checkpoint.
@@ -48,12 +53,12 @@ def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: st
     (backbone,) = backbones
     source = f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path})"
     saved = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-    whole = getattr(saved, "backbone_config", None) is not None
-    saved = saved.backbone_config if whole else saved
+    is_dense = getattr(saved, "backbone_config", None) is not None  # a detector or segmenter
+    saved = saved.backbone_config if is_dense else saved
     wrong = [
         f"{field} is {getattr(saved, field, None)}, not {getattr(backbone.config, field, None)}"
         for field in ("model_type", *_UNSEEN_FIELDS)
-        if _plain(getattr(saved, field, None)) != _plain(getattr(backbone.config, field, None))
+        if _to_plain(getattr(saved, field, None)) != _to_plain(getattr(backbone.config, field, None))
     ]
     if wrong:
         raise ValueError(f"{source} is not of the backbone's architecture: {'; '.join(wrong)}.")
@@ -62,7 +67,7 @@ def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: st
         config=copy.deepcopy(backbone.config),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # to list them all
-        key_mapping={r"^backbone\.": ""} if whole else None,
+        key_mapping={r"^backbone\.": ""} if is_dense else None,
         **kwargs,
     )
     lost = set(loading_info["missing_keys"]) | {key for key, *_ in loading_info["mismatched_keys"]}
@@ -71,8 +76,8 @@ def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: st
     unused = [key for key in loading_info["unexpected_keys"] if key.removeprefix(prefix).startswith(parts)]
     if lost or unused:
         raise ValueError(
-            f"{source} does not fill the backbone: it lacks, or has in another shape, {_first(lost)}, and has "
-            f"{_first(unused)} without a place."
+            f"{source} does not fill the backbone: it lacks, or has in another shape, {list_tensors(lost)}, and has "
+            f"{list_tensors(unused)} without a place."
         )
     tensors = loaded.state_dict()
     with torch.no_grad():
@@ -80,5 +85,6 @@ def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: st
     return len(tensors)
 
 
-def _plain(value):
+def _to_plain(value: Any) -> Any:
+    """Tuples as lists, which is what a `config.json` has."""
     return list(value) if isinstance(value, list | tuple) else value

@@ -1,6 +1,6 @@
-"""Anchors, box coder, matcher, sampler and suppression, as the official detectors (mmdetection 2.13) define them.
+"""Anchors, box coder, matcher, sampler and suppression, as mmdetection 2.13 defines them.
 
-Every function is exact to those detectors, quirks included, because their checkpoints were trained with them. Boxes are
+Every function is exact to it, quirks included, because the released checkpoints were trained with it. Boxes are
 `(x0, y0, x1, y1)`, in pixels unless a function says otherwise, in floating point and without a `+ 1` anywhere.
 """
 
@@ -16,7 +16,7 @@ IGNORED = -2
 
 # A box may grow or shrink by this factor from its anchor (`wh_ratio_clip`).
 _MAX_LOG_RATIO = abs(math.log(16 / 1000))
-# From this many candidates the official suppression goes through one class after the other.
+# From this many candidates mmdetection's suppression goes through one class after the other.
 _SPLIT_THRESHOLD = 10_000
 
 
@@ -24,12 +24,13 @@ _SPLIT_THRESHOLD = 10_000
 class AnchorGrid:
     """Anchors around the upper left corner of every cell of every level (`AnchorGenerator`, `center_offset=0`).
 
-    An anchor of a level has the area `(stride * scale)^2` and the ratio `height / width`.
+    An anchor of a level has the area `(stride * scale)^2` and the aspect ratio `height / width`.
 
     Args:
         strides: Pixels per cell of each level, finest first.
         scales: Sides of the square anchors, in strides.
-        ratios: Heights over widths. The anchors of a cell are in the order of the ratios, then of the scales.
+        ratios: Aspect ratios, heights over widths. The anchors of a cell are in the order of the ratios, then of the
+            scales.
     """
 
     strides: Sequence[int]
@@ -38,33 +39,47 @@ class AnchorGrid:
 
     @property
     def num_per_cell(self) -> int:
+        """Anchors of each cell."""
         return len(self.scales) * len(self.ratios)
 
-    def boxes(self, level_shapes: Sequence[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
-        """All anchors `(anchors, 4)` of levels of these heights and widths, in the dtype and on the device of `like`.
+    def generate_boxes(self, level_shapes: Sequence[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
+        """All anchors, in the order of the levels, then rows, then columns, then the anchors of a cell: see
+        [`flatten_to_anchors`].
 
-        The order is that of the levels, then rows, then columns, then the anchors of a cell: see [`anchor_rows`].
+        Args:
+            level_shapes: Height and width of each level in cells.
+            like: A tensor whose dtype and device the anchors get.
+
+        Returns:
+            xyxy in pixels, `(anchors, 4)`.
         """
         options = {"dtype": like.dtype, "device": like.device}
         scales, height_factors = torch.tensor(self.scales, **options), torch.tensor(self.ratios, **options).sqrt()
         levels = []
         for stride, (height, width) in zip(self.strides, level_shapes, strict=True):
-            half_heights = (stride * height_factors[:, None] * scales).flatten() * 0.5
+            half_heights = (stride * height_factors[:, None] * scales).flatten() * 0.5  # (anchors of a cell,)
             half_widths = (stride * (1 / height_factors)[:, None] * scales).flatten() * 0.5
             around_origin = torch.stack((-half_widths, -half_heights, half_widths, half_heights), dim=1)
             y, x = torch.meshgrid(
                 torch.arange(height, **options) * stride, torch.arange(width, **options) * stride, indexing="ij"
             )
-            shifts = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
+            shifts = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)  # (cells, 1, 4)
             levels.append((shifts + around_origin).reshape(-1, 4))
         return torch.cat(levels)
 
-    def valid(
+    def find_valid(
         self, level_shapes: Sequence[tuple[int, int]], padded_size: tuple[int, int], device: torch.device | None = None
     ) -> torch.Tensor:
-        """Whether the cell of each anchor lies in an image of `padded_size` `(height, width)`: bool `(anchors,)`.
+        """Whether the cell of each anchor lies in an image. The rest of a batch that is larger belongs to other images;
+        training ignores its anchors.
 
-        The rest of a batch that is larger than that belongs to other images; training ignores its anchors.
+        Args:
+            level_shapes: Height and width of each level in cells.
+            padded_size: Height and width of the image in pixels, as it would be padded alone.
+            device: Of the result; by default torch's.
+
+        Returns:
+            Bool `(anchors,)`.
         """
         levels = []
         for stride, (height, width) in zip(self.strides, level_shapes, strict=True):
@@ -74,9 +89,17 @@ class AnchorGrid:
         return torch.cat(levels)
 
 
-def anchor_rows(feature_map: torch.Tensor, width: int) -> torch.Tensor:
-    """`(batch, anchors * width, height, width)` to `(batch, height * width * anchors, width)`, like anchors."""
-    return feature_map.permute(0, 2, 3, 1).reshape(feature_map.shape[0], -1, width)
+def flatten_to_anchors(feature_map: torch.Tensor, num_values: int) -> torch.Tensor:
+    """What a head predicts, in the order of the anchors.
+
+    Args:
+        feature_map: `(batch, anchors of a cell * num_values, height, width)`.
+        num_values: Values of each anchor.
+
+    Returns:
+        `(batch, height * width * anchors of a cell, num_values)`.
+    """
+    return feature_map.permute(0, 2, 3, 1).reshape(feature_map.shape[0], -1, num_values)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,8 +108,16 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def encode_boxes(anchors: torch.Tensor, boxes: torch.Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> torch.Tensor:
-    """What takes `anchors` to `boxes` (`DeltaXYWHBBoxCoder`): centre offsets in anchor sizes and log size ratios, in
-    units of `stds`. All `(..., 4)`; neither may have a side of zero."""
+    """What takes `anchors` to `boxes` (`DeltaXYWHBBoxCoder`): centre offsets in anchor sizes and log size ratios.
+
+    Args:
+        anchors: xyxy `(..., 4)`, with no side of zero.
+        boxes: xyxy `(..., 4)` in the same unit, with no side of zero.
+        stds: The units of the four deltas (default: 1).
+
+    Returns:
+        Deltas `(..., 4)`.
+    """
     anchor_centres, anchor_sizes = _centres_and_sizes(anchors)
     centres, sizes = _centres_and_sizes(boxes)
     deltas = torch.cat(((centres - anchor_centres) / anchor_sizes, torch.log(sizes / anchor_sizes)), dim=-1)
@@ -94,7 +125,16 @@ def encode_boxes(anchors: torch.Tensor, boxes: torch.Tensor, stds: Sequence[floa
 
 
 def decode_boxes(anchors: torch.Tensor, deltas: torch.Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> torch.Tensor:
-    """The inverse of [`encode_boxes`], with the log size ratios clamped to those of 16 / 1000 and 1000 / 16."""
+    """The inverse of [`encode_boxes`], with the log size ratios clamped to those of 16 / 1000 and 1000 / 16.
+
+    Args:
+        anchors: xyxy `(..., 4)`.
+        deltas: `(..., 4)`; the leading dimensions broadcast.
+        stds: The units of the four deltas (default: 1).
+
+    Returns:
+        xyxy `(..., 4)` in the unit of the anchors, not clipped.
+    """
     centres, sizes = _centres_and_sizes(anchors)
     offsets, log_ratios = (deltas * deltas.new_tensor(stds)).split(2, dim=-1)
     centres = centres + sizes * offsets
@@ -103,14 +143,27 @@ def decode_boxes(anchors: torch.Tensor, deltas: torch.Tensor, stds: Sequence[flo
 
 
 def clip_boxes(boxes: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """`boxes` `(..., 4)` cut to images of `sizes` `(..., 2)`, height and width; the leading dimensions broadcast."""
+    """Boxes cut to their images.
+
+    Args:
+        boxes: xyxy in pixels, `(..., 4)`.
+        sizes: Height and width in pixels, `(..., 2)`; the leading dimensions broadcast.
+    """
     limits = sizes.to(boxes.dtype)[..., [1, 0, 1, 0]]
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
 def pairwise_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Intersection over union `(len(boxes), len(others))`. Boxes without an area overlap with nothing: 0, not NaN."""
-    upper_left = torch.maximum(boxes[:, None, :2], others[:, :2])
+    """Intersection over union of every pair. Boxes without an area overlap with nothing: 0, not NaN.
+
+    Args:
+        boxes: xyxy `(boxes, 4)`.
+        others: xyxy `(others, 4)` in the same unit.
+
+    Returns:
+        `(boxes, others)`.
+    """
+    upper_left = torch.maximum(boxes[:, None, :2], others[:, :2])  # (boxes, others, 2)
     lower_right = torch.minimum(boxes[:, None, 2:], others[:, 2:])
     intersection = (lower_right - upper_left).clamp(min=0).prod(dim=-1)
     areas, other_areas = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (boxes, others))
@@ -126,13 +179,16 @@ def match_boxes(
 ) -> torch.Tensor:
     """Assigns boxes to ground truths by their overlap (`MaxIoUAssigner`).
 
-    A box is background below `negative_threshold` and gets the ground truth that it overlaps most with from
-    `positive_threshold`. Then every ground truth whose best overlap is at least `low_quality_threshold` takes all the
-    boxes that reach this best, also from others: the last ground truth wins.
+    A box is negative below `negative_threshold`, and from `positive_threshold` on it is positive and gets the ground
+    truth that it overlaps most with; between the two it is ignored. Then every ground truth whose best overlap is at
+    least `low_quality_threshold` takes all the boxes that reach this best, also from others: the last one wins.
 
     Args:
         iou: `(ground truths, boxes)`.
-        valid: Which boxes take part, bool `(boxes,)`.
+        positive_threshold: IoU.
+        negative_threshold: IoU.
+        low_quality_threshold: IoU.
+        valid: Which boxes take part, bool `(boxes,)`; by default all. The others are ignored.
 
     Returns:
         Int64 `(boxes,)`: the index of a ground truth, `NEGATIVE`, or `IGNORED`.
@@ -144,13 +200,13 @@ def match_boxes(
     else:
         if valid is not None:
             iou = iou.masked_fill(~valid, -1)  # below every overlap, so that no ground truth prefers it
-        best, best_object = iou.max(dim=0)
+        best, best_object = iou.max(dim=0)  # (boxes,)
         matches[best < negative_threshold] = NEGATIVE
         matches = torch.where(best >= positive_threshold, best_object, matches)
-        best_of_object = iou.amax(dim=1, keepdim=True)
-        takes = (iou == best_of_object) & (best_of_object >= low_quality_threshold)
+        best_of_object = iou.amax(dim=1, keepdim=True)  # (ground truths, 1)
+        takes = (iou == best_of_object) & (best_of_object >= low_quality_threshold)  # (ground truths, boxes)
         numbers = torch.arange(1, num_objects + 1, device=iou.device)
-        last_taker = (takes * numbers[:, None]).amax(dim=0)
+        last_taker = (takes * numbers[:, None]).amax(dim=0)  # (boxes,), from 1 on, or 0 where no ground truth takes it
         matches = torch.where(last_taker > 0, last_taker - 1, matches)
     return matches if valid is None else matches.masked_fill(~valid, IGNORED)
 
@@ -158,14 +214,19 @@ def match_boxes(
 def sample_boxes(
     matches: torch.Tensor, num_samples: int, max_positives: int, shuffle: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chooses `num_samples` of the matched boxes (`RandomSampler`): up to `max_positives` positive ones, and background
-    in place of those that are missing.
+    """Chooses among matched boxes (`RandomSampler`): positive ones, and negative ones in place of missing ones.
 
-    Random numbers come from torch's CPU generator, first for the positives, then for the background, and only where
-    there is a choice. Without `shuffle` there are none: the choice is evenly spaced.
+    Random numbers come from torch's CPU generator, first for the positives, then for the negatives, and only where
+    there is a choice.
+
+    Args:
+        matches: What [`match_boxes`] gives, int64 `(boxes,)`.
+        num_samples: How many boxes are chosen, at most.
+        max_positives: How many of them are positive, at most.
+        shuffle: Whether the choice is random (the default), or evenly spaced and without random numbers.
 
     Returns:
-        The indices of the positive boxes and of the background, each int64 and ascending.
+        The indices of the positive and of the negative boxes, each int64 and ascending.
     """
 
     def choose(candidates: torch.Tensor, count: int) -> torch.Tensor:
@@ -176,8 +237,8 @@ def sample_boxes(
         return candidates[torch.randperm(len(candidates))[:count].to(candidates.device)].sort().values
 
     positives = choose((matches >= 0).nonzero().flatten(), max_positives)
-    background = choose((matches == NEGATIVE).nonzero().flatten(), num_samples - len(positives))
-    return positives, background
+    negatives = choose((matches == NEGATIVE).nonzero().flatten(), num_samples - len(positives))
+    return positives, negatives
 
 
 def batched_nms(boxes: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, iou_threshold: float) -> torch.Tensor:
@@ -187,9 +248,10 @@ def batched_nms(boxes: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, io
     `torchvision.ops.batched_nms`, which does not shift many boxes, gives other results now and then.
 
     Args:
-        boxes: `(boxes, 4)`.
+        boxes: xyxy in pixels, `(boxes, 4)`.
         scores: `(boxes,)`.
         ids: Int64 `(boxes,)`: classes or levels.
+        iou_threshold: Boxes of an id that are left do not overlap by more.
 
     Returns:
         Int64: the indices of the boxes that are left, best first.

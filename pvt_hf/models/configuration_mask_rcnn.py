@@ -11,11 +11,11 @@ from transformers.configuration_utils import SubConfigSpec
 class MaskRCNNConfig(PreTrainedConfig):
     r"""
     Configuration of Mask R-CNN ([arXiv 1703.06870](https://huggingface.co/papers/1703.06870)) on any backbone. The
-    defaults are the official system of the PVT papers (mmdetection 2.13), on PVT-Tiny and with the 80 classes of COCO.
+    defaults are the PVT papers' (mmdetection 2.13), on PVT-Tiny and with the 80 classes of COCO.
 
     Args:
-        backbone_config (`dict` or `PreTrainedConfig`, *optional*):
-            Any backbone with four `out_features`, of strides 4, 8, 16 and 32.
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to PVT-Tiny):
+            Of any backbone with four `out_features`, of strides 4, 8, 16 and 32.
         use_masks (`bool`, *optional*, defaults to `True`):
             Whether there is a mask head. Without one the model is Faster R-CNN.
         neck_channels (`int`, *optional*, defaults to 256):
@@ -30,22 +30,35 @@ class MaskRCNNConfig(PreTrainedConfig):
             Sides of a level's square anchors, in strides.
         anchor_ratios (`list[float]`, *optional*, defaults to `[0.5, 1, 2]`):
             Heights of the anchors over their widths.
-        rpn_positive_iou_threshold, rpn_negative_iou_threshold (`float`, *optional*, defaults to 0.7 and 0.3):
-            An anchor learns an object that it overlaps with from the first, and background below the second, unless an
-            object has no better anchor.
-        rpn_num_samples, rpn_positive_fraction (*optional*, defaults to 256 and 0.5):
-            Anchors per image that the proposals learn from, and how many of them are positive at most.
-        num_candidates_train, num_candidates (`int`, *optional*, defaults to 2000 and 1000):
-            Anchors per level that become proposals, before suppression, in training and else.
-        proposal_nms_threshold, num_proposals (*optional*, defaults to 0.7 and 1000):
-            Of the suppression of proposals, and proposals per image after it.
+        rpn_positive_iou_threshold (`float`, *optional*, defaults to 0.7):
+            From this IoU with an object on an anchor is positive and learns that object.
+        rpn_negative_iou_threshold (`float`, *optional*, defaults to 0.3):
+            Below this IoU with every object an anchor is negative; between the two it is ignored. From this IoU on an
+            object takes its best anchors also where they would not be positive.
+        rpn_num_samples (`int`, *optional*, defaults to 256):
+            Anchors per image that the region proposal network learns from.
+        rpn_positive_fraction (`float`, *optional*, defaults to 0.5):
+            How many of these are positive at most.
+        num_candidates_train (`int`, *optional*, defaults to 2000):
+            Anchors per level that become proposals, before suppression, in training.
+        num_candidates (`int`, *optional*, defaults to 1000):
+            The same in evaluation.
+        proposal_nms_threshold (`float`, *optional*, defaults to 0.7):
+            Proposals of a level do not overlap by a larger IoU.
+        num_proposals (`int`, *optional*, defaults to 1000):
+            Proposals per image after suppression, at most.
         roi_iou_threshold (`float`, *optional*, defaults to 0.5):
-            Overlap from which a proposal learns an object; below, it learns background.
-        roi_num_samples, roi_positive_fraction (*optional*, defaults to 512 and 0.25):
-            Proposals per image that the heads learn from, and how many of them are positive at most.
-        score_threshold, nms_threshold, max_detections (*optional*, defaults to 0.05, 0.5 and 100):
-            Of the detections: the scores are larger than this, those of a class do not overlap by more, and an image
-            has no more.
+            From this IoU with an object on a proposal is positive and learns that object; below, it is negative.
+        roi_num_samples (`int`, *optional*, defaults to 512):
+            RoIs per image that the heads learn from: proposals, and the objects' own boxes.
+        roi_positive_fraction (`float`, *optional*, defaults to 0.25):
+            How many of these are positive at most.
+        score_threshold (`float`, *optional*, defaults to 0.05):
+            Detections have a larger score.
+        nms_threshold (`float`, *optional*, defaults to 0.5):
+            Detections of a class do not overlap by a larger IoU.
+        max_detections (`int`, *optional*, defaults to 100):
+            Detections per image, at most.
         num_labels (`int`, *optional*, defaults to 80):
             Number of classes without the background, where `id2label` does not give them.
 
@@ -54,12 +67,11 @@ class MaskRCNNConfig(PreTrainedConfig):
     """
 
     model_type = "pvt_hf_mask_rcnn"
+    # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
     backbone_out_features: ClassVar[tuple[str, ...]] = ("stage1", "stage2", "stage3", "stage4")
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="pvt",
-            init_kwargs={"out_features": list(backbone_out_features)},
+            config_class=AutoConfig, model_type="pvt", init_kwargs={"out_features": list(backbone_out_features)}
         )
     }
 

@@ -56,8 +56,10 @@ class PvtConfig(BackboneConfigMixin, PreTrainedConfig):
             Width of the MLP relative to the channels, per stage.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the MLP; `"gelu"` is the exact one.
-        hidden_dropout_prob, attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
-            Dropout after the embeddings and the linear layers, and on the attention probabilities.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout after the embeddings and the linear layers.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout on the attention probabilities.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal of linear layers, position embeddings and CLS token.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
@@ -70,8 +72,10 @@ class PvtConfig(BackboneConfigMixin, PreTrainedConfig):
             Whether query, key and value have a bias.
         num_labels (`int`, *optional*, defaults to 1000):
             Number of classes, where `id2label` does not give them.
-        out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
-            Feature maps of [`PvtBackbone`]: some of `"stage1"` ... `"stage4"`, or of 0 ... 3. The last one by default.
+        out_features (`list[str]`, *optional*, defaults to the last stage):
+            Feature maps of [`PvtBackbone`]: some of `"stage1"` ... `"stage4"`.
+        out_indices (`list[int]`, *optional*, defaults to the last stage):
+            The same as indices, 0 ... 3, instead of `out_features`.
 
     Raises:
         ValueError: If a per-stage field does not have `num_encoder_blocks` values, or heads do not divide channels.
@@ -122,7 +126,7 @@ class PvtConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def image_shape(self) -> tuple[int, int]:
+    def image_shape(self) -> tuple[int, ...]:
         """`image_size` as (height, width), in pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
 

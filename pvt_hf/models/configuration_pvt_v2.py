@@ -40,8 +40,10 @@ class PvtV2Config(BackboneConfigMixin, PreTrainedConfig):
             Width of the MLP relative to the channels, per stage.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the MLP; `"gelu"` is the exact one.
-        hidden_dropout_prob, attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
-            Dropout after the linear layers, and on the attention probabilities.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout after the linear layers.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout on the attention probabilities.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal of linear layers.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
@@ -56,9 +58,10 @@ class PvtV2Config(BackboneConfigMixin, PreTrainedConfig):
             Linear spatial-reduction attention (v2 section 3.2): keys and values from a 7 x 7 average pooling.
         num_labels (`int`, *optional*, defaults to 2):
             Number of classes, where `id2label` does not give them.
-        out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
-            Feature maps of [`PvtV2Backbone`]: some of `"stage1"` ... `"stage4"`, or of 0 ... 3. The last one by
-            default.
+        out_features (`list[str]`, *optional*, defaults to the last stage):
+            Feature maps of [`PvtV2Backbone`]: some of `"stage1"` ... `"stage4"`.
+        out_indices (`list[int]`, *optional*, defaults to the last stage):
+            The same as indices, 0 ... 3, instead of `out_features`.
 
     Raises:
         ValueError: If a per-stage field does not have `num_encoder_blocks` values, or heads do not divide channels.

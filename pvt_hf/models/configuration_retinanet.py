@@ -11,11 +11,11 @@ from transformers.configuration_utils import SubConfigSpec
 class RetinaNetConfig(PreTrainedConfig):
     r"""
     Configuration of RetinaNet ([arXiv 1708.02002](https://huggingface.co/papers/1708.02002)) on any backbone. The
-    defaults are the official system of the PVT papers (mmdetection 2.13), on PVT-Tiny and with the 80 classes of COCO.
+    defaults are the PVT papers' (mmdetection 2.13), on PVT-Tiny and with the 80 classes of COCO.
 
     Args:
-        backbone_config (`dict` or `PreTrainedConfig`, *optional*):
-            Any backbone with three `out_features`, of strides 8, 16 and 32.
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to PVT-Tiny):
+            Of any backbone with three `out_features`, of strides 8, 16 and 32.
         neck_channels (`int`, *optional*, defaults to 256):
             Channels of the feature pyramid and of the head.
         num_head_convs (`int`, *optional*, defaults to 4):
@@ -26,10 +26,14 @@ class RetinaNetConfig(PreTrainedConfig):
             Sides of a level's square anchors, in strides.
         anchor_ratios (`list[float]`, *optional*, defaults to `[0.5, 1, 2]`):
             Heights of the anchors over their widths.
-        positive_iou_threshold, negative_iou_threshold (`float`, *optional*, defaults to 0.5 and 0.4):
-            An anchor learns the object that it overlaps with from the first, and background below the second.
-        focal_alpha, focal_gamma (`float`, *optional*, defaults to 0.25 and 2):
-            Of the focal loss.
+        positive_iou_threshold (`float`, *optional*, defaults to 0.5):
+            From this IoU with an object on an anchor is positive and learns that object.
+        negative_iou_threshold (`float`, *optional*, defaults to 0.4):
+            Below this IoU with every object an anchor is negative. Between the two it is ignored.
+        focal_alpha (`float`, *optional*, defaults to 0.25):
+            Weight of the positive classes in the focal loss; the others have 1 minus it.
+        focal_gamma (`float`, *optional*, defaults to 2.0):
+            Exponent of the focal loss, by which well-classified anchors lose their weight.
         prior_probability (`float`, *optional*, defaults to 0.01):
             Score of every class at the start of training.
         num_labels (`int`, *optional*, defaults to 80):
@@ -40,6 +44,7 @@ class RetinaNetConfig(PreTrainedConfig):
     """
 
     model_type = "pvt_hf_retinanet"
+    # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
     backbone_out_features: ClassVar[tuple[str, ...]] = ("stage2", "stage3", "stage4")
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(

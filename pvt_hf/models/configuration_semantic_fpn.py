@@ -11,7 +11,7 @@ from transformers.configuration_utils import SubConfigSpec
 class SemanticFPNConfig(PreTrainedConfig):
     r"""
     Configuration of Semantic FPN ([arXiv 1901.02446](https://huggingface.co/papers/1901.02446)) on any backbone. The
-    defaults are the official system of the PVT papers (mmsegmentation 0.13), on PVT-Tiny and with the 150 classes of
+    defaults are the PVT papers' (mmsegmentation 0.13), on PVT-Tiny and with the 150 classes of
     ADE20K, but for the loss.
 
     Args:
@@ -22,24 +22,23 @@ class SemanticFPNConfig(PreTrainedConfig):
         head_channels (`int`, *optional*, defaults to 128):
             Channels of the segmentation head.
         classifier_dropout (`float`, *optional*, defaults to 0.1):
-            Probability with which a whole channel is dropped before the classifier.
+            Probability with which a channel is dropped everywhere before the classifier.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
             Label of pixels that the loss ignores. -100 is ignored too, whatever this is.
         loss_normalization (`str`, *optional*, defaults to `"valid"`):
             What the summed cross-entropy is divided by: `"valid"` is the number of pixels that are not ignored, as
-            everywhere in transformers; `"all"` is the number of all pixels, as in the official training.
+            everywhere in transformers; `"all"` is the number of all pixels, as in mmsegmentation.
         num_labels (`int`, *optional*, defaults to 150):
             Number of classes, where `id2label` does not give them.
     """
 
     model_type = "pvt_hf_semantic_fpn"
+    # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
     backbone_out_features: ClassVar[tuple[str, ...]] = ("stage1", "stage2", "stage3", "stage4")
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="pvt",
-            init_kwargs={"out_features": list(backbone_out_features)},
-        ),
+            config_class=AutoConfig, model_type="pvt", init_kwargs={"out_features": list(backbone_out_features)}
+        )
     }
 
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None

@@ -1,6 +1,6 @@
-"""DETR on a PVT: transformers' own [`~transformers.DetrForObjectDetection`] with the official structure and training.
+"""DETR on a PVT: transformers' own [`~transformers.DetrForObjectDetection`] with the papers' structure and training.
 
-Source: `detection/configs/detr_pvt_s_8x2_50ep_coco.py` of the official code, for mmdetection 2.13. The model stays a
+Source: `detection/configs/detr_pvt_s_8x2_50ep_coco.py` of the released code, for mmdetection 2.13. The model stays a
 class of transformers, so that plain transformers loads what is saved here.
 """
 
@@ -19,16 +19,18 @@ from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_for_object_detection import HungarianMatcher, generalized_box_iou
 from transformers.utils import ModelOutput
 
+from .targets import check_labels
+
 # What differs from the defaults of `DetrConfig`, which are those of the DETR paper.
-_OFFICIAL_FIELDS = {"num_labels": 80, "attention_dropout": 0.1, "activation_dropout": 0.1}
+_CONFIG_FIELDS = {"num_labels": 80, "attention_dropout": 0.1, "activation_dropout": 0.1}
 
 
 def build_detr_config(backbone_config: PreTrainedConfig | dict[str, Any], **overrides: Any) -> DetrConfig:
-    """The configuration of the official DETR: 100 queries, 6 + 6 layers, stage 4 (stride 32) as the only feature map.
+    """The configuration of the papers' DETR: 100 queries, 6 + 6 layers, stage 4 (stride 32) as the only feature map.
 
     Args:
         backbone_config: Of any backbone with stages, for example `build_config("pvt_small", drop_path_rate=0.1)`,
-            which is the official one. It is copied, and the last stage becomes its `out_features`.
+            which is the papers'. It is copied, and the last stage becomes its `out_features`.
         **overrides: Any field of [`~transformers.DetrConfig`], for example `num_queries=300` or `id2label`. There are
             80 classes, those of COCO, unless `num_labels` or `id2label` says otherwise.
 
@@ -47,7 +49,7 @@ def build_detr_config(backbone_config: PreTrainedConfig | dict[str, Any], **over
         raise ValueError(f"`backbone_config` must be that of a backbone with stages, got {type(backbone_config)}.")
     backbone_config = copy.deepcopy(backbone_config)
     backbone_config.out_features = [backbone_config.stage_names[-1]]
-    fields = _OFFICIAL_FIELDS | {"num_channels": backbone_config.num_channels}
+    fields = _CONFIG_FIELDS | {"num_channels": backbone_config.num_channels}
     if overrides.get("id2label") is not None:
         del fields["num_labels"]
     config = DetrConfig(backbone_config=backbone_config, **(fields | overrides))
@@ -56,9 +58,9 @@ def build_detr_config(backbone_config: PreTrainedConfig | dict[str, Any], **over
 
 
 def build_detr(config: DetrConfig) -> DetrForObjectDetection:
-    """A new model with the official initialisation, ready for training: see [`prepare_detr_training`].
+    """A new model with mmdetection's initialisation, ready for training: see [`prepare_detr_training`].
 
-    Xavier uniform for the transformer (query, key and value as the one matrix that they officially are), zero for its
+    Xavier uniform for the transformer (query, key and value as the one matrix that they are there), zero for its
     biases, N(0, 1) for the queries, PyTorch's default for the input projection and the heads. The backbone is
     initialised by its own class; [`load_pretrained_backbone`] fills it.
 
@@ -81,11 +83,11 @@ def build_detr(config: DetrConfig) -> DetrForObjectDetection:
 
 
 def prepare_detr_training(model: DetrForObjectDetection) -> DetrForObjectDetection:
-    """Makes a model, in place, train as the official one. Calling it again changes nothing.
+    """Makes a model, in place, train as mmdetection's. Calling it again changes nothing.
 
     With `labels`, `loss` and `loss_dict` of the output are then those of [`detr_loss`], auxiliary losses included. The
     loss is computed inside the model's call, so that gradient accumulation in `Trainer`, mixed precision and
-    `DistributedDataParallel` work as for any model. The dropout at the encoder's input, which the official model does
+    `DistributedDataParallel` work as for any model. The dropout at the encoder's input, which mmdetection's model does
     not have, goes. Neither is saved: call it on the model that `from_pretrained` gives before training goes on.
 
     Raises:
@@ -95,8 +97,8 @@ def prepare_detr_training(model: DetrForObjectDetection) -> DetrForObjectDetecti
     if not isinstance(model, DetrForObjectDetection):
         raise TypeError(f"`model` must be a DetrForObjectDetection, got a {type(model).__name__}.")
     _check_config(model.config)
-    if model.loss_function is not _no_loss:
-        model.loss_function = _no_loss
+    if model.loss_function is not _return_no_loss:
+        model.loss_function = _return_no_loss
         model.model.encoder.dropout = 0.0
         model.model.decoder.register_forward_pre_hook(_record_layers, with_kwargs=True)
         model.register_forward_hook(_add_loss, with_kwargs=True)
@@ -106,7 +108,7 @@ def prepare_detr_training(model: DetrForObjectDetection) -> DetrForObjectDetecti
 def detr_loss(
     model: DetrForObjectDetection, outputs: ModelOutput, labels: list[dict[str, torch.Tensor]]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The official loss: the same three terms for every decoder layer, each layer matched on its own.
+    """mmdetection's loss: the same three terms for every decoder layer, each layer matched on its own.
 
     Classification is cross-entropy with weight 0.1 for no object, divided by the sum of the weights of this process (at
     least 1). L1 and generalised IoU losses of the matched boxes are divided by the mean over processes of the number of
@@ -115,19 +117,20 @@ def detr_loss(
     Args:
         model: The model that gave `outputs`; its heads read the intermediate layers.
         outputs: Of a forward pass with `output_hidden_states=True`.
-        labels: For each image `class_labels`, integers of shape `(boxes,)`, and `boxes`, floats of shape `(boxes, 4)`,
-            (centre x, centre y, width, height) relative to the image without its padding.
+        labels: For each image `class_labels`, integers `(objects,)`, and `boxes`, floats `(objects, 4)`, cxcywh
+            relative to the image without its padding.
 
     Returns:
         The weighted sum, and its terms without weights: `loss_ce`, `loss_bbox` and `loss_giou` of the last layer, and
         with `_0` ... `_4` those of the layers before it.
 
     Raises:
-        TypeError, ValueError: For labels of another form, out of range or not finite, for outputs without hidden
-            states, and for predictions that are not finite.
+        TypeError: For labels of another type.
+        ValueError: For labels of another form, out of range or not finite, for outputs without hidden states, and for
+            predictions that are not finite.
     """
     _check_config(model.config)
-    _check_labels(labels, len(outputs.logits), model.config.num_labels)
+    check_labels(labels, len(outputs.logits), model.config.num_labels)
     states = outputs.decoder_hidden_states
     if states is None or any(state is None for state in states):
         raise ValueError(
@@ -139,12 +142,12 @@ def detr_loss(
         layers[f"_{index}"] = (model.class_labels_classifier(state), model.bbox_predictor(state).sigmoid())
 
     num_queries = outputs.logits.shape[1]
-    matched = sum(min(len(label["boxes"]), num_queries) for label in labels)
+    matched = sum(min(len(label["class_labels"]), num_queries) for label in labels)
     num_boxes = _mean_over_processes(matched, outputs.logits.device)
     loss_dict = {
         f"{name}{ending}": value
         for ending, (logits, boxes) in layers.items()
-        for name, value in _layer_losses(logits, boxes, labels, num_boxes, model.config).items()
+        for name, value in _compute_layer_losses(logits, boxes, labels, num_boxes, model.config).items()
     }
     coefficients = (
         ("loss_ce", 1),
@@ -155,47 +158,11 @@ def detr_loss(
     return loss, loss_dict
 
 
-def detr_detections(
-    outputs: ModelOutput,
-    threshold: float = 0.0,
-    target_sizes: torch.Tensor | list[tuple[int, int]] | None = None,
-    max_detections: int = 100,
-) -> list[dict[str, torch.Tensor]]:
-    """The official detections: the best class of every query, sorted by score; no suppression.
-
-    Args:
-        outputs: With `logits`, no object last, and `pred_boxes`.
-        threshold: Scores must be above it; officially all count.
-        target_sizes: (height, width) of each original image, in pixels. Without them boxes are relative to the image.
-        max_detections: At most so many per image.
-
-    Returns:
-        For each image `scores`, `labels` and `boxes`, absolute xyxy, clipped to the image.
-
-    Raises:
-        ValueError: If `target_sizes` are not as many as images.
-    """
-    batch = len(outputs.logits)
-    if target_sizes is not None and len(target_sizes) != batch:
-        raise ValueError(f"`target_sizes` must have one size for each of {batch} images, got {len(target_sizes)}.")
-    detections = []
-    for index in range(batch):
-        scores, labels = outputs.logits[index].softmax(-1)[:, :-1].max(-1)
-        scores, queries = scores.topk(min(max_detections, len(scores)))
-        height, width = (1, 1) if target_sizes is None else target_sizes[index]
-        boxes = center_to_corners_format(outputs.pred_boxes[index, queries])
-        limits = boxes.new_tensor([width, height, width, height])
-        boxes = (boxes * limits).clamp(min=torch.zeros_like(limits), max=limits)
-        kept = scores > threshold
-        detections.append({"scores": scores[kept], "labels": labels[queries][kept], "boxes": boxes[kept]})
-    return detections
-
-
 def _record_layers(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return args, kwargs | {"output_hidden_states": True}
 
 
-def _no_loss(*args, **kwargs) -> tuple[None, None, None]:
+def _return_no_loss(*args: Any, **kwargs: Any) -> tuple[None, None, None]:
     """In place of transformers' loss, which `_add_loss` replaces."""
     return None, None, None
 
@@ -212,14 +179,15 @@ def _add_loss(model: DetrForObjectDetection, args: tuple, kwargs: dict, outputs:
     return type(outputs)(**fields)
 
 
-def _layer_losses(
+def _compute_layer_losses(
     logits: torch.Tensor,
     boxes: torch.Tensor,
     labels: list[dict[str, torch.Tensor]],
     num_boxes: torch.Tensor,
     config: DetrConfig,
 ) -> dict[str, torch.Tensor]:
-    """logits (batch, queries, classes + 1) and boxes (batch, queries, 4), relative cxcywh, of one decoder layer."""
+    """The three terms of one decoder layer: logits (batch, queries, classes + 1), boxes (batch, queries, 4), relative
+    cxcywh."""
     logits, boxes = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (logits, boxes))
     if not (logits.isfinite().all() and boxes.isfinite().all()):
         raise ValueError("The predictions are not finite: the training has diverged, or `pixel_values` are not finite.")
@@ -227,7 +195,7 @@ def _layer_losses(
     classes = torch.full(logits.shape[:2], config.num_labels, device=logits.device)  # no object
     predicted, wanted = [boxes[:0, 0]], [boxes[:0, 0]]
     for index, label in enumerate(labels):
-        if len(label["boxes"]) == 0:
+        if len(label["class_labels"]) == 0:
             continue
         target = {"class_labels": label["class_labels"].to(classes), "boxes": label["boxes"].to(boxes)}
         prediction = {"logits": logits[index : index + 1], "pred_boxes": boxes[index : index + 1]}
@@ -235,7 +203,7 @@ def _layer_losses(
         classes[index, queries] = target["class_labels"][objects]
         predicted.append(boxes[index, queries])
         wanted.append(target["boxes"][objects])
-    predicted, wanted = torch.cat(predicted), torch.cat(wanted)
+    predicted, wanted = torch.cat(predicted), torch.cat(wanted)  # (matched boxes, 4)
 
     weights = logits.new_ones(config.num_labels + 1)
     weights[-1] = config.eos_coefficient
@@ -249,7 +217,7 @@ def _layer_losses(
 
 
 def _mean_over_processes(count: int, device: torch.device) -> torch.Tensor:
-    """At least 1."""
+    """The mean of `count`, at least 1, as a scalar."""
     mean = torch.tensor(float(count), device=device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(mean)
@@ -265,27 +233,4 @@ def _check_config(config: DetrConfig) -> None:
         )
 
 
-def _check_labels(labels: list[dict[str, torch.Tensor]], batch: int, num_labels: int) -> None:
-    if not isinstance(labels, list | tuple) or len(labels) != batch:
-        raise TypeError(f"`labels` must be a list with one dict for each of {batch} images, got {type(labels)}.")
-    for index, label in enumerate(labels):
-        if missing := {"class_labels", "boxes"} - set(label):
-            raise ValueError(f"`labels[{index}]` lacks {sorted(missing)}.")
-        classes, boxes = label["class_labels"], label["boxes"]
-        if classes.ndim != 1 or boxes.shape != (len(classes), 4):
-            raise ValueError(
-                f"`labels[{index}]` must have `class_labels` of shape (boxes,) and `boxes` of shape (boxes, 4), got "
-                f"{tuple(classes.shape)} and {tuple(boxes.shape)}."
-            )
-        if len(classes) and not 0 <= classes.min() <= classes.max() < num_labels:
-            raise ValueError(f"`labels[{index}]['class_labels']` must be in [0, {num_labels}), got {classes.tolist()}.")
-        is_inside = (boxes.isfinite() & (boxes >= 0) & (boxes <= 1.001)).all(-1)  # 1 and its rounding
-        wrong = ~is_inside | (boxes[:, 2:] == 0).any(-1)
-        if wrong.any():
-            raise ValueError(
-                f"`labels[{index}]['boxes']` must be relative (centre x, centre y, width, height) in [0, 1] with a "
-                f"size, got {boxes[wrong][:3].tolist()}."
-            )
-
-
-__all__ = ["build_detr", "build_detr_config", "detr_detections", "detr_loss", "prepare_detr_training"]
+__all__ = ["build_detr", "build_detr_config", "detr_loss", "prepare_detr_training"]

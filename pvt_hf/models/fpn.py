@@ -1,4 +1,4 @@
-"""Feature pyramid network (arXiv 1612.03144), as the official detectors and the segmenter build it."""
+"""Feature pyramid network (arXiv 1612.03144), as mmdetection and mmsegmentation build it."""
 
 from collections.abc import Sequence
 
@@ -9,16 +9,17 @@ from transformers import initialization as init
 
 
 class FeaturePyramid(nn.Module):
-    """Feature maps of a backbone in, as many or more maps of `out_channels` out, finest first.
+    """Feature maps of a backbone in, as many or more levels of `out_channels` out, finest first.
 
     Convolutions have a bias, no norm and no activation; the top-down path is nearest-neighbour upsampling.
 
     Args:
         in_channels: Channels of the backbone's maps, finest first.
-        out_channels: Channels of every map of the pyramid.
+        out_channels: Channels of every level of the pyramid.
         num_extra_convs: Coarser levels that 3 x 3 convolutions of stride 2 make, the first of them from the backbone's
-            last map itself (`on_input`), without an activation between them: P6 and P7 of RetinaNet.
-        extra_pooled_level: One coarser level that takes every second position of the last one: P6 of Mask R-CNN.
+            last map itself (`on_input`), without an activation between them: P6 and P7 of RetinaNet (default: 0).
+        extra_pooled_level: One coarser level that takes every second position of the last one: P6 of Mask R-CNN
+            (default: False).
     """
 
     def __init__(
@@ -45,8 +46,14 @@ class FeaturePyramid(nn.Module):
                 init.zeros_(module.bias)
 
     def forward(self, feature_maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Maps `(batch, in_channels[i], height_i, width_i)` in, levels `(batch, out_channels, height_i, width_i)` out.
-        An extra level has half the height and width of the level before, rounded up."""
+        """
+        Args:
+            feature_maps: C2 ... C5 or C3 ... C5, each `(batch, in_channels[i], height_i, width_i)`, finest first.
+
+        Returns:
+            P2 or P3 ... to P5, P6 or P7: `(batch, out_channels, height_i, width_i)`. An extra level has half the height
+            and width of the level before, rounded up.
+        """
         laterals = [conv(map_) for conv, map_ in zip(self.lateral_convs, feature_maps, strict=True)]
         for level in range(len(laterals) - 1, 0, -1):
             finer = laterals[level - 1]

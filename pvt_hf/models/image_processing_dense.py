@@ -12,7 +12,7 @@ from .resize import keep_ratio_size
 
 
 class DensePreprocessing:
-    """Mixin of image processors that keep the ratio and resize as OpenCV does, before a backend of transformers.
+    """Mixin of image processors that keep the aspect ratio and resize as OpenCV does, before a backend of transformers.
 
     The backends only decode: what they decode becomes a tensor, and all the rest is the same for both.
     """
@@ -27,7 +27,8 @@ class DensePreprocessing:
     do_normalize = True
 
     def process_image(self, image: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.as_tensor(super().process_image(eight_bits(image), **kwargs))
+        """One image as transformers' backend decodes it, but with 16 bits cut to 8: `(3, height, width)`."""
+        return torch.as_tensor(super().process_image(to_uint8(image), **kwargs))
 
     def _validate_preprocess_kwargs(self, resample: Any = None, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(resample=resample, **kwargs)
@@ -44,9 +45,14 @@ class DensePreprocessing:
         return fields
 
 
-def resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
-    """The size of an image after the resize: `{"shortest_edge", "longest_edge"}` (the second may be left out) keep its
-    ratio, `{"height", "width"}` do not.
+def compute_resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+    """Height and width in pixels of an image after the resize.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        size: `{"shortest_edge", "longest_edge"}` (the second may be left out), which keep the aspect ratio, or
+            `{"height", "width"}`, which do not, in pixels.
 
     Raises:
         ValueError: If `size` is anything else.
@@ -64,8 +70,13 @@ def check_finite(image: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} has pixels that are NaN or infinite.")
 
 
-def padded_size(sizes: list[tuple[int, int]], pad_size: SizeDict | None, divisor: int) -> tuple[int, int]:
-    """`pad_size`, or the smallest multiples of `divisor` that hold images of all `sizes`.
+def compute_padded_size(sizes: list[tuple[int, int]], pad_size: SizeDict | None, divisor: int) -> tuple[int, int]:
+    """Height and width in pixels of a batch.
+
+    Args:
+        sizes: Height and width in pixels of each image.
+        pad_size: What the batch shall have, or None for the smallest multiples of `divisor` that hold all images.
+        divisor: In pixels.
 
     Raises:
         ValueError: If an image is larger than `pad_size`.
@@ -79,7 +90,12 @@ def padded_size(sizes: list[tuple[int, int]], pad_size: SizeDict | None, divisor
 
 
 def pad(image: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
-    """`(..., height, width)` with zeros on the right and at the bottom up to `size`; `None` leaves it."""
+    """Zeros on the right and at the bottom.
+
+    Args:
+        image: `(..., height, width)`.
+        size: Height and width in pixels of the result; None leaves the image as it is.
+    """
     if size is None or size == tuple(image.shape[-2:]):
         return image
     padded = image.new_zeros((*image.shape[:-2], *size))
@@ -87,7 +103,7 @@ def pad(image: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
     return padded
 
 
-def eight_bits(image: Any) -> Any:
+def to_uint8(image: Any) -> Any:
     """Images of 16 bits (PIL's modes `I;16` and `I`, uint16 arrays and tensors) keep the upper eight, as OpenCV reads
     them; other images are returned as they are.
 
@@ -114,7 +130,7 @@ def eight_bits(image: Any) -> Any:
     return image
 
 
-def normalized(
+def normalize(
     image: torch.Tensor,
     do_rescale: bool,
     rescale_factor: float,
@@ -122,8 +138,16 @@ def normalized(
     image_mean: tuple[float, ...] | None,
     image_std: tuple[float, ...] | None,
 ) -> torch.Tensor:
-    """An image `(3, height, width)` as float32 with its mean taken out, divided by its standard deviation, both in
-    units of `rescale_factor`."""
+    """An image as float32, with its mean subtracted and divided by its standard deviation.
+
+    Args:
+        image: `(3, height, width)`.
+        do_rescale: Whether pixels are multiplied by `rescale_factor`.
+        rescale_factor: Factor of the pixels.
+        do_normalize: Whether mean and standard deviation count.
+        image_mean: Of each channel, in units of 1 / `rescale_factor`.
+        image_std: Of each channel, in the same unit.
+    """
     image = image.float()
     factor = rescale_factor if do_rescale else 1.0
     if not do_normalize:

@@ -1,7 +1,7 @@
-"""Images, annotations and detections of the detectors, as the official systems (mmdetection 2.13) treat them."""
+"""Images, annotations and detections of the detectors, as mmdetection 2.13 treats them."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from transformers import BatchFeature
@@ -10,15 +10,35 @@ from transformers.image_utils import ImageInput, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 from .annotations import Objects, read_objects
-from .image_processing_dense import DensePreprocessing, check_finite, normalized, pad, padded_size, resized_size
-from .post_processing import detect_objects, segment_instances
+from .image_processing_dense import (
+    DensePreprocessing,
+    check_finite,
+    compute_padded_size,
+    compute_resized_size,
+    normalize,
+    pad,
+)
+from .post_processing import detect_objects, detr_detections, segment_instances
 from .resize import resize_bilinear
 
-TargetSizes = torch.Tensor | Sequence[tuple[int, int]] | None
+# The settings that the second half of the preprocessing takes.
+_BATCH_SETTINGS = (
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_pad",
+    "pad_size",
+    "pad_size_divisor",
+)
+
+TargetSizes: TypeAlias = torch.Tensor | Sequence[tuple[int, int]] | None
 
 
 class DetectionImagesKwargs(ImagesKwargs, total=False):
-    """What an image processor for detection takes beyond the arguments of every image processor."""
+    """What an image processor for detection takes beyond the arguments of every image processor: see
+    [`PvtDetectionImageProcessor`]."""
 
     pad_size_divisor: int
     num_labels: int | None
@@ -45,10 +65,10 @@ class _DetectionPreprocessing(DensePreprocessing):
         Args:
             images: One image or a list of images of any sizes: PIL of any mode (16 bits are cut to 8), or arrays and
                 tensors with values in [0, 255]. They are taken as they are stored: apply the orientation of EXIF
-                before (`PIL.ImageOps.exif_transpose`), as the official code does when it reads a file.
+                before (`PIL.ImageOps.exif_transpose`), as mmdetection does when it reads a file.
             annotations: For each image `{"image_id": int, "annotations": [...]}` in COCO's format, see
                 [`~pvt_hf.models.annotations.read_objects`], which also says which annotations are skipped.
-            return_segmentation_masks: Whether the labels have `masks`.
+            return_segmentation_masks: Whether the labels have `masks` (default: False).
             **kwargs: Any of the processor's settings, for this call only.
 
         Returns:
@@ -83,7 +103,9 @@ class _DetectionPreprocessing(DensePreprocessing):
             image_id = annotations[index].get("image_id") if annotations is not None else f"number {index}"
             check_finite(image, f"Image {image_id}")
         original = [tuple(image.shape[-2:]) for image in images]
-        sizes = [resized_size(*given, size) if do_resize else given for given in original]
+        sizes = [
+            compute_resized_size(height, width, size) if do_resize else (height, width) for height, width in original
+        ]
         targets = None
         if annotations is not None:
             targets = []
@@ -105,9 +127,11 @@ class _DetectionPreprocessing(DensePreprocessing):
                 `orig_size`.
             **kwargs: Any of the processor's settings, for this call only.
         """
-        settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names}
+        settings: dict[str, Any] = {name: getattr(self, name, None) for name in _BATCH_SETTINGS}
         settings |= {"return_tensors": "pt"} | kwargs
-        return self._batch(images, targets, **self._standardize_kwargs(**settings))
+        if isinstance(settings["pad_size"], Mapping):
+            settings["pad_size"] = SizeDict(**settings["pad_size"])
+        return self._batch(images, targets, **settings)
 
     def _batch(
         self,
@@ -125,9 +149,9 @@ class _DetectionPreprocessing(DensePreprocessing):
         **kwargs: Any,
     ) -> BatchFeature:
         sizes = [tuple(image.shape[-2:]) for image in images]
-        padded = padded_size(sizes, pad_size, pad_size_divisor) if do_pad else None
+        padded = compute_padded_size(sizes, pad_size, pad_size_divisor) if do_pad else None
         images = [
-            pad(normalized(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std), padded)
+            pad(normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std), padded)
             for image in images
         ]
         data = {"pixel_values": images}
@@ -136,19 +160,21 @@ class _DetectionPreprocessing(DensePreprocessing):
             data["pixel_mask"] = [pad(mask, padded) for mask in ones]
         batch = BatchFeature(data, tensor_type=return_tensors)
         if targets is not None:
-            labels = (_labels(**target, size=size, padded=padded) for target, size in zip(targets, sizes, strict=True))
-            batch["labels"] = [BatchFeature(label, tensor_type=return_tensors) for label in labels]
+            batch["labels"] = [
+                BatchFeature(_build_labels(**target, size=size, padded=padded), tensor_type=return_tensors)
+                for target, size in zip(targets, sizes, strict=True)
+            ]
         return batch
 
     def post_process_object_detection(
         self, outputs: Any, threshold: float = 0.5, target_sizes: TargetSizes = None
     ) -> list[dict[str, torch.Tensor]]:
-        """The detections of RetinaNet, Mask R-CNN or DETR, as the official code makes them (of RetinaNet and Mask R-CNN
-        with a `threshold` of 0.05, of DETR with 0).
+        """The detections of RetinaNet, Mask R-CNN or DETR, as mmdetection makes them: with a `threshold` of 0.05, for
+        DETR of 0.
 
         Args:
             outputs: What the model returned.
-            threshold: Detections have a larger score.
+            threshold: Detections have a larger score (default: 0.5).
             target_sizes: Height and width in pixels of each image, `(batch, 2)`, usually the original one. Without them
                 boxes are relative to the image's size.
 
@@ -159,11 +185,8 @@ class _DetectionPreprocessing(DensePreprocessing):
         Raises:
             ValueError: If there are not as many `target_sizes` as images.
         """
-        if {"level_sizes", "scores"} & outputs.keys():
-            return detect_objects(outputs, threshold, target_sizes)
-        from .detr import detr_detections  # transformers' DETR may itself be what has this file imported
-
-        return detr_detections(outputs, threshold, target_sizes)
+        is_detr = not {"level_sizes", "scores"} & outputs.keys()
+        return (detr_detections if is_detr else detect_objects)(outputs, threshold, target_sizes)
 
     def post_process_instance_segmentation(
         self,
@@ -178,12 +201,14 @@ class _DetectionPreprocessing(DensePreprocessing):
 
         Args:
             outputs: What the model returned.
-            threshold: Instances have a larger score.
-            mask_threshold: Pixels of an instance have at least this probability.
-            overlap_mask_area_threshold: Without effect: the instances are those of the official code, which lets them
-                overlap. The pipeline gives it to every model.
-            target_sizes: Height and width in pixels of each image, `(batch, 2)`.
-            return_binary_maps: Whether each instance has a map of its own. Else a pixel belongs to the best instance.
+            threshold: Instances have a larger score (default: 0.5).
+            mask_threshold: Pixels of an instance have at least this probability (default: 0.5).
+            overlap_mask_area_threshold: Without effect: the instances are mmdetection's, which may overlap. The
+                pipeline gives it to every model.
+            target_sizes: Height and width in pixels of each image, `(batch, 2)`; by default those of the model's input
+                without padding.
+            return_binary_maps: Whether each instance has a map of its own. Else (the default) a pixel belongs to the
+                best instance.
 
         Returns:
             For each image `segmentation` and `segments_info`.
@@ -191,13 +216,14 @@ class _DetectionPreprocessing(DensePreprocessing):
         return segment_instances(outputs, threshold, mask_threshold, target_sizes, return_binary_maps)
 
 
-def _labels(
+def _build_labels(
     objects: Objects,
     image_id: int,
     orig_size: tuple[int, int],
     size: tuple[int, int],
     padded: tuple[int, int] | None,
 ) -> dict[str, torch.Tensor]:
+    """The labels of one image, as [`preprocess`] returns them; sizes are (height, width) in pixels."""
     corners, sides = objects.boxes[:, :2], objects.boxes[:, 2:] - objects.boxes[:, :2]
     height, width = size
     labels = {
@@ -214,31 +240,44 @@ def _labels(
     return labels
 
 
-_DOCSTRING = r"""
-    Prepares images for RetinaNet, Mask R-CNN and DETR on PVT as the official systems (mmdetection 2.13) do, on the
-    {backend} backend: the ratio is kept, sides are rounded to the nearest pixel, the resize is OpenCV's bilinear (no
-    antialiasing) to the last bit, and the padding is zero after the normalisation. Both backends give the same values.
+class PvtDetectionImageProcessor(_DetectionPreprocessing, TorchvisionBackend):
+    r"""
+    Prepares images for RetinaNet, Mask R-CNN and DETR on PVT as mmdetection 2.13 does, on the torchvision backend: the
+    aspect ratio is kept, sides are rounded to the nearest pixel, the resize is OpenCV's bilinear (no antialiasing) to
+    the last bit, and the padding is zero after the normalisation. Both backends give the same values.
 
     Args:
-        size (`dict`, *optional*, defaults to `{{"shortest_edge": 800, "longest_edge": 1333}}`):
-            Limits in pixels, the ratio is kept. `{{"height": ..., "width": ...}}` resizes to exactly that.
+        size (`dict`, *optional*, defaults to `{"shortest_edge": 800, "longest_edge": 1333}`):
+            Limits in pixels, the aspect ratio is kept. `{"height": ..., "width": ...}` resizes to exactly that.
         pad_size_divisor (`int`, *optional*, defaults to 32):
-            The batch is padded to multiples of it.
+            Height and width of the batch are padded to multiples of it, in pixels.
         pad_size (`dict`, *optional*):
-            `{{"height": ..., "width": ...}}` to pad to instead.
+            `{"height": ..., "width": ...}` in pixels, to pad to instead.
         num_labels (`int`, *optional*):
             Where it is given, annotations of classes beyond it are an error.
-        image_mean, image_std, rescale_factor, do_resize, do_rescale, do_normalize, do_convert_rgb, do_pad:
-            As in every image processor of transformers.
-"""
-
-
-class PvtDetectionImageProcessor(_DetectionPreprocessing, TorchvisionBackend):
-    __doc__ = _DOCSTRING.format(backend="torchvision")
+        resample (`int`, *optional*, defaults to 2):
+            PIL's number of the interpolation: bilinear, nothing else.
+        image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`):
+            Mean of each channel (R, G, B) in units of 1 / `rescale_factor`, subtracted.
+        image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`):
+            Standard deviation of each channel in the same unit, by which is divided.
+        rescale_factor (`float`, *optional*, defaults to 1 / 255):
+            Factor of the pixels.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`):
+            Whether images become RGB.
+        do_resize (`bool`, *optional*, defaults to `True`):
+            Whether images are resized.
+        do_pad (`bool`, *optional*, defaults to `True`):
+            Whether the images of a batch are padded to one size, with a `pixel_mask`.
+        do_rescale (`bool`, *optional*, defaults to `True`):
+            Whether pixels are multiplied by `rescale_factor`.
+        do_normalize (`bool`, *optional*, defaults to `True`):
+            Whether the mean is subtracted, and the result divided by the standard deviation.
+    """
 
 
 class PvtDetectionImageProcessorPil(_DetectionPreprocessing, PilBackend):
-    __doc__ = _DOCSTRING.format(backend="PIL")
+    """[`PvtDetectionImageProcessor`] on the PIL backend. The arguments and the values are the same."""
 
 
 __all__ = ["PvtDetectionImageProcessor", "PvtDetectionImageProcessorPil"]

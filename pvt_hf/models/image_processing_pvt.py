@@ -1,7 +1,7 @@
 """The papers' evaluation transform: shorter edge to 256 (bicubic), centre crop 224, ImageNet normalisation."""
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -56,8 +56,8 @@ class _PvtPreprocessing:
         super().__init__(**_scale_together(kwargs))
 
     @classmethod
-    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any):
-        # What the caller overrides scales together, before it is merged with a file that has both.
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Self:
+        # What the caller overrides is scaled together, before it is merged with a file that has both.
         return super().from_dict(image_processor_dict, **_scale_together(kwargs))
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,24 +81,36 @@ class _PvtPreprocessing:
         return super().preprocess(images, *args, **_scale_together(kwargs))
 
 
-_DOCSTRING = r"""
-    Prepares images for PVT v1 and v2 as the papers evaluate them, on the {backend} backend ({exactness} of
-    torchvision's `Resize(256, BICUBIC)` and `CenterCrop(224)` on PIL images).
+class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
+    r"""
+    Prepares images for PVT v1 and v2 as the papers evaluate them, on the torchvision backend: within two grey levels of
+    torchvision's `Resize(256, BICUBIC)` and `CenterCrop(224)` on PIL images.
 
     Args:
-        size (`int` or `dict`, *optional*, defaults to `{{"shortest_edge": 256}}`):
-            In pixels. `{{"height": ..., "width": ...}}` resizes to exactly that and turns the centre crop off, which is
+        size (`int` or `dict`, *optional*, defaults to `{"shortest_edge": 256}`):
+            In pixels. `{"height": ..., "width": ...}` resizes to exactly that and turns the centre crop off, which is
             what the `preprocessor_config.json` of the PVT checkpoints on the Hub asks for.
-        crop_size (`int` or `dict`, *optional*, defaults to `{{"height": 224, "width": 224}}`):
+        crop_size (`int` or `dict`, *optional*, defaults to `{"height": 224, "width": 224}`):
             In pixels. If only one of `size` and `crop_size` is given, the other is scaled with it (384 and 438, say).
-        resample, image_mean, image_std, rescale_factor, do_resize, do_center_crop, do_rescale, do_normalize,
-        do_convert_rgb:
-            As in every image processor of transformers.
-"""
-
-
-class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
-    __doc__ = _DOCSTRING.format(backend="torchvision", exactness="within two grey levels")
+        resample (`int`, *optional*, defaults to 3):
+            PIL's number of the interpolation: bicubic.
+        image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`):
+            Mean of each channel (R, G, B) in units of 1 / `rescale_factor`, subtracted.
+        image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`):
+            Standard deviation of each channel in the same unit, by which is divided.
+        rescale_factor (`float`, *optional*, defaults to 1 / 255):
+            Factor of the pixels.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`):
+            Whether images become RGB.
+        do_resize (`bool`, *optional*, defaults to `True`):
+            Whether images are resized.
+        do_center_crop (`bool`, *optional*, defaults to `True`):
+            Whether the centre of `crop_size` is cut out.
+        do_rescale (`bool`, *optional*, defaults to `True`):
+            Whether pixels are multiplied by `rescale_factor`.
+        do_normalize (`bool`, *optional*, defaults to `True`):
+            Whether the mean is subtracted, and the result divided by the standard deviation.
+    """
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
         from torchvision.transforms.v2 import functional
@@ -107,7 +119,8 @@ class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
 
 
 class PvtImageProcessorPil(_PvtPreprocessing, PilBackend):
-    __doc__ = _DOCSTRING.format(backend="PIL", exactness="exactly the result")
+    """[`PvtImageProcessor`] on the PIL backend: exactly torchvision's `Resize(256, BICUBIC)` and `CenterCrop(224)` of
+    PIL images. The arguments are the same."""
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
         # As torchvision: a missing odd pixel is added behind, and an odd pixel too many is split by rounding to even.

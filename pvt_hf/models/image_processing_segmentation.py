@@ -1,6 +1,7 @@
-"""Images, label maps and predictions of Semantic FPN, as the official system (mmsegmentation 0.13) treats them."""
+"""Images, label maps and predictions of Semantic FPN, as mmsegmentation 0.13 treats them."""
 
 import math
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,22 @@ from transformers.image_processing_backends import PilBackend, TorchvisionBacken
 from transformers.image_utils import ImageInput, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
-from .image_processing_dense import DensePreprocessing, check_finite, normalized, pad, padded_size, resized_size
+from .image_processing_dense import (
+    DensePreprocessing,
+    check_finite,
+    compute_padded_size,
+    compute_resized_size,
+    normalize,
+    pad,
+)
 from .resize import resize_bilinear, resize_nearest
 
 IGNORE_INDEX = 255
 
 
 class SegmentationImagesKwargs(ImagesKwargs, total=False):
-    """What an image processor for segmentation takes beyond the arguments of every image processor."""
+    """What an image processor for segmentation takes beyond the arguments of every image processor: see
+    [`PvtSegmentationImageProcessor`]."""
 
     size_divisor: int
     do_reduce_labels: bool
@@ -49,7 +58,7 @@ class _SegmentationPreprocessing(DensePreprocessing):
         Returns:
             `BatchFeature`: `pixel_values`, float32 `(batch, 3, height, width)`, RGB, normalised; with maps also
             `labels`, int64 `(batch, height, width)` of the same size (nearest pixel), 255 where a pixel is ignored. To
-            evaluate as the official code does, compare what [`post_process_semantic_segmentation`] gives at the
+            evaluate as mmsegmentation does, compare what [`post_process_semantic_segmentation`] gives at the
             original size with the map as it is, not with these labels.
 
         Raises:
@@ -77,33 +86,24 @@ class _SegmentationPreprocessing(DensePreprocessing):
         return_tensors: str | None,
         **kwargs: Any,
     ) -> BatchFeature:
-        steps = []  # of each image: the sizes that it is resized to in turn
         for index, image in enumerate(images):
             check_finite(image, f"Image number {index}")
-            kept = resized_size(*image.shape[-2:], size)
-            aligned = tuple(math.ceil(side / size_divisor) * size_divisor for side in kept)
-            steps.append((kept, aligned) if do_resize else (tuple(image.shape[-2:]),))
-        finals = sorted({sizes[-1] for sizes in steps})
+        steps = [_plan_resizes(image, size, size_divisor) if do_resize else [] for image in images]
+        finals = {(step or [tuple(image.shape[-2:])])[-1] for image, step in zip(images, steps, strict=True)}
         if return_tensors is not None and len(finals) > 1:
             raise ValueError(
-                f"The images of a batch have different sizes (height, width) after the resize: {finals}. Process them "
-                'one by one, or give them the same size with `size={"height": ..., "width": ...}`.'
+                f"The images of a batch have different sizes (height, width) after the resize: {sorted(finals)}. "
+                'Process them one by one, or give them the same size with `size={"height": ..., "width": ...}`.'
             )
-        maps = None if segmentation_maps is None else _label_maps(segmentation_maps, images)
-        pixel_values = []
-        for image, sizes in zip(images, steps, strict=True):
-            for target in sizes:
-                image = resize_bilinear(image, target)
-            pixel_values.append(normalized(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std))
-        data = {"pixel_values": pixel_values}
+        maps = None if segmentation_maps is None else _read_label_maps(segmentation_maps, images)
+        settings = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+        images = [reduce(resize_bilinear, step, image) for image, step in zip(images, steps, strict=True)]
+        data = {"pixel_values": [normalize(image, *settings) for image in images]}
         if maps is not None:
-            data["labels"] = []
-            for index, (labels, sizes) in enumerate(zip(maps, steps, strict=True)):
-                labels = reduce_labels(labels) if do_reduce_labels else labels
+            maps = [reduce_labels(labels) if do_reduce_labels else labels for labels in maps]
+            for index, labels in enumerate(maps):
                 check_label_map(labels, num_labels, f"Segmentation map number {index}")
-                for target in sizes:
-                    labels = resize_nearest(labels, target)
-                data["labels"].append(labels)
+            data["labels"] = [reduce(resize_nearest, step, labels) for labels, step in zip(maps, steps, strict=True)]
         return BatchFeature(data, tensor_type=return_tensors)
 
     def batch(
@@ -119,10 +119,10 @@ class _SegmentationPreprocessing(DensePreprocessing):
         """
         names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         settings = {name: getattr(self, name) for name in names}
-        size = size or padded_size([tuple(image.shape[-2:]) for image in images], None, 1)
+        size = size or compute_padded_size([tuple(image.shape[-2:]) for image in images], None, 1)
         # The padding of a label is 0 before the shift by 255, and 255 after it.
         data = {
-            "pixel_values": [pad(normalized(image, **settings), size) for image in images],
+            "pixel_values": [pad(normalize(image, **settings), size) for image in images],
             "labels": [pad(label - IGNORE_INDEX, size) + IGNORE_INDEX for label in labels],
         }
         return BatchFeature(data, tensor_type="pt")
@@ -130,7 +130,7 @@ class _SegmentationPreprocessing(DensePreprocessing):
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: list[tuple[int, int]] | torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """The class of every pixel as the official code finds it: the logits are resized to the network's input and
+        """The class of every pixel as mmsegmentation finds it: the logits are resized to the network's input and
         from there to the target (both bilinear), which is not the same as one resize.
 
         Args:
@@ -150,8 +150,15 @@ class _SegmentationPreprocessing(DensePreprocessing):
             return list(logits.argmax(dim=1))
         if len(target_sizes) != len(logits):
             raise ValueError(f"Got `target_sizes` of {len(target_sizes)} images for logits of {len(logits)} images.")
-        sizes = [tuple(int(side) for side in size) for size in target_sizes]
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
         return [_segment(image, self.logits_stride, size) for image, size in zip(logits, sizes, strict=True)]
+
+
+def _plan_resizes(image: torch.Tensor, size: SizeDict, divisor: int) -> list[tuple[int, int]]:
+    """The sizes (height, width) that an image is resized to in turn."""
+    height, width = image.shape[-2:]
+    height, width = compute_resized_size(height, width, size)
+    return [(height, width), (math.ceil(height / divisor) * divisor, math.ceil(width / divisor) * divisor)]
 
 
 def _segment(logits: torch.Tensor, stride: int, size: tuple[int, int], chunk: int = 16) -> torch.Tensor:
@@ -160,7 +167,7 @@ def _segment(logits: torch.Tensor, stride: int, size: tuple[int, int], chunk: in
     network_size = tuple(side * stride for side in logits.shape[-2:])
     best, labels = None, None
     for first in range(0, len(logits), chunk):
-        scores = logits[None, first : first + chunk].float()
+        scores = logits[None, first : first + chunk].float()  # (1, classes of the chunk, height, width)
         for target in (network_size, size):
             scores = F.interpolate(scores, target, mode="bilinear", align_corners=False)
         values, indices = scores[0].max(dim=0)
@@ -172,13 +179,13 @@ def _segment(logits: torch.Tensor, stride: int, size: tuple[int, int], chunk: in
     return labels
 
 
-def _label_maps(segmentation_maps: Any, images: list[torch.Tensor]) -> list[torch.Tensor]:
+def _read_label_maps(segmentation_maps: Any, images: list[torch.Tensor]) -> list[torch.Tensor]:
     """The maps as int64 `(height, width)` on the devices of their images."""
     single = isinstance(segmentation_maps, Image.Image) or getattr(segmentation_maps, "ndim", 3) == 2
     maps = [segmentation_maps] if single else list(segmentation_maps)
     if len(maps) != len(images):
         raise ValueError(f"Got `segmentation_maps` of {len(maps)} images for {len(images)} images.")
-    labels = [label_map(given, f"Segmentation map number {index}") for index, given in enumerate(maps)]
+    labels = [read_label_map(given, f"Segmentation map number {index}") for index, given in enumerate(maps)]
     for index, (given, image) in enumerate(zip(labels, images, strict=True)):
         if given.shape != image.shape[-2:]:
             raise ValueError(
@@ -188,8 +195,12 @@ def _label_maps(segmentation_maps: Any, images: list[torch.Tensor]) -> list[torc
     return [given.to(image.device) for given, image in zip(labels, images, strict=True)]
 
 
-def label_map(given: Any, name: str = "The segmentation map") -> torch.Tensor:
-    """A map of class labels as int64 `(height, width)`, from a PIL image, an array or a tensor.
+def read_label_map(given: Any, name: str = "The segmentation map") -> torch.Tensor:
+    """A map of class labels as int64 `(height, width)`.
+
+    Args:
+        given: A PIL image, an array or a tensor, `(height, width)` or with one channel more.
+        name: Of the map, for the error.
 
     Raises:
         ValueError: If it has more than one channel or values that are not integers from 0 on.
@@ -218,7 +229,9 @@ def reduce_labels(labels: torch.Tensor) -> torch.Tensor:
 
 def check_label_map(labels: torch.Tensor, num_labels: int | None, name: str) -> None:
     """Raises a `ValueError` that lists the labels which are neither classes nor 255."""
-    wrong = labels[(labels >= num_labels) & (labels != IGNORE_INDEX)] if num_labels is not None else labels[:0]
+    if num_labels is None:
+        return
+    wrong = labels[(labels >= num_labels) & (labels != IGNORE_INDEX)]
     if wrong.numel():
         raise ValueError(
             f"{name} has the labels {wrong.unique().tolist()}, the classes are 0 to {num_labels - 1} "
@@ -226,33 +239,44 @@ def check_label_map(labels: torch.Tensor, num_labels: int | None, name: str) -> 
         )
 
 
-_DOCSTRING = r"""
-    Prepares images for Semantic FPN on PVT as the official system (mmsegmentation 0.13) evaluates them, on the
-    {backend} backend: the ratio is kept, sides are rounded to the nearest pixel, then a second resize makes both sides
-    multiples of 32; both have the bits of OpenCV's bilinear (no antialiasing). Both backends give the same values.
+class PvtSegmentationImageProcessor(_SegmentationPreprocessing, TorchvisionBackend):
+    r"""
+    Prepares images for Semantic FPN on PVT as mmsegmentation 0.13 evaluates them, on the torchvision backend: the
+    aspect ratio is kept, sides are rounded to the nearest pixel, then a second resize makes both sides multiples of 32;
+    both have the bits of OpenCV's bilinear (no antialiasing). Both backends give the same values.
 
     Args:
-        size (`dict`, *optional*, defaults to `{{"shortest_edge": 512, "longest_edge": 2048}}`):
-            Limits in pixels, the ratio is kept. `{{"height": ..., "width": ...}}` resizes to exactly that.
+        size (`dict`, *optional*, defaults to `{"shortest_edge": 512, "longest_edge": 2048}`):
+            Limits in pixels, the aspect ratio is kept. `{"height": ..., "width": ...}` resizes to exactly that.
         size_divisor (`int`, *optional*, defaults to 32):
-            Sides are then enlarged to multiples of it, without padding.
+            Sides are then enlarged to multiples of it, in pixels, without padding.
         do_reduce_labels (`bool`, *optional*, defaults to `False`):
             Whether label 0 is no class: it becomes 255 and the others count from 0. For ADE20K.
         num_labels (`int`, *optional*):
             Where it is given, maps with labels beyond it are an error.
         logits_stride (`int`, *optional*, defaults to 4):
             How many times larger the model's input is than its logits: 1 for UperNet, which resizes them itself.
-        image_mean, image_std, rescale_factor, do_resize, do_rescale, do_normalize, do_convert_rgb:
-            As in every image processor of transformers.
-"""
-
-
-class PvtSegmentationImageProcessor(_SegmentationPreprocessing, TorchvisionBackend):
-    __doc__ = _DOCSTRING.format(backend="torchvision")
+        resample (`int`, *optional*, defaults to 2):
+            PIL's number of the interpolation: bilinear, nothing else.
+        image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`):
+            Mean of each channel (R, G, B) in units of 1 / `rescale_factor`, subtracted.
+        image_std (`list[float]`, *optional*, defaults to `[0.229, 0.224, 0.225]`):
+            Standard deviation of each channel in the same unit, by which is divided.
+        rescale_factor (`float`, *optional*, defaults to 1 / 255):
+            Factor of the pixels.
+        do_convert_rgb (`bool`, *optional*, defaults to `True`):
+            Whether images become RGB.
+        do_resize (`bool`, *optional*, defaults to `True`):
+            Whether images are resized.
+        do_rescale (`bool`, *optional*, defaults to `True`):
+            Whether pixels are multiplied by `rescale_factor`.
+        do_normalize (`bool`, *optional*, defaults to `True`):
+            Whether the mean is subtracted, and the result divided by the standard deviation.
+    """
 
 
 class PvtSegmentationImageProcessorPil(_SegmentationPreprocessing, PilBackend):
-    __doc__ = _DOCSTRING.format(backend="PIL")
+    """[`PvtSegmentationImageProcessor`] on the PIL backend. The arguments and the values are the same."""
 
 
 __all__ = ["PvtSegmentationImageProcessor", "PvtSegmentationImageProcessorPil"]

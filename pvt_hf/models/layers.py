@@ -1,9 +1,13 @@
-"""What PVT v1 and v2 share: tokens as maps and back, stochastic depth, spatial-reduction attention."""
+"""What PVT v1 and v2 share (tokens as maps and back, stochastic depth, spatial-reduction attention), and how the MLP of
+v2 is computed in chunks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -54,10 +58,23 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # query (batch, heads, queries, head_dim), key and value (batch, heads, reduced keys, head_dim)
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    """The attention that keeps its probabilities, with the interface of transformers' other implementations.
+
+    Args:
+        module: In training or in evaluation mode.
+        query: (batch, heads, queries, head_dim)
+        key: (batch, heads, reduced keys, head_dim)
+        value: (batch, heads, reduced keys, head_dim)
+        attention_mask: Added to the scores, or None.
+        scaling: Factor of the scores.
+        dropout: Probability with which an attention probability is dropped in training (default: 0).
+
+    Returns:
+        (batch, queries, heads, head_dim), and the probabilities (batch, heads, queries, reduced keys).
+    """
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling  # (batch, heads, queries, reduced keys)
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = nn.functional.softmax(weights, dim=-1)
@@ -84,7 +101,7 @@ class SpatialReductionAttention(nn.Module):
         self.value = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
 
     def attend(
-        self, hidden_states: torch.Tensor, reduced_states: torch.Tensor, output_attentions: bool = False, **kwargs
+        self, hidden_states: torch.Tensor, reduced_states: torch.Tensor, output_attentions: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
@@ -96,7 +113,7 @@ class SpatialReductionAttention(nn.Module):
         Returns:
             (batch, queries, channels), and (batch, heads, queries, reduced keys) or None.
         """
-        query, key, value = (
+        query, key, value = (  # each (batch, heads, tokens, head_dim)
             projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, states in (
                 (self.query, hidden_states),
@@ -107,7 +124,7 @@ class SpatialReductionAttention(nn.Module):
         attention = eager_attention_forward
         if not output_attentions:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention)
-        context, weights = attention(
+        context, weights = attention(  # (batch, queries, heads, head_dim)
             self,
             query,
             key,
@@ -118,3 +135,53 @@ class SpatialReductionAttention(nn.Module):
             **kwargs,
         )
         return context.flatten(2), weights if output_attentions else None
+
+
+def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Decorator of the `forward` of an MLP with a 3 x 3 convolution in it, whose hidden states would fill the memory.
+
+    A map of more than `max_stored_tokens` is recomputed in the backward pass instead of stored. A CPU works in chunks
+    of rows whose hidden states take `chunk_bytes`, so that they fit its cache, unless a hook wants to see the complete
+    map. A compiler decides for itself.
+
+    Args:
+        forward: A method `(hidden_states, height, width, rows)` that gives these rows of the result, from hidden states
+            `(batch, height * width, channels)` which hold a row of context above and below them where there is one. Its
+            module has `max_stored_tokens`, `chunk_bytes` and `intermediate_size`, the channels of the hidden states.
+
+    Returns:
+        A method `(hidden_states, height, width)` that gives all rows.
+    """
+
+    @wraps(forward)
+    def forward_in_chunks(self: nn.Module, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        compute = partial(forward, self)
+        is_large = height * width > self.max_stored_tokens
+        differentiates = torch.is_grad_enabled() and hidden_states.requires_grad
+        # (Training draws its dropout in the same pieces with and without gradients: a checkpointed block runs both.)
+        if runs_transformed() or (not is_large and (differentiates or self.training)):
+            return compute(hidden_states, height, width)
+        if differentiates:
+            compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=self.training)
+        has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        if hidden_states.device.type != "cpu" or has_hooks:
+            return compute(hidden_states, height, width)
+        num_rows = max(1, self.chunk_bytes // (width * self.intermediate_size * hidden_states.element_size()))
+        return torch.cat([_compute_in_chunks(compute, image, width, num_rows) for image in hidden_states.split(1)])
+
+    return forward_in_chunks
+
+
+def _compute_in_chunks(
+    compute: Callable[..., torch.Tensor], image: torch.Tensor, width: int, num_rows: int
+) -> torch.Tensor:
+    """`compute` of one image (1, height * width, channels), `num_rows` rows at a time."""
+    chunks = image.split(num_rows * width, dim=1)
+    outputs = []
+    for index, chunk in enumerate(chunks):
+        above = [chunks[index - 1][:, -width:]] if index > 0 else []
+        below = [chunks[index + 1][:, :width]] if index + 1 < len(chunks) else []
+        hidden_states = torch.cat((*above, chunk, *below), dim=1)
+        height = hidden_states.shape[1] // width
+        outputs.append(compute(hidden_states, height, width, slice(len(above), height - len(below))))
+    return torch.cat(outputs, dim=1)

@@ -1,11 +1,11 @@
-"""What every pretrained model of PVT does around its encoder: loading, checks of the input, choice of outputs."""
+"""What PVT v1 and v2 do around their encoder: checks of the inputs, the choice of outputs, the loss of a classifier."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
-from transformers.utils.output_capturing import resolve_hidden_states_indices, selected_hidden_states
 
 from .layers import runs_transformed
 
@@ -34,7 +34,7 @@ def check_pixel_values(pixel_values: torch.Tensor, num_channels: int, minimum_si
 
 
 def minimum_image_size(kernels: Sequence[int], strides: Sequence[int], reduction_ratios: Sequence[int]) -> int:
-    """The smallest side, in pixels, that leaves every stage one reduced key: 32 for the official models."""
+    """The smallest side, in pixels, that leaves every stage one reduced key: 32 for all variants."""
 
     def side(stage: int) -> int:
         pixels = reduction_ratios[stage]
@@ -77,11 +77,11 @@ def check_class_labels(
 
 
 def classification_loss(
-    model: nn.Module, logits: torch.Tensor, labels: torch.Tensor | None, **kwargs
+    model: nn.Module, logits: torch.Tensor, labels: torch.Tensor | None, **kwargs: Any
 ) -> torch.Tensor | None:
     """transformers' loss for image classification, right under gradient accumulation for every kind of label.
 
-    `Trainer` hands over the number of labels in the whole accumulated batch and adds the losses of its parts up. The
+    `Trainer` hands over the number of labels in the complete accumulated batch and adds the losses of its parts up. The
     cross-entropy of transformers divides by that number, its multi-label and regression losses by the part's own.
     """
     if labels is None:
@@ -112,13 +112,15 @@ def resolve_output_flags(
 
 
 def select_hidden_states(
-    model: nn.Module, hidden_states: list[torch.Tensor], output_hidden_states: bool | int | list[int]
+    hidden_states: Sequence[torch.Tensor], output_hidden_states: bool | int | list[int]
 ) -> tuple[torch.Tensor | None, ...] | None:
-    """All of them, none, or (as elsewhere in transformers) those of the given indices with None in the other places."""
-    selected = selected_hidden_states(output_hidden_states)
-    if selected is None:
+    """All of them, none, or (as elsewhere in transformers) those of the given indices with None in the other places.
+    Negative indices count from the end; those out of range select nothing."""
+    if isinstance(output_hidden_states, bool):
         return tuple(hidden_states) if output_hidden_states else None
-    kept = resolve_hidden_states_indices(model, selected, num_hidden_states=len(hidden_states))
+    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    count = len(hidden_states)
+    kept = {index % count for index in indices if -count <= index < count}
     return tuple(state if index in kept else None for index, state in enumerate(hidden_states))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,11 @@ from .boxes import (
 from .configuration_mask_rcnn import MaskRCNNConfig
 from .fpn import FeaturePyramid
 from .post_processing import select_detections
-from .pretrained import PretrainedDensePredictor
+from .pretrained import PretrainedMixin
 from .rpn import RegionProposalNetwork
-from .targets import GroundTruth, ground_truths, image_sizes_from_mask, normalized_boxes, padded_sizes
+from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_image_sizes
 
-_BOX_SIZE, _MASK_SIZE = 7, 14  # cells per side that a region is pooled to
+_BOX_SIZE, _MASK_SIZE = 7, 14  # cells per side that an RoI is pooled to
 _BOX_STDS = (0.1, 0.1, 0.2, 0.2)
 
 
@@ -57,8 +58,10 @@ class MaskRCNNInstanceSegmentationOutput(ModelOutput):
             Logits of the mask of this class in the box.
         image_sizes (`torch.Tensor` of shape `(batch, 2)`):
             Height and width of each image in pixels, without padding.
-        hidden_states, attentions (*optional*):
-            Those of the backbone, where the call or the configuration asks for them.
+        hidden_states (`tuple[torch.Tensor, ...]`, *optional*):
+            Those of the backbone, where the call or its configuration asks for them.
+        attentions (`tuple[torch.Tensor, ...]`, *optional*):
+            Those of the backbone, where the call or its configuration asks for them.
     """
 
     loss: torch.Tensor | None = None
@@ -73,61 +76,73 @@ class MaskRCNNInstanceSegmentationOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-def pool_regions(
+def pool_rois(
     levels: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor], strides: Sequence[int], size: int
 ) -> torch.Tensor:
-    """Features of each box from the level of its scale (`SingleRoIExtractor`; arXiv 1612.03144, equation 1).
+    """Features of each RoI from the level of its scale (`SingleRoIExtractor`; arXiv 1612.03144, equation 1).
 
     Args:
         levels: Maps `(batch, channels, height, width)`, finest first.
-        boxes: For each image, xyxy in pixels `(boxes, 4)`.
+        boxes: For each image, xyxy in pixels, `(RoIs, 4)`.
         strides: Pixels per cell of each level.
         size: Cells per side of the result.
 
     Returns:
-        `(all boxes, channels, size, size)`, image by image, in the dtype of the maps.
+        `(all RoIs, channels, size, size)`, image by image, in the dtype of the maps.
     """
     from torchvision.ops import roi_align
 
-    all_boxes = torch.cat(list(boxes))
+    all_boxes = torch.cat(list(boxes))  # (all RoIs, 4)
     images = torch.cat([torch.full_like(image_boxes[:, :1], index) for index, image_boxes in enumerate(boxes)])
-    areas = (all_boxes[:, 2:] - all_boxes[:, :2]).prod(dim=1)
+    areas = (all_boxes[:, 2:] - all_boxes[:, :2]).prod(dim=1)  # (all RoIs,)
     scales = torch.floor(torch.log2(areas.sqrt() / 56 + 1e-6)).clamp(0, len(levels) - 1)
     order, pooled = [], []
     for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
         members = (scales == index).nonzero().flatten()
-        regions = torch.cat((images[members], all_boxes[members]), dim=1)
+        rois = torch.cat((images[members], all_boxes[members]), dim=1)  # (RoIs of the level, 5)
         # Half precision could not tell neighbouring pixels of a large image apart.
-        features = roi_align(at_least_float32(level), regions, size, 1 / stride, sampling_ratio=0, aligned=True)
+        features = roi_align(at_least_float32(level), rois, size, 1 / stride, sampling_ratio=0, aligned=True)
         order.append(members)
         pooled.append(features.to(level.dtype))
     return torch.cat(pooled)[torch.cat(order).argsort()]
 
 
 @dataclass(frozen=True)
-class SampledRegions:
-    """The regions of one image that the heads learn from: `boxes` xyxy in pixels `(regions, 4)`, the positive ones
-    first, and the index of the object of each of these, `objects` `(positive regions,)`."""
+class SampledRoIs:
+    """The RoIs of one image that the heads learn from.
+
+    Args:
+        boxes: xyxy in pixels, `(RoIs, 4)`, the positive ones first.
+        objects: The index of the object of each positive RoI, int64 `(positive RoIs,)`.
+    """
 
     boxes: torch.Tensor
     objects: torch.Tensor
 
     @property
     def positive_boxes(self) -> torch.Tensor:
+        """xyxy in pixels, `(positive RoIs, 4)`."""
         return self.boxes[: len(self.objects)]
 
 
-def sample_regions(
+def sample_rois(
     proposals: torch.Tensor, truth: GroundTruth, config: MaskRCNNConfig, shuffle: bool = True
-) -> SampledRegions:
-    """Samples from the boxes of the objects themselves and the proposals `(proposals, 4)`."""
+) -> SampledRoIs:
+    """Samples from the boxes of the objects themselves and the proposals of one image.
+
+    Args:
+        proposals: xyxy in pixels, `(proposals, 4)`.
+        truth: The objects.
+        config: Of the model.
+        shuffle: See [`~pvt_hf.models.boxes.sample_boxes`].
+    """
     threshold = config.roi_iou_threshold
     matches = match_boxes(pairwise_iou(truth.boxes, proposals), threshold, threshold, threshold)
-    boxes = torch.cat((truth.boxes, proposals))
+    boxes = torch.cat((truth.boxes, proposals))  # (objects + proposals, 4)
     matches = torch.cat((torch.arange(len(truth.boxes), device=matches.device), matches))
     max_positives = int(config.roi_num_samples * config.roi_positive_fraction)
-    positive, background = sample_boxes(matches, config.roi_num_samples, max_positives, shuffle)
-    return SampledRegions(boxes[torch.cat((positive, background))], matches[positive])
+    positives, negatives = sample_boxes(matches, config.roi_num_samples, max_positives, shuffle)
+    return SampledRoIs(boxes[torch.cat((positives, negatives))], matches[positives])
 
 
 class BoxHead(nn.Module):
@@ -148,8 +163,13 @@ class BoxHead(nn.Module):
             init.zeros_(linear.bias)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features `(regions, channels, 7, 7)` to logits `(regions, num_labels + 1)` and deltas
-        `(regions, num_labels, 4)`, at least in float32."""
+        """
+        Args:
+            features: `(RoIs, channels, 7, 7)`.
+
+        Returns:
+            Logits `(RoIs, num_labels + 1)` and deltas `(RoIs, num_labels, 4)`, at least in float32.
+        """
         hidden_states = F.relu(self.fc2(F.relu(self.fc1(features.flatten(1)))))
         deltas = self.box_predictor(hidden_states).unflatten(1, (-1, 4))
         return at_least_float32(self.class_predictor(hidden_states)), at_least_float32(deltas)
@@ -158,20 +178,30 @@ class BoxHead(nn.Module):
         self,
         logits: torch.Tensor,
         deltas: torch.Tensor,
-        regions: Sequence[SampledRegions],
+        samples: Sequence[SampledRoIs],
         truths: Sequence[GroundTruth],
     ) -> dict[str, torch.Tensor]:
-        """Cross-entropy of all regions, and L1 loss of the positive ones' deltas of their class, both over the number
-        of regions."""
+        """Cross-entropy of all RoIs, and L1 loss of the positive ones' deltas of their class, both over the number of
+        RoIs.
+
+        Args:
+            logits: `(all RoIs, num_labels + 1)`, image by image.
+            deltas: `(all RoIs, num_labels, 4)`.
+            samples: The RoIs of each image.
+            truths: The objects of each image.
+
+        Returns:
+            `loss_class` and `loss_box`, scalars.
+        """
         labels, rows, wanted, start = [], [], [], 0
-        for region, truth in zip(regions, truths, strict=True):
-            label = torch.full((len(region.boxes),), self.config.num_labels, device=logits.device)
-            label[: len(region.objects)] = truth.class_labels[region.objects]
+        for rois, truth in zip(samples, truths, strict=True):
+            label = torch.full((len(rois.boxes),), self.config.num_labels, device=logits.device)  # the background
+            label[: len(rois.objects)] = truth.class_labels[rois.objects]
             labels.append(label)
-            rows.append(torch.arange(start, start + len(region.objects), device=logits.device))
-            wanted.append(encode_boxes(region.positive_boxes, truth.boxes[region.objects], _BOX_STDS))
-            start += len(region.boxes)
-        labels, rows = torch.cat(labels), torch.cat(rows)
+            rows.append(torch.arange(start, start + len(rois.objects), device=logits.device))
+            wanted.append(encode_boxes(rois.positive_boxes, truth.boxes[rois.objects], _BOX_STDS))
+            start += len(rois.boxes)
+        labels, rows = torch.cat(labels), torch.cat(rows)  # (all RoIs,) and (all positive RoIs,)
         normalizer = max(len(labels), 1)
         class_loss = F.cross_entropy(logits, labels, reduction="sum")
         box_loss = F.l1_loss(deltas[rows, labels[rows]], torch.cat(wanted), reduction="sum")
@@ -195,37 +225,51 @@ class MaskHead(nn.Module):
             init.zeros_(conv.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features `(regions, channels, 14, 14)` to logits `(regions, num_labels, 28, 28)`, at least in float32."""
+        """
+        Args:
+            features: `(RoIs, channels, 14, 14)`.
+
+        Returns:
+            Logits `(RoIs, num_labels, 28, 28)`, at least in float32.
+        """
         for conv in self.convs:
             features = F.relu(conv(features))
         return at_least_float32(self.predictor(F.relu(self.upsample(features))))
 
     def loss(
-        self, logits: torch.Tensor, regions: Sequence[SampledRegions], truths: Sequence[GroundTruth]
+        self, logits: torch.Tensor, samples: Sequence[SampledRoIs], truths: Sequence[GroundTruth]
     ) -> dict[str, torch.Tensor]:
-        """Cross-entropy of the maps of the objects' classes, averaged over their cells; 0 without a positive region.
+        """Cross-entropy of the maps of the objects' classes, averaged over their cells; 0 without a positive RoI.
 
         Args:
-            logits: Those of the positive regions.
+            logits: `(all positive RoIs, num_labels, 28, 28)`, image by image.
+            samples: The RoIs of each image.
+            truths: The objects of each image, with masks.
+
+        Returns:
+            `loss_mask`, a scalar.
         """
         from torchvision.ops import roi_align
 
         targets, labels = [], []
-        for region, truth in zip(regions, truths, strict=True):
-            boxes = clip_boxes(region.positive_boxes, region.objects.new_tensor(truth.masks.shape[1:]))
-            boxes = torch.cat((region.objects[:, None].to(boxes), boxes), dim=1)
-            masks = truth.masks[:, None].to(boxes.dtype)
+        for rois, truth in zip(samples, truths, strict=True):
+            boxes = clip_boxes(rois.positive_boxes, rois.objects.new_tensor(truth.masks.shape[1:]))
+            boxes = torch.cat((rois.objects[:, None].to(boxes), boxes), dim=1)  # (positive RoIs, 5)
+            masks = truth.masks[:, None].to(boxes.dtype)  # (objects, 1, height, width)
             targets.append(roi_align(masks, boxes, logits.shape[-1], 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5)
-            labels.append(truth.class_labels[region.objects])
+            labels.append(truth.class_labels[rois.objects])
         targets, labels = torch.cat(targets).to(logits.dtype), torch.cat(labels)
-        own_class = logits[torch.arange(len(labels), device=labels.device), labels]
+        own_class = logits[torch.arange(len(labels), device=labels.device), labels]  # (all positive RoIs, 28, 28)
         loss = F.binary_cross_entropy_with_logits(own_class, targets, reduction="sum")
         return {"loss_mask": loss / max(targets.numel(), 1)}
 
 
-class MaskRCNNPreTrainedModel(PretrainedDensePredictor, PreTrainedModel):
+class MaskRCNNPreTrainedModel(PretrainedMixin, PreTrainedModel):
+    """The base of Mask R-CNN: its configuration, its weight initialisation, and complete loading."""
+
+    config: MaskRCNNConfig
     config_class = MaskRCNNConfig
-    _class_tensors = ("box_head.class_predictor.", "box_head.box_predictor.", "mask_head.predictor.")
+    _may_change_shape = ("box_head.class_predictor.", "box_head.box_predictor.", "mask_head.predictor.")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -235,14 +279,14 @@ class MaskRCNNPreTrainedModel(PretrainedDensePredictor, PreTrainedModel):
 
 
 class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
-    """Backbone, feature pyramid, region proposals, and for each region a box head and a mask head. With
+    """Backbone, feature pyramid, region proposal network, and for each proposal a box head and a mask head. With
     `config.use_masks=False` there is no mask head: Faster R-CNN."""
 
-    accepts_loss_kwargs = False  # the losses are means over sampled regions, not over labels that Trainer could count
+    accepts_loss_kwargs = False  # the losses are means over sampled RoIs, not over labels that Trainer could count
 
     def __init__(self, config: MaskRCNNConfig):
         super().__init__(config)
-        self.backbone = build_backbone(config, num_levels=4)
+        self.backbone = build_backbone(config)
         self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels, extra_pooled_level=True)
         self.rpn = RegionProposalNetwork(config)
         self.box_head = BoxHead(config)
@@ -260,7 +304,7 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         labels: Sequence[Mapping[str, torch.Tensor]] | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MaskRCNNInstanceSegmentationOutput:
         r"""
         Anchors and proposals to learn from are drawn in training only, from torch's CPU generator; in evaluation mode
@@ -276,44 +320,45 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
                 For each image `class_labels` int64 `(objects,)`, `boxes` `(objects, 4)`, cxcywh relative to the image's
                 size without padding, and with a mask head `masks` `(objects, height, width)`, bool or integers, of the
                 size of `pixel_values`.
-            output_attentions, output_hidden_states (`bool`, *optional*):
+            output_attentions (`bool`, *optional*):
+                As in the backbone.
+            output_hidden_states (`bool`, *optional*):
                 As in the backbone.
 
         Returns:
             [`MaskRCNNInstanceSegmentationOutput`]
 
         Raises:
-            TypeError, ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the
-                annotation.
+            TypeError: For `labels` of another type.
+            ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the annotation.
         """
-        image_sizes, input_size = image_sizes_from_mask(pixel_values, pixel_mask), tuple(pixel_values.shape[2:])
+        image_sizes, input_size = read_image_sizes(pixel_values, pixel_mask), tuple(pixel_values.shape[2:])
         truths = None
         if labels is not None:
             dtype = torch.promote_types(self.dtype, torch.float32)
             mask_size = input_size if self.config.use_masks else None
-            truths = ground_truths(labels, image_sizes, self.config.num_labels, dtype, mask_size)
+            truths = read_ground_truths(labels, image_sizes, self.config.num_labels, dtype, mask_size)
         features = self.backbone.forward_with_filtered_kwargs(
             pixel_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        levels = self.neck(features.feature_maps)
-        level_shapes = [level.shape[2:] for level in levels]
+        levels = self.neck(features.feature_maps)  # P2 ... P6
         objectness, deltas = self.rpn(levels)
-        anchors = self.rpn.anchors.boxes(level_shapes, like=deltas)
-        level_sizes = [height * width * self.rpn.anchors.num_per_cell for height, width in level_shapes]
-        proposals = self.rpn.proposals(objectness, deltas, anchors, level_sizes, image_sizes)
-        loss = loss_dict = None
+        grid, level_shapes = self.rpn.anchor_grid, [level.shape[2:] for level in levels]
+        anchors = grid.generate_boxes(level_shapes, like=deltas)
+        level_sizes = [height * width * grid.num_per_cell for height, width in level_shapes]
+        proposals = self.rpn.select_proposals(objectness, deltas, anchors, level_sizes, image_sizes)
+        loss_dict = None
         if truths is not None:
-            sizes = padded_sizes(image_sizes, input_size)
-            valid = [self.rpn.anchors.valid(level_shapes, size, deltas.device) for size in sizes]
+            sizes = pad_image_sizes(image_sizes, input_size)
+            valid = [grid.find_valid(level_shapes, size, deltas.device) for size in sizes]
             loss_dict = self.rpn.loss(objectness, deltas, anchors, valid, truths)
-            loss_dict |= self.region_losses(levels[:-1], proposals, truths)
-            loss = sum(loss_dict.values())
+            loss_dict |= self.compute_roi_losses(levels[:-1], proposals, truths)
         detects = truths is None or not self.training
         return MaskRCNNInstanceSegmentationOutput(
-            loss=loss,
+            loss=sum(loss_dict.values()) if loss_dict else None,
             loss_dict=loss_dict,
             image_sizes=image_sizes,
             hidden_states=features.hidden_states,
@@ -321,20 +366,30 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             **(self.detect(levels[:-1], proposals, image_sizes) if detects else {}),
         )
 
-    def region_losses(
+    def compute_roi_losses(
         self, levels: Sequence[torch.Tensor], proposals: Sequence[torch.Tensor], truths: Sequence[GroundTruth]
     ) -> dict[str, torch.Tensor]:
-        """The losses of the two heads on samples of the proposals."""
+        """The losses of the two heads on samples of the proposals.
+
+        Args:
+            levels: P2 ... P5, each `(batch, channels, height, width)`.
+            proposals: For each image xyxy in pixels, `(proposals, 4)`.
+            truths: The objects of each image.
+
+        Returns:
+            `loss_class`, `loss_box` and with a mask head `loss_mask`, scalars.
+        """
         strides = self.config.strides[: len(levels)]
-        regions = [
-            sample_regions(image_proposals, truth, self.config, shuffle=self.training)
+        samples = [
+            sample_rois(image_proposals, truth, self.config, shuffle=self.training)
             for image_proposals, truth in zip(proposals, truths, strict=True)
         ]
-        box_features = pool_regions(levels, [region.boxes for region in regions], strides, _BOX_SIZE)
-        losses = self.box_head.loss(*self.box_head(box_features), regions, truths)
+        features = pool_rois(levels, [rois.boxes for rois in samples], strides, _BOX_SIZE)  # (all RoIs, channels, 7, 7)
+        logits, deltas = self.box_head(features)
+        losses = self.box_head.loss(logits, deltas, samples, truths)
         if self.mask_head is not None:
-            mask_features = pool_regions(levels, [region.positive_boxes for region in regions], strides, _MASK_SIZE)
-            losses |= self.mask_head.loss(self.mask_head(mask_features), regions, truths)
+            features = pool_rois(levels, [rois.positive_boxes for rois in samples], strides, _MASK_SIZE)
+            losses |= self.mask_head.loss(self.mask_head(features), samples, truths)
         return losses
 
     def detect(
@@ -342,40 +397,45 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
     ) -> dict[str, torch.Tensor]:
         """The fields of [`MaskRCNNInstanceSegmentationOutput`] that describe detections.
 
-        The official code suppresses boxes after it has scaled them to the original image; their overlaps are the same
-        but for rounding.
+        mmdetection suppresses boxes after it has scaled them to the original image; their overlaps are the same but for
+        rounding.
+
+        Args:
+            levels: P2 ... P5, each `(batch, channels, height, width)`.
+            proposals: For each image xyxy in pixels, `(proposals, 4)`.
+            image_sizes: Height and width in pixels of each image, `(batch, 2)`.
         """
         config, strides = self.config, self.config.strides[: len(levels)]
         counts = [len(image_proposals) for image_proposals in proposals]
-        logits, deltas = self.box_head(pool_regions(levels, proposals, strides, _BOX_SIZE))
+        logits, deltas = self.box_head(pool_rois(levels, proposals, strides, _BOX_SIZE))
         detections = []
         for size, image_proposals, image_logits, image_deltas in zip(
             image_sizes, proposals, logits.split(counts), deltas.split(counts), strict=True
         ):
             boxes = clip_boxes(decode_boxes(image_proposals[:, None], image_deltas, _BOX_STDS), size)
-            scores = image_logits.softmax(dim=1)[:, :-1]
+            scores = image_logits.softmax(dim=1)[:, :-1]  # (proposals, num_labels), as the boxes
             rows, classes = select_detections(
                 boxes, scores, config.score_threshold, config.nms_threshold, config.max_detections
             )
             detections.append((boxes[rows, classes], scores[rows, classes], classes, image_logits[rows]))
         boxes, scores, classes, logits = zip(*detections, strict=True)
         fields = {
-            "scores": _padded(scores, config.max_detections),
-            "class_labels": _padded(classes, config.max_detections, -1),
-            "pred_boxes": normalized_boxes(_padded(boxes, config.max_detections), image_sizes[:, None]),
-            "logits": _padded(logits, config.max_detections),
+            "scores": _stack(scores, config.max_detections),
+            "class_labels": _stack(classes, config.max_detections, -1),
+            "pred_boxes": normalize_boxes(_stack(boxes, config.max_detections), image_sizes[:, None]),
+            "logits": _stack(logits, config.max_detections),
         }
         if self.mask_head is not None:
-            mask_logits = self.mask_head(pool_regions(levels, boxes, strides, _MASK_SIZE))
+            mask_logits = self.mask_head(pool_rois(levels, boxes, strides, _MASK_SIZE))
             all_classes = torch.cat(classes)
             own_class = mask_logits[torch.arange(len(all_classes), device=all_classes.device), all_classes]
             own_class = own_class.split([len(image_boxes) for image_boxes in boxes])
-            fields["pred_masks"] = _padded(own_class, config.max_detections)
+            fields["pred_masks"] = _stack(own_class, config.max_detections)
         return fields
 
 
-def _padded(rows: Sequence[torch.Tensor], length: int, value: float = 0) -> torch.Tensor:
-    """For each image `(rows, ...)`; together `(batch, length, ...)`."""
+def _stack(rows: Sequence[torch.Tensor], length: int, value: float = 0) -> torch.Tensor:
+    """For each image `(rows, ...)`; together `(batch, length, ...)`, filled up with `value`."""
     result = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), value)
     for index, image_rows in enumerate(rows):
         result[index, : len(image_rows)] = image_rows

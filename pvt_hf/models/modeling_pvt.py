@@ -4,6 +4,7 @@ Module names are those of transformers' own `pvt`, because they are the checkpoi
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from .modeling_common import (
     select_hidden_states,
     stage_features,
 )
-from .pretrained import PretrainedPyramid
+from .pretrained import PretrainedMixin
 
 
 class PvtPatchEmbeddings(nn.Module):
@@ -39,7 +40,8 @@ class PvtPatchEmbeddings(nn.Module):
     def __init__(self, config: PvtConfig, stage: int, cls_token: bool):
         super().__init__()
         hidden_size = config.hidden_sizes[stage]
-        self.grid = config.image_shape  # patches (height, width) for which position embeddings are stored
+        # Patches (height, width) for which position embeddings are stored.
+        self.grid: tuple[int, ...] = config.image_shape
         for kernel, stride in zip(config.patch_sizes[: stage + 1], config.strides[: stage + 1], strict=True):
             self.grid = tuple((side - kernel) // stride + 1 for side in self.grid)
         self.num_cls_positions = int(stage == config.num_encoder_blocks - 1)
@@ -63,7 +65,7 @@ class PvtPatchEmbeddings(nn.Module):
         tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()
         if not tracing and (height, width) == self.grid:
             return position_embeddings
-        grid_map = tokens_to_map(position_embeddings, *self.grid)
+        grid_map = tokens_to_map(position_embeddings, *self.grid)  # (1, channels, stored height, stored width)
         grid_map = nn.functional.interpolate(grid_map, size=(height, width), mode="bilinear", align_corners=False)
         return map_to_tokens(grid_map)
 
@@ -90,8 +92,9 @@ class PvtEfficientSelfAttention(SpatialReductionAttention):
             self.layer_norm = nn.LayerNorm(hidden_size, eps=config.patch_layer_norm_eps)
 
     def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         reduced_states = hidden_states
         if self.ratio > 1:
             reduced_states = self.sequence_reduction(tokens_to_map(hidden_states, height, width))
@@ -100,6 +103,8 @@ class PvtEfficientSelfAttention(SpatialReductionAttention):
 
 
 class PvtSelfOutput(nn.Module):
+    """The output projection of the attention."""
+
     def __init__(self, config: PvtConfig, hidden_size: int):
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
@@ -110,17 +115,23 @@ class PvtSelfOutput(nn.Module):
 
 
 class PvtAttention(nn.Module):
+    """Spatial-reduction attention and its output projection."""
+
     def __init__(self, config: PvtConfig, hidden_size: int, num_attention_heads: int, ratio: int):
         super().__init__()
         self.self = PvtEfficientSelfAttention(config, hidden_size, num_attention_heads, ratio)
         self.output = PvtSelfOutput(config, hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden_states, attention = self.self(hidden_states, *args, **kwargs)
+    def forward(
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden_states, attention = self.self(hidden_states, height, width, output_attentions, **kwargs)
         return self.output(hidden_states), attention
 
 
 class PvtFFN(nn.Module):
+    """The MLP."""
+
     def __init__(self, config: PvtConfig, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.dense1 = nn.Linear(hidden_size, intermediate_size)
@@ -148,7 +159,7 @@ class PvtLayer(GradientCheckpointingLayer):
         self.mlp = PvtFFN(config, hidden_size, int(hidden_size * config.mlp_ratios[stage]))
 
     def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         attended, attention = self.attention(
@@ -182,10 +193,13 @@ class PvtEncoder(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps) if cls_token else None
 
     def forward(
-        self, pixel_values: torch.Tensor, output_attentions: bool, output_hidden_states: bool, **kwargs
+        self, pixel_values: torch.Tensor, output_attentions: bool, output_hidden_states: bool, **kwargs: Any
     ) -> tuple[list[tuple[torch.Tensor, int, int]], list[torch.Tensor], list[torch.Tensor]]:
+        """(batch, num_channels, height, width) -> what the class says."""
         check_pixel_values(pixel_values, self.num_channels, self.minimum_size)
-        stages, all_hidden_states, attentions = [], [], []
+        stages: list[tuple[torch.Tensor, int, int]] = []
+        all_hidden_states: list[torch.Tensor] = []
+        attentions: list[torch.Tensor] = []
         for patch_embedding, blocks in zip(self.patch_embeddings, self.block, strict=True):
             feature_map = tokens_to_map(*stages[-1]) if stages else pixel_values
             hidden_states, height, width = patch_embedding(feature_map)
@@ -199,17 +213,20 @@ class PvtEncoder(nn.Module):
         return stages, all_hidden_states, attentions
 
 
-class PvtPreTrainedModel(PretrainedPyramid, PreTrainedModel):
+class PvtPreTrainedModel(PretrainedMixin, PreTrainedModel):
     """The base of every PVT v1 model: its configuration and its weight initialisation."""
 
     config: PvtConfig
     config_class = PvtConfig
     base_model_prefix = "pvt"
     _no_split_modules = ["PvtPatchEmbeddings", "PvtLayer"]
+    _can_compile_fullgraph = True
+    _may_be_missing = _may_change_shape = ("classifier.",)
+    _must_have_a_place = "encoder."
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the official code: truncated normal for linear layers and tokens, PyTorch's default for convolutions."""
+        """As the released code: truncated normal for linear layers and tokens, PyTorch's default for convolutions."""
         std = self.config.initializer_range
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -247,7 +264,7 @@ class PvtModel(PvtPreTrainedModel):
         pixel_values: torch.Tensor,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutput:
         r"""
         Args:
@@ -255,7 +272,7 @@ class PvtModel(PvtPreTrainedModel):
                 Normalised images of any height and width of at least 32.
             output_attentions (`bool`, *optional*):
                 Return one `(batch, heads, queries, reduced keys)` tensor per block.
-            output_hidden_states (`bool`, *optional*):
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 Return one `(batch, tokens, channels)` tensor per block, and the normed last one. An index or a list of
                 indices returns only those.
 
@@ -274,7 +291,7 @@ class PvtModel(PvtPreTrainedModel):
         last_hidden_state = self.encoder.layer_norm(stages[-1][0])
         return BaseModelOutput(
             last_hidden_state=last_hidden_state,
-            hidden_states=select_hidden_states(self, [*hidden_states, last_hidden_state], output_hidden_states),
+            hidden_states=select_hidden_states([*hidden_states, last_hidden_state], output_hidden_states),
             attentions=tuple(attentions) if output_attentions else None,
         )
 
@@ -298,7 +315,7 @@ class PvtForImageClassification(PvtPreTrainedModel):
         labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ImageClassifierOutput:
         r"""
         Args:
@@ -308,14 +325,17 @@ class PvtForImageClassification(PvtPreTrainedModel):
                 Class indices of shape `(batch,)` in `[0, num_labels)`, or -100 to ignore (cross-entropy); floats of
                 shape `(batch, num_labels)` (multi-label, binary cross-entropy); or, for `num_labels=1` or
                 `problem_type="regression"`, floats (mean-square error).
-            output_attentions, output_hidden_states:
+            output_attentions (`bool`, *optional*):
+                As in [`PvtModel`].
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 As in [`PvtModel`].
 
         Returns:
             `ImageClassifierOutput`: `logits` of shape `(batch, num_labels)`, and `loss` where `labels` are given.
 
         Raises:
-            TypeError, ValueError: As in [`PvtModel`], and a `ValueError` for class indices out of range.
+            TypeError: As in [`PvtModel`], and for `labels` that are no tensor.
+            ValueError: As in [`PvtModel`], and for `labels` of another shape or dtype, or class indices out of range.
         """
         check_class_labels(labels, pixel_values, self.num_labels, self.config.problem_type)
         outputs = self.pvt(
@@ -335,7 +355,7 @@ class PvtForImageClassification(PvtPreTrainedModel):
 
 
 class PvtBackbone(BackboneMixin, PvtPreTrainedModel):
-    """PVT v1 as the official detectors and segmenters use it: feature maps without CLS token and without final norm.
+    """PVT v1 as the released detectors and segmenters use it: feature maps without CLS token and without final norm.
 
     It holds just the stages up to the last of `config.out_features`, and loads them from a classification checkpoint.
     """
@@ -361,13 +381,15 @@ class PvtBackbone(BackboneMixin, PvtPreTrainedModel):
         pixel_values: torch.Tensor,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BackboneOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
                 Normalised images of any height and width of at least 32.
-            output_attentions, output_hidden_states:
+            output_attentions (`bool`, *optional*):
+                As in [`PvtModel`].
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 As in [`PvtModel`], without the normed hidden state.
 
         Returns:
@@ -375,7 +397,8 @@ class PvtBackbone(BackboneMixin, PvtPreTrainedModel):
             `(batch, channels, height / stride, width / stride)` with strides 4, 8, 16, 32, rounded down.
 
         Raises:
-            TypeError, ValueError: As in [`PvtModel`].
+            TypeError: As in [`PvtModel`].
+            ValueError: As in [`PvtModel`].
         """
         output_attentions, output_hidden_states = resolve_output_flags(self, output_attentions, output_hidden_states)
         stages, hidden_states, attentions = self.encoder(
@@ -383,7 +406,7 @@ class PvtBackbone(BackboneMixin, PvtPreTrainedModel):
         )
         return BackboneOutput(
             feature_maps=stage_features(self, [tokens_to_map(*stage) for stage in stages]),
-            hidden_states=select_hidden_states(self, hidden_states, output_hidden_states),
+            hidden_states=select_hidden_states(hidden_states, output_hidden_states),
             attentions=tuple(attentions) if output_attentions else None,
         )
 

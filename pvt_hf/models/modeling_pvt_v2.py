@@ -4,12 +4,10 @@ Module names are those of transformers' own `pvt_v2`, because they are the check
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
@@ -22,9 +20,9 @@ from .configuration_pvt_v2 import PvtV2Config
 from .layers import (
     DropPath,
     SpatialReductionAttention,
+    chunk_rows,
     drop_path_rates,
     map_to_tokens,
-    runs_transformed,
     tokens_to_map,
 )
 from .modeling_common import (
@@ -36,7 +34,7 @@ from .modeling_common import (
     select_hidden_states,
     stage_features,
 )
-from .pretrained import PretrainedPyramid
+from .pretrained import PretrainedMixin
 
 
 class PvtV2OverlapPatchEmbeddings(nn.Module):
@@ -89,28 +87,31 @@ class PvtV2SelfAttention(SpatialReductionAttention):
         return hidden_states
 
     def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         reduced_states = self.reduce(hidden_states, height, width)
         hidden_states, attention = self.attend(hidden_states, reduced_states, output_attentions, **kwargs)
         return self.proj_drop(self.proj(hidden_states)), attention
 
 
 class PvtV2DepthWiseConv(nn.Module):
+    """The 3 x 3 convolution of each channel, padded with zeros."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
 
-    def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        return map_to_tokens(self.dwconv(tokens_to_map(hidden_states, height, width)))
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice = slice(None)) -> torch.Tensor:
+        """(batch, height * width, channels) -> those rows of the map as tokens, by default all."""
+        return map_to_tokens(self.dwconv(tokens_to_map(hidden_states, height, width))[:, :, rows])
 
 
 class PvtV2ConvFeedForwardNetwork(nn.Module):
     """The MLP with a zero-padded 3 x 3 depth-wise convolution before its activation (section 3.1).
 
     Its hidden states are up to 8 times as wide as the block: most of a dense model's memory, and on a CPU most of its
-    time, which goes into page faults. So a large map is recomputed in the backward pass instead of stored, and a CPU
-    works in chunks of rows that fit its cache, unless a hook wants to see the whole map. A compiler decides for itself.
+    time, which goes into page faults. How these are avoided: see [`~pvt_hf.models.layers.chunk_rows`].
     """
 
     max_stored_tokens = 56 * 56  # of one image: the first stage at 224 x 224
@@ -118,6 +119,7 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
 
     def __init__(self, config: PvtV2Config, hidden_size: int, intermediate_size: int):
         super().__init__()
+        self.intermediate_size = intermediate_size
         self.dense1 = nn.Linear(hidden_size, intermediate_size)
         self.relu = nn.ReLU() if config.linear_attention else nn.Identity()
         self.dwconv = PvtV2DepthWiseConv(intermediate_size)
@@ -125,41 +127,13 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
         self.dense2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def transform(
-        self, hidden_states: torch.Tensor, width: int, rows_above: int = 0, rows_below: int = 0
-    ) -> torch.Tensor:
-        """(batch, height * width, channels) -> the same, less the rows that are just context."""
-        height = hidden_states.shape[1] // width
+    @chunk_rows
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice = slice(None)) -> torch.Tensor:
+        """(batch, height * width, channels) -> the same of those rows, by default of all."""
         hidden_states = self.relu(self.dense1(hidden_states))
-        hidden_states = self.dwconv(hidden_states, height, width)
-        hidden_states = hidden_states[:, rows_above * width : (height - rows_below) * width]
+        hidden_states = self.dwconv(hidden_states, height, width, rows)
         hidden_states = self.dropout(self.intermediate_act_fn(hidden_states))
         return self.dropout(self.dense2(hidden_states))
-
-    def transform_in_chunks(self, hidden_states: torch.Tensor, width: int, transform: Callable) -> torch.Tensor:
-        """`transform` of one image, `chunk_bytes` of hidden states at a time."""
-        row_bytes = width * self.dense1.out_features * hidden_states.element_size()
-        chunks = hidden_states.split(max(1, self.chunk_bytes // row_bytes) * width, dim=1)
-        outputs = []
-        for index, chunk in enumerate(chunks):
-            above = [chunks[index - 1][:, -width:]] if index > 0 else []
-            below = [chunks[index + 1][:, :width]] if index + 1 < len(chunks) else []
-            outputs.append(transform(torch.cat((*above, chunk, *below), dim=1), width, len(above), len(below)))
-        return torch.cat(outputs, dim=1)
-
-    def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        transform = self.transform
-        is_large = height * width > self.max_stored_tokens
-        differentiates = torch.is_grad_enabled() and hidden_states.requires_grad
-        # (Training draws its dropout in the same pieces with and without gradients: a checkpointed block runs both.)
-        if runs_transformed() or (not is_large and (differentiates or self.training)):
-            return transform(hidden_states, width)
-        if differentiates:
-            transform = partial(checkpoint, transform, use_reentrant=False, preserve_rng_state=self.training)
-        has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
-        if hidden_states.device.type != "cpu" or has_hooks:
-            return transform(hidden_states, width)
-        return torch.cat([self.transform_in_chunks(image, width, transform) for image in hidden_states.split(1)])
 
 
 class PvtV2BlockLayer(GradientCheckpointingLayer):
@@ -177,7 +151,7 @@ class PvtV2BlockLayer(GradientCheckpointingLayer):
         self.mlp = PvtV2ConvFeedForwardNetwork(config, hidden_size, int(hidden_size * config.mlp_ratios[stage]))
 
     def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         attended, attention = self.attention(
@@ -198,7 +172,7 @@ class PvtV2EncoderLayer(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_sizes[stage], eps=config.layer_norm_eps)
 
     def forward(
-        self, feature_map: torch.Tensor, output_attentions: bool, **kwargs
+        self, feature_map: torch.Tensor, output_attentions: bool, **kwargs: Any
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(batch, channels, height, width) -> the same at this stage's stride, and the attentions of its blocks."""
         hidden_states, height, width = self.patch_embedding(feature_map)
@@ -222,10 +196,12 @@ class PvtV2Encoder(nn.Module):
         self.layers = nn.ModuleList(PvtV2EncoderLayer(config, stage, rates[stage]) for stage in range(num_stages))
 
     def forward(
-        self, pixel_values: torch.Tensor, output_attentions: bool, **kwargs
+        self, pixel_values: torch.Tensor, output_attentions: bool, **kwargs: Any
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(batch, num_channels, height, width) -> what the class says."""
         check_pixel_values(pixel_values, self.num_channels, self.minimum_size)
-        feature_maps, all_attentions = [], []
+        feature_maps: list[torch.Tensor] = []
+        all_attentions: list[torch.Tensor] = []
         for stage in self.layers:
             feature_map = feature_maps[-1] if feature_maps else pixel_values
             feature_map, attentions = stage(feature_map, output_attentions, **kwargs)
@@ -234,17 +210,20 @@ class PvtV2Encoder(nn.Module):
         return feature_maps, all_attentions
 
 
-class PvtV2PreTrainedModel(PretrainedPyramid, PreTrainedModel):
+class PvtV2PreTrainedModel(PretrainedMixin, PreTrainedModel):
     """The base of every PVT v2 model: its configuration and its weight initialisation."""
 
     config: PvtV2Config
     config_class = PvtV2Config
     base_model_prefix = "pvt_v2"
     _no_split_modules = ["PvtV2OverlapPatchEmbeddings", "PvtV2BlockLayer"]
+    _can_compile_fullgraph = True
+    _may_be_missing = _may_change_shape = ("classifier.",)
+    _must_have_a_place = "encoder."
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the official code: truncated normal for linear layers, fan-out normal for convolutions."""
+        """As the released code: truncated normal for linear layers, fan-out normal for convolutions."""
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
@@ -270,7 +249,7 @@ class PvtV2Model(PvtV2PreTrainedModel):
         pixel_values: torch.Tensor,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutput:
         r"""
         Args:
@@ -278,7 +257,7 @@ class PvtV2Model(PvtV2PreTrainedModel):
                 Normalised images of any height and width of at least 32.
             output_attentions (`bool`, *optional*):
                 Return one `(batch, heads, queries, reduced keys)` tensor per block.
-            output_hidden_states (`bool`, *optional*):
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 Return one `(batch, channels, height, width)` map per stage. An index or a list of indices returns only
                 those.
 
@@ -294,7 +273,7 @@ class PvtV2Model(PvtV2PreTrainedModel):
         feature_maps, attentions = self.encoder(pixel_values, output_attentions, **kwargs)
         return BaseModelOutput(
             last_hidden_state=feature_maps[-1],
-            hidden_states=select_hidden_states(self, feature_maps, output_hidden_states),
+            hidden_states=select_hidden_states(feature_maps, output_hidden_states),
             attentions=tuple(attentions) if output_attentions else None,
         )
 
@@ -318,7 +297,7 @@ class PvtV2ForImageClassification(PvtV2PreTrainedModel):
         labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ImageClassifierOutput:
         r"""
         Args:
@@ -328,14 +307,17 @@ class PvtV2ForImageClassification(PvtV2PreTrainedModel):
                 Class indices of shape `(batch,)` in `[0, num_labels)`, or -100 to ignore (cross-entropy); floats of
                 shape `(batch, num_labels)` (multi-label, binary cross-entropy); or, for `num_labels=1` or
                 `problem_type="regression"`, floats (mean-square error).
-            output_attentions, output_hidden_states:
+            output_attentions (`bool`, *optional*):
+                As in [`PvtV2Model`].
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 As in [`PvtV2Model`].
 
         Returns:
             `ImageClassifierOutput`: `logits` of shape `(batch, num_labels)`, and `loss` where `labels` are given.
 
         Raises:
-            TypeError, ValueError: As in [`PvtV2Model`], and a `ValueError` for class indices out of range.
+            TypeError: As in [`PvtV2Model`], and for `labels` that are no tensor.
+            ValueError: As in [`PvtV2Model`], and for `labels` of another shape or dtype, or class indices out of range.
         """
         check_class_labels(labels, pixel_values, self.num_labels, self.config.problem_type)
         outputs = self.pvt_v2(
@@ -381,13 +363,15 @@ class PvtV2Backbone(BackboneMixin, PvtV2PreTrainedModel):
         pixel_values: torch.Tensor,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BackboneOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
                 Normalised images of any height and width of at least 32.
-            output_attentions, output_hidden_states:
+            output_attentions (`bool`, *optional*):
+                As in [`PvtV2Model`].
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 As in [`PvtV2Model`].
 
         Returns:
@@ -395,13 +379,14 @@ class PvtV2Backbone(BackboneMixin, PvtV2PreTrainedModel):
             `(batch, channels, height / stride, width / stride)` with strides 4, 8, 16, 32, rounded up.
 
         Raises:
-            TypeError, ValueError: As in [`PvtV2Model`].
+            TypeError: As in [`PvtV2Model`].
+            ValueError: As in [`PvtV2Model`].
         """
         output_attentions, output_hidden_states = resolve_output_flags(self, output_attentions, output_hidden_states)
         stages, attentions = self.encoder(pixel_values, output_attentions, **kwargs)
         return BackboneOutput(
             feature_maps=stage_features(self, stages),
-            hidden_states=select_hidden_states(self, stages, output_hidden_states),
+            hidden_states=select_hidden_states(stages, output_hidden_states),
             attentions=tuple(attentions) if output_attentions else None,
         )
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +17,18 @@ from .backbone import build_backbone
 from .boxes import (
     IGNORED,
     AnchorGrid,
-    anchor_rows,
     at_least_float32,
     clip_boxes,
     decode_boxes,
     encode_boxes,
+    flatten_to_anchors,
     match_boxes,
     pairwise_iou,
 )
 from .configuration_retinanet import RetinaNetConfig
 from .fpn import FeaturePyramid
-from .pretrained import PretrainedDensePredictor
-from .targets import GroundTruth, ground_truths, image_sizes_from_mask, normalized_boxes, padded_sizes
+from .pretrained import PretrainedMixin
+from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_image_sizes
 
 
 @dataclass
@@ -50,8 +51,10 @@ class RetinaNetObjectDetectionOutput(ModelOutput):
             Number of anchors of each level.
         image_sizes (`torch.Tensor` of shape `(batch, 2)`):
             Height and width of each image in pixels, without padding.
-        hidden_states, attentions (*optional*):
-            Those of the backbone, where the call or the configuration asks for them.
+        hidden_states (`tuple[torch.Tensor, ...]`, *optional*):
+            Those of the backbone, where the call or its configuration asks for them.
+        attentions (`tuple[torch.Tensor, ...]`, *optional*):
+            Those of the backbone, where the call or its configuration asks for them.
     """
 
     loss: torch.Tensor | None = None
@@ -65,13 +68,13 @@ class RetinaNetObjectDetectionOutput(ModelOutput):
 
 
 class RetinaNetHead(nn.Module):
-    """Two towers of convolutions that all levels share: class logits, and box deltas."""
+    """Two towers of convolutions that all levels share: class logits and box deltas of every anchor."""
 
     def __init__(self, config: RetinaNetConfig):
         super().__init__()
         self.config = config
-        self.anchors = AnchorGrid(config.strides, config.anchor_scales, config.anchor_ratios)
-        channels, num_anchors = config.neck_channels, self.anchors.num_per_cell
+        self.anchor_grid = AnchorGrid(config.strides, config.anchor_scales, config.anchor_ratios)
+        channels, num_anchors = config.neck_channels, self.anchor_grid.num_per_cell
         self.class_convs, self.box_convs = (
             nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_head_convs))
             for _ in range(2)
@@ -89,8 +92,13 @@ class RetinaNetHead(nn.Module):
         init.constant_(self.class_predictor.bias, -math.log((1 - prior) / prior))
 
     def forward(self, levels: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps `(batch, channels, height, width)` to logits `(batch, anchors, num_labels)` and deltas
-        `(batch, anchors, 4)`, at least in float32."""
+        """
+        Args:
+            levels: Maps `(batch, channels, height, width)`, finest first.
+
+        Returns:
+            Logits `(batch, anchors, num_labels)` and deltas `(batch, anchors, 4)`, at least in float32.
+        """
         logits, deltas = [], []
         for level in levels:
             class_states = box_states = level
@@ -98,8 +106,8 @@ class RetinaNetHead(nn.Module):
                 class_states = F.relu(conv(class_states))
             for conv in self.box_convs:
                 box_states = F.relu(conv(box_states))
-            logits.append(anchor_rows(self.class_predictor(class_states), self.config.num_labels))
-            deltas.append(anchor_rows(self.box_predictor(box_states), 4))
+            logits.append(flatten_to_anchors(self.class_predictor(class_states), self.config.num_labels))
+            deltas.append(flatten_to_anchors(self.box_predictor(box_states), 4))
         return at_least_float32(torch.cat(logits, dim=1)), at_least_float32(torch.cat(deltas, dim=1))
 
     def loss(
@@ -114,38 +122,45 @@ class RetinaNetHead(nn.Module):
         least one per image).
 
         Args:
-            logits, deltas: As `forward` returns them.
-            anchors: xyxy in pixels `(anchors, 4)`.
+            logits: `(batch, anchors, num_labels)`.
+            deltas: `(batch, anchors, 4)`.
+            anchors: xyxy in pixels, `(anchors, 4)`.
             valid: For each image, which anchors take part: bool `(anchors,)`.
             truths: The objects of each image.
+
+        Returns:
+            `loss_class` and `loss_box`, scalars.
         """
         from torchvision.ops import sigmoid_focal_loss
 
         targets = torch.zeros_like(logits)
-        weights = logits.new_zeros(*logits.shape[:2], 1)
+        weights = logits.new_zeros(*logits.shape[:2], 1)  # 0 where an anchor is ignored
         box_loss, normalizer = deltas.new_zeros(()), 0
         for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
-            matches = match_boxes(
+            matches = match_boxes(  # (anchors,)
                 pairwise_iou(truth.boxes, anchors),
                 self.config.positive_iou_threshold,
                 self.config.negative_iou_threshold,
                 0,
                 valid_anchors,
             )
-            positive = (matches >= 0).nonzero().flatten()
-            objects = matches[positive]
-            targets[index, positive, truth.class_labels[objects]] = 1
+            positives = (matches >= 0).nonzero().flatten()
+            objects = matches[positives]  # (positives,)
+            targets[index, positives, truth.class_labels[objects]] = 1
             weights[index, matches != IGNORED] = 1
-            wanted = encode_boxes(anchors[positive], truth.boxes[objects])
-            box_loss = box_loss + F.l1_loss(deltas[index, positive], wanted, reduction="sum")
-            normalizer += max(len(positive), 1)
+            wanted = encode_boxes(anchors[positives], truth.boxes[objects])  # (positives, 4)
+            box_loss = box_loss + F.l1_loss(deltas[index, positives], wanted, reduction="sum")
+            normalizer += max(len(positives), 1)
         focal = sigmoid_focal_loss(logits, targets, self.config.focal_alpha, self.config.focal_gamma)
         return {"loss_class": (focal * weights).sum() / normalizer, "loss_box": box_loss / normalizer}
 
 
-class RetinaNetPreTrainedModel(PretrainedDensePredictor, PreTrainedModel):
+class RetinaNetPreTrainedModel(PretrainedMixin, PreTrainedModel):
+    """The base of RetinaNet: its configuration, its weight initialisation, and complete loading."""
+
+    config: RetinaNetConfig
     config_class = RetinaNetConfig
-    _class_tensors = ("head.class_predictor.",)
+    _may_change_shape = ("head.class_predictor.",)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -161,7 +176,7 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
 
     def __init__(self, config: RetinaNetConfig):
         super().__init__(config)
-        self.backbone = build_backbone(config, num_levels=3)
+        self.backbone = build_backbone(config)
         self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels, num_extra_convs=2)
         self.head = RetinaNetHead(config)
         self.post_init()
@@ -177,7 +192,7 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
         labels: Sequence[Mapping[str, torch.Tensor]] | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> RetinaNetObjectDetectionOutput:
         r"""
         Args:
@@ -189,45 +204,44 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 For each image `class_labels` int64 `(objects,)` and `boxes` `(objects, 4)`, cxcywh relative to the
                 image's size without padding.
-            output_attentions, output_hidden_states (`bool`, *optional*):
+            output_attentions (`bool`, *optional*):
+                As in the backbone.
+            output_hidden_states (`bool`, *optional*):
                 As in the backbone.
 
         Returns:
             [`RetinaNetObjectDetectionOutput`]
 
         Raises:
-            TypeError, ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the
-                annotation.
+            TypeError: For `labels` of another type.
+            ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the annotation.
         """
-        image_sizes = image_sizes_from_mask(pixel_values, pixel_mask)
-        truths = labels
+        image_sizes, truths = read_image_sizes(pixel_values, pixel_mask), None
         if labels is not None:
             dtype = torch.promote_types(self.dtype, torch.float32)
-            truths = ground_truths(labels, image_sizes, self.config.num_labels, dtype)
+            truths = read_ground_truths(labels, image_sizes, self.config.num_labels, dtype)
         features = self.backbone.forward_with_filtered_kwargs(
             pixel_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        levels = self.neck(features.feature_maps)
-        level_shapes = [level.shape[2:] for level in levels]
+        levels = self.neck(features.feature_maps)  # P3 ... P7
         logits, deltas = self.head(levels)
-        grid = self.head.anchors
-        anchors = grid.boxes(level_shapes, like=deltas)
-        boxes = clip_boxes(decode_boxes(anchors, deltas.detach()), image_sizes[:, None])
-        loss = loss_dict = None
+        grid, level_shapes = self.head.anchor_grid, [level.shape[2:] for level in levels]
+        anchors = grid.generate_boxes(level_shapes, like=deltas)
+        boxes = clip_boxes(decode_boxes(anchors, deltas.detach()), image_sizes[:, None])  # (batch, anchors, 4)
+        loss_dict = None
         if truths is not None:
-            sizes = padded_sizes(image_sizes, pixel_values.shape[2:])
-            valid = [grid.valid(level_shapes, size, deltas.device) for size in sizes]
+            sizes = pad_image_sizes(image_sizes, pixel_values.shape[2:])
+            valid = [grid.find_valid(level_shapes, size, deltas.device) for size in sizes]
             loss_dict = self.head.loss(logits, deltas, anchors, valid, truths)
-            loss = sum(loss_dict.values())
         level_sizes = [height * width * grid.num_per_cell for height, width in level_shapes]
         return RetinaNetObjectDetectionOutput(
-            loss=loss,
+            loss=sum(loss_dict.values()) if loss_dict else None,
             loss_dict=loss_dict,
             logits=logits,
-            pred_boxes=normalized_boxes(boxes, image_sizes[:, None]),
+            pred_boxes=normalize_boxes(boxes, image_sizes[:, None]),
             level_sizes=torch.tensor(level_sizes, device=logits.device),
             image_sizes=image_sizes,
             hidden_states=features.hidden_states,

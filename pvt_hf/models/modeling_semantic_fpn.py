@@ -1,6 +1,7 @@
-"""Semantic FPN (arXiv 1901.02446, section 3.2) as PVT's official segmentation code builds and trains it."""
+"""Semantic FPN (arXiv 1901.02446, section 3.2) as PVT's released segmentation code builds and trains it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,8 @@ from .backbone import build_backbone
 from .configuration_semantic_fpn import SemanticFPNConfig
 from .fpn import FeaturePyramid
 from .layers import runs_transformed
-from .pretrained import PretrainedDensePredictor
+from .pretrained import PretrainedMixin
 
-_NUM_LEVELS = 4  # at strides 4, 8, 16, 32
 _LOSS_IGNORE_INDEX = -100  # what torch, and Trainer where it counts labels, take for "no label"
 
 
@@ -26,6 +26,8 @@ def resize(feature_map: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 class SemanticFPNBlock(nn.Module):
+    """A 3 x 3 convolution, batch norm and ReLU: (batch, channels, height, width) at the same height and width."""
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
@@ -46,13 +48,13 @@ class SemanticFPNHead(nn.Module):
                 SemanticFPNBlock(channels if index else config.neck_channels, channels)
                 for index in range(max(1, level))
             )
-            for level in range(_NUM_LEVELS)
+            for level in range(len(config.backbone_out_features))
         )
         self.dropout = nn.Dropout2d(config.classifier_dropout)
         self.classifier = nn.Conv2d(channels, config.num_labels, 1)
 
     def reset_parameters(self) -> None:
-        """As the official code: Kaiming normal (fan-out), and N(0, 0.01) for the classifier."""
+        """As mmsegmentation: Kaiming normal (fan-out), and N(0, 0.01) for the classifier."""
         for blocks in self.scale_heads:
             for block in blocks:
                 init.kaiming_normal_(block.conv.weight, mode="fan_out", nonlinearity="relu")
@@ -103,24 +105,27 @@ def semantic_loss(
 ) -> torch.Tensor:
     """Cross-entropy of logits that are resized to the labels.
 
-    `num_items_in_batch` is `Trainer`'s count over the whole accumulated batch, on all processes, of labels other than
-    -100. Each part weighs as much as its share of that count, so that the parts of an accumulated batch add up to the
-    loss of the batch: exactly with `"all"` where ignored pixels have the `ignore_index`, and with `"valid"` where they
+    `num_items_in_batch` is `Trainer`'s count over the accumulated batch, on all processes, of labels other than -100.
+    Each part weighs as much as its share of that count, so that the parts of an accumulated batch add up to the loss of
+    the batch: exactly with `"all"` where ignored pixels have the `ignore_index`, and with `"valid"` where they
     are -100. (With the `ignore_index` and `"valid"`, the mean over a part's valid pixels has the weight of all of its
     pixels: the same where the parts have equal shares of valid pixels.)
 
     Args:
         logits: (batch, num_labels, height, width) at any stride.
         labels: (batch, label height, label width), class indices, or `ignore_index` or -100 for ignored pixels.
-        ignore_index, normalization: See [`SemanticFPNConfig`].
+        ignore_index: Label of pixels that count for nothing (default: 255).
+        normalization: What the sum over pixels is divided by, `"valid"` (the default) or `"all"` pixels.
+        num_items_in_batch: Labels other than -100 in the complete accumulated batch; by default this is all of it.
 
     Returns:
         A scalar in float32 or float64; 0 if all pixels are ignored.
     """
     targets = labels.long()
     targets = targets.masked_fill(targets == ignore_index, _LOSS_IGNORE_INDEX)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(resize(logits, labels.shape[1:]), targets, ignore_index=_LOSS_IGNORE_INDEX, reduction="sum")
+    logits = resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[1:])
+    # (batch, num_labels, label height, label width) and (batch, label height, label width)
+    total = F.cross_entropy(logits, targets, ignore_index=_LOSS_IGNORE_INDEX, reduction="sum")
     count = labels.numel() if normalization == "all" else (targets != _LOSS_IGNORE_INDEX).sum().clamp(min=1)
     loss = total / count
     if num_items_in_batch is not None:
@@ -129,14 +134,14 @@ def semantic_loss(
     return loss
 
 
-class SemanticFPNPreTrainedModel(PretrainedDensePredictor, PreTrainedModel):
+class SemanticFPNPreTrainedModel(PretrainedMixin, PreTrainedModel):
     """The base of Semantic FPN: its configuration, its weight initialisation, and complete loading."""
 
     config: SemanticFPNConfig
     config_class = SemanticFPNConfig
     base_model_prefix = "semantic_fpn"
     _no_split_modules = ["SemanticFPNHead"]
-    _class_tensors = ("head.classifier.",)
+    _may_change_shape = ("head.classifier.",)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -149,13 +154,13 @@ class SemanticFPNForSemanticSegmentation(SemanticFPNPreTrainedModel):
     """
     A backbone, a feature pyramid and the head of Semantic FPN.
 
-    In distributed training the official code normalises over all processes:
+    In distributed training the released code normalises over all processes:
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)` does that and leaves the names of the tensors as they are.
     """
 
     def __init__(self, config: SemanticFPNConfig):
         super().__init__(config)
-        self.backbone = build_backbone(config, num_levels=_NUM_LEVELS)
+        self.backbone = build_backbone(config)
         self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels)
         self.head = SemanticFPNHead(config)
         self.post_init()
@@ -170,7 +175,7 @@ class SemanticFPNForSemanticSegmentation(SemanticFPNPreTrainedModel):
         labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SemanticSegmenterOutput:
         r"""
         Args:
@@ -178,7 +183,9 @@ class SemanticFPNForSemanticSegmentation(SemanticFPNPreTrainedModel):
                 Normalised images. Sides that are multiples of 32 have no remainder at any stride; others work too.
             labels (`torch.Tensor` of shape `(batch, height, width)`, *optional*):
                 The class index of every pixel, in `[0, num_labels)`, or `config.semantic_loss_ignore_index`, or -100.
-            output_attentions, output_hidden_states:
+            output_attentions (`bool`, *optional*):
+                As in the backbone.
+            output_hidden_states (`bool`, *optional*):
                 As in the backbone.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 For gradient accumulation, see [`semantic_loss`].

@@ -1,33 +1,103 @@
-"""From the detectors' outputs to detections, instances and masks of whole images, as mmdetection 2.13 makes them."""
+"""From the detectors' outputs to detections, instances and masks of complete images, as mmdetection 2.13 makes them.
+
+Sizes are (height, width) in pixels. A model's boxes are cxcywh relative to its image without padding; what comes out
+here is xyxy, in pixels of the target or, without one, relative to the image.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers.image_transforms import center_to_corners_format
+from transformers.utils import ModelOutput
 
 from .boxes import at_least_float32, batched_nms
 
 
-def paste_masks(
-    mask_logits: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], threshold: float = 0.5
-) -> torch.Tensor:
-    """Masks of whole images from those of boxes: bilinear, and set where the probability is at least `threshold`.
+def detect_objects(
+    outputs: Mapping[str, torch.Tensor],
+    threshold: float = 0.05,
+    target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
+    nms_threshold: float = 0.5,
+    candidates_per_level: int = 1000,
+    max_detections: int = 100,
+) -> list[dict[str, torch.Tensor]]:
+    """The detections of [`RetinaNetForObjectDetection`] or [`MaskRCNNForInstanceSegmentation`], as mmdetection makes
+    them with a `threshold` of 0.05.
+
+    RetinaNet's outputs are all its anchors: the best `candidates_per_level` of each level by their best class are
+    scaled to the target size, and then suppressed. Mask R-CNN's outputs are its detections (its configuration has the
+    settings), which are just filtered and scaled.
 
     Args:
-        mask_logits: `(masks, mask height, mask width)`.
-        boxes: xyxy in pixels of the image `(masks, 4)`.
-        size: Height and width of the image.
+        outputs: What the model returned.
+        threshold: Detections have a larger score (default: 0.05).
+        target_sizes: Size of each image, `(batch, 2)`. Without them boxes are relative to the image.
+        nms_threshold: Of RetinaNet: detections of a class do not overlap by a larger IoU (default: 0.5).
+        candidates_per_level: Of RetinaNet: anchors of each level that may become detections (default: 1000).
+        max_detections: Of RetinaNet: at most so many per image (default: 100).
 
     Returns:
-        Bool `(masks, height, width)`.
+        For each image `scores` `(detections,)`, `labels` int64 `(detections,)` and `boxes` xyxy `(detections, 4)`, best
+        first.
+
+    Raises:
+        ValueError: If there are not as many `target_sizes` as images.
     """
-    masks = torch.zeros(len(mask_logits), *size, dtype=torch.bool, device=mask_logits.device)
-    for mask, logits, box in zip(masks, mask_logits, boxes, strict=True):
-        rows, columns, inside = _paste(logits, box, size, threshold)
-        mask[rows, columns] = inside
-    return masks
+    boxes = center_to_corners_format(at_least_float32(outputs["pred_boxes"]))  # (batch, anchors or detections, 4)
+    if target_sizes is not None:
+        boxes = boxes * check_target_sizes(target_sizes, len(boxes)).to(boxes)[:, None, [1, 0, 1, 0]]
+    detections = []
+    for index, image_boxes in enumerate(boxes):
+        if "level_sizes" in outputs:
+            scores = at_least_float32(outputs["logits"][index]).sigmoid()  # (anchors, classes)
+            candidates = _select_best_of_levels(scores, outputs["level_sizes"].tolist(), candidates_per_level)
+            image_boxes, scores = image_boxes[candidates], scores[candidates]
+            rows, labels = select_detections(image_boxes, scores, threshold, nms_threshold, max_detections)
+            scores = scores[rows, labels]
+        else:
+            rows = (outputs["scores"][index] > threshold).nonzero().flatten()
+            scores, labels = outputs["scores"][index, rows], outputs["class_labels"][index, rows]
+        detections.append({"scores": scores, "labels": labels, "boxes": image_boxes[rows]})
+    return detections
+
+
+def detr_detections(
+    outputs: ModelOutput,
+    threshold: float = 0.0,
+    target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
+    max_detections: int = 100,
+) -> list[dict[str, torch.Tensor]]:
+    """The detections of [`~transformers.DetrForObjectDetection`], as mmdetection makes them with a `threshold` of 0:
+    the best class of every query, sorted by score; no suppression.
+
+    Args:
+        outputs: With `logits` `(batch, queries, classes + 1)`, no object last, and `pred_boxes` `(batch, queries, 4)`.
+        threshold: Detections have a larger score (default: 0).
+        target_sizes: Size of each image, `(batch, 2)`. Without them boxes are relative to the image.
+        max_detections: At most so many per image (default: 100).
+
+    Returns:
+        For each image `scores` `(detections,)`, `labels` int64 `(detections,)` and `boxes` xyxy `(detections, 4)`,
+        clipped to the image, best first.
+
+    Raises:
+        ValueError: If there are not as many `target_sizes` as images.
+    """
+    batch_size = len(outputs.logits)
+    sizes = torch.ones(batch_size, 2) if target_sizes is None else check_target_sizes(target_sizes, batch_size)
+    limits = sizes.to(outputs.pred_boxes)[:, [1, 0, 1, 0]]  # (batch, 4): width, height, width, height
+    detections = []
+    for index in range(batch_size):
+        scores, labels = outputs.logits[index].softmax(-1)[:, :-1].max(-1)  # (queries,)
+        scores, queries = scores.topk(min(max_detections, len(scores)))
+        boxes = center_to_corners_format(outputs.pred_boxes[index, queries]) * limits[index]
+        boxes = torch.minimum(boxes.clamp(min=0), limits[index])
+        kept = scores > threshold
+        detections.append({"scores": scores[kept], "labels": labels[queries][kept], "boxes": boxes[kept]})
+    return detections
 
 
 def segment_instances(
@@ -36,16 +106,16 @@ def segment_instances(
     mask_threshold: float = 0.5,
     target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
     return_binary_maps: bool = False,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """The instances of [`MaskRCNNForInstanceSegmentation`], in the form of transformers' other models.
 
     Args:
         outputs: What the model returned.
-        threshold: Instances have a larger score.
-        mask_threshold: Pixels of an instance have at least this probability.
-        target_sizes: Height and width in pixels of each image, `(batch, 2)`; by default those of the model's input,
-            without padding.
-        return_binary_maps: Whether each instance has a map of its own. Else a pixel belongs to the best instance.
+        threshold: Instances have a larger score (default: 0.5).
+        mask_threshold: Pixels of an instance have at least this probability (default: 0.5).
+        target_sizes: Size of each image, `(batch, 2)`; by default that of the model's input without padding.
+        return_binary_maps: Whether each instance has a map of its own. Else (the default) a pixel belongs to the best
+            instance.
 
     Returns:
         For each image `segmentation`, int64 `(height, width)` with the `id` of the instance of each pixel or -1, or
@@ -58,7 +128,7 @@ def segment_instances(
     if "pred_masks" not in outputs:
         raise ValueError("`outputs` have no `pred_masks`: the model was configured with `use_masks=False`.")
     sizes = outputs["image_sizes"] if target_sizes is None else check_target_sizes(target_sizes, len(outputs["scores"]))
-    boxes = center_to_corners_format(at_least_float32(outputs["pred_boxes"]))
+    boxes = center_to_corners_format(at_least_float32(outputs["pred_boxes"]))  # (batch, detections, 4)
     boxes = boxes * sizes.to(boxes)[:, None, [1, 0, 1, 0]]
     results = []
     for index, size in enumerate(sizes.tolist()):
@@ -80,27 +150,25 @@ def segment_instances(
     return results
 
 
-def _paste(
-    logits: torch.Tensor, box: torch.Tensor, size: Sequence[int], threshold: float
-) -> tuple[slice, slice, torch.Tensor]:
-    """The rows and columns of the image that a mask can reach, and which of these pixels it sets. The interpolation
-    fades to zero within half a cell of the small map around the box."""
-    low, high = box.reshape(2, 2).flip(1).tolist()  # (y, x)
-    spans, coordinates = [], []
-    for axis, (start, end, cells, limit) in enumerate(zip(low, high, logits.shape, size, strict=True)):
-        margin = (end - start) / cells / 2 + 1
-        first = min(max(math.floor(start - margin), 0), limit)
-        span = slice(first, max(min(math.ceil(end + margin), limit), first))
-        centres = torch.arange(span.start, span.stop, dtype=box.dtype, device=box.device) + 0.5
-        relative = (centres - box[1 - axis]) / (box[3 - axis] - box[1 - axis]) * 2 - 1
-        spans.append(span)
-        coordinates.append(torch.where(relative.isfinite(), relative, 0))
-    y, x = torch.meshgrid(*coordinates, indexing="ij")
-    grid = torch.stack((x, y), dim=-1)[None]
-    if grid.numel() == 0:
-        return *spans, torch.zeros(grid.shape[1:3], dtype=torch.bool, device=box.device)
-    probabilities = at_least_float32(logits).sigmoid().to(box.dtype)
-    return *spans, F.grid_sample(probabilities[None, None], grid, align_corners=False)[0, 0] >= threshold
+def paste_masks(
+    mask_logits: torch.Tensor, boxes: torch.Tensor, size: Sequence[int], threshold: float = 0.5
+) -> torch.Tensor:
+    """Masks of complete images from those of boxes, by bilinear interpolation.
+
+    Args:
+        mask_logits: `(masks, mask height, mask width)`.
+        boxes: xyxy in pixels of the image, `(masks, 4)`.
+        size: Of the image.
+        threshold: Pixels of a mask have at least this probability (default: 0.5).
+
+    Returns:
+        Bool `(masks, height, width)`.
+    """
+    masks = torch.zeros(len(mask_logits), *size, dtype=torch.bool, device=mask_logits.device)
+    for mask, logits, box in zip(masks, mask_logits, boxes, strict=True):
+        rows, columns, inside = _paste(logits, box, size, threshold)
+        mask[rows, columns] = inside
+    return masks
 
 
 def select_detections(
@@ -111,61 +179,17 @@ def select_detections(
     Args:
         boxes: xyxy `(boxes, 4)` for all classes, or `(boxes, classes, 4)`.
         scores: `(boxes, classes)`.
+        score_threshold: Detections have a larger score.
+        nms_threshold: Detections of a class do not overlap by a larger IoU.
+        max_detections: At most so many.
 
     Returns:
-        The row and the class of each detection, int64, best first.
+        The row and the class of each detection, both int64 `(detections,)`, best first.
     """
-    rows, classes = (scores > score_threshold).nonzero().unbind(dim=1)
-    candidates = boxes[rows] if boxes.ndim == 2 else boxes[rows, classes]
+    rows, classes = (scores > score_threshold).nonzero().unbind(dim=1)  # (candidates,)
+    candidates = boxes[rows] if boxes.ndim == 2 else boxes[rows, classes]  # (candidates, 4)
     kept = batched_nms(candidates, scores[rows, classes], classes, nms_threshold)[:max_detections]
     return rows[kept], classes[kept]
-
-
-def detect_objects(
-    outputs: Mapping[str, torch.Tensor],
-    threshold: float = 0.05,
-    target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
-    nms_threshold: float = 0.5,
-    candidates_per_level: int = 1000,
-    max_detections: int = 100,
-) -> list[dict[str, torch.Tensor]]:
-    """The detections of [`RetinaNetForObjectDetection`] or [`MaskRCNNForInstanceSegmentation`], as the official code
-    makes them with a `threshold` of 0.05.
-
-    RetinaNet's outputs are all its anchors: the best `candidates_per_level` of each level by their best class are
-    scaled to the target size, and then suppressed. Mask R-CNN's outputs are its detections (its configuration has the
-    settings), which are just filtered and scaled.
-
-    Args:
-        outputs: What the model returned.
-        threshold: Detections have a larger score.
-        target_sizes: Height and width in pixels of each image, `(batch, 2)`. Without them boxes are relative to the
-            image's size.
-        nms_threshold, candidates_per_level, max_detections: Settings of RetinaNet's detections.
-
-    Returns:
-        For each image `scores` `(detections,)`, `labels` int64 `(detections,)` and `boxes` xyxy `(detections, 4)`, best
-        first.
-
-    Raises:
-        ValueError: If there are not as many `target_sizes` as images.
-    """
-    boxes = center_to_corners_format(at_least_float32(outputs["pred_boxes"]))
-    if target_sizes is not None:
-        boxes = boxes * check_target_sizes(target_sizes, len(boxes)).to(boxes)[:, None, [1, 0, 1, 0]]
-    detections = []
-    for index, image_boxes in enumerate(boxes):
-        if "level_sizes" in outputs:
-            scores = at_least_float32(outputs["logits"][index]).sigmoid()
-            candidates = _best_of_levels(scores, outputs["level_sizes"].tolist(), candidates_per_level)
-            image_boxes, scores = image_boxes[candidates], scores[candidates]
-            rows, labels = select_detections(image_boxes, scores, threshold, nms_threshold, max_detections)
-            scores = scores[rows, labels]
-        else:
-            rows = (outputs["scores"][index] > threshold).nonzero().flatten()
-            scores, labels = outputs["scores"][index, rows], outputs["class_labels"][index, rows]
-        detections.append({"scores": scores, "labels": labels, "boxes": image_boxes[rows]})
-    return detections
 
 
 def check_target_sizes(target_sizes: torch.Tensor | Sequence[tuple[int, int]], batch_size: int) -> torch.Tensor:
@@ -179,11 +203,13 @@ def check_target_sizes(target_sizes: torch.Tensor | Sequence[tuple[int, int]], b
     return sizes
 
 
-def _best_of_levels(scores: torch.Tensor, level_sizes: Sequence[int], count: int) -> torch.Tensor:
-    """The indices of the best `count` rows of each level by their best class, and of all rows of smaller levels."""
-    best = scores.amax(dim=1)
+def _select_best_of_levels(scores: torch.Tensor, level_sizes: Sequence[int], count: int) -> torch.Tensor:
+    """The indices of the best `count` rows of each level by their best class, and of all rows of smaller levels.
+
+    `scores` are `(anchors, classes)`, level by level, and the result is int64 `(at most levels * count,)`.
+    """
     chosen, start = [], 0
-    for level_scores in best.split(list(level_sizes)):
+    for level_scores in scores.amax(dim=1).split(list(level_sizes)):  # (anchors of the level,)
         if len(level_scores) > count:
             chosen.append(start + level_scores.topk(count).indices)
         else:
@@ -192,4 +218,27 @@ def _best_of_levels(scores: torch.Tensor, level_sizes: Sequence[int], count: int
     return torch.cat(chosen)
 
 
-__all__ = ["paste_masks", "segment_instances"]
+def _paste(
+    logits: torch.Tensor, box: torch.Tensor, size: Sequence[int], threshold: float
+) -> tuple[slice, slice, torch.Tensor]:
+    """The rows and columns of the image that a mask can reach, and which of these pixels it sets: bool
+    `(rows, columns)`. The interpolation fades to zero within half a cell of the small map around the box."""
+    low, high = box.reshape(2, 2).flip(1).tolist()  # (y, x) of the upper left and of the lower right corner
+    spans, coordinates = [], []
+    for axis, (start, end, cells, limit) in enumerate(zip(low, high, logits.shape, size, strict=True)):
+        margin = (end - start) / cells / 2 + 1
+        first = min(max(math.floor(start - margin), 0), limit)
+        span = slice(first, max(min(math.ceil(end + margin), limit), first))
+        centres = torch.arange(span.start, span.stop, dtype=box.dtype, device=box.device) + 0.5  # of the pixels
+        relative = (centres - box[1 - axis]) / (box[3 - axis] - box[1 - axis]) * 2 - 1  # [-1, 1] in the box
+        spans.append(span)
+        coordinates.append(torch.where(relative.isfinite(), relative, 0))
+    y, x = torch.meshgrid(*coordinates, indexing="ij")
+    grid = torch.stack((x, y), dim=-1)[None]  # (1, rows, columns, 2)
+    if grid.numel() == 0:
+        return *spans, torch.zeros(grid.shape[1:3], dtype=torch.bool, device=box.device)
+    probabilities = at_least_float32(logits).sigmoid().to(box.dtype)  # (mask height, mask width)
+    return *spans, F.grid_sample(probabilities[None, None], grid, align_corners=False)[0, 0] >= threshold
+
+
+__all__ = ["detect_objects", "detr_detections", "paste_masks", "segment_instances"]

@@ -1,4 +1,4 @@
-"""Resizing as the official detectors and segmenters were trained: OpenCV's, to the last bit, without OpenCV."""
+"""Resizing as the released detectors and segmenters were trained: OpenCV's, to the last bit, without OpenCV."""
 
 import torch
 
@@ -6,13 +6,20 @@ import torch
 def keep_ratio_size(
     height: int, width: int, shortest_edge: float, longest_edge: float = float("inf")
 ) -> tuple[int, int]:
-    """The largest `(height, width)` of the same ratio within both limits, each side rounded to the nearest pixel
-    (mmcv's `rescale_size`)."""
+    """The largest height and width of the same aspect ratio within both limits, each rounded to the nearest pixel
+    (mmcv's `rescale_size`).
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        shortest_edge: Limit of the shorter side in pixels.
+        longest_edge: Limit of the longer side in pixels (default: none).
+    """
     factor = min(longest_edge / max(height, width), shortest_edge / min(height, width))
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-def _taps(source: int, target: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _find_taps(source: int, target: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """For every target pixel of an axis the left one of its two source pixels, which may lie outside the image, and
     the weight of the right one: int64 and float32, `(target,)`."""
     centres = (torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5
@@ -32,7 +39,7 @@ def resize_bilinear(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     (rows, row_weights), (columns, column_weights) = (
-        _taps(source, target, image.device) for source, target in zip(image.shape[-2:], size, strict=True)
+        _find_taps(source, target, image.device) for source, target in zip(image.shape[-2:], size, strict=True)
     )
     last_row, last_column = image.shape[-2] - 1, image.shape[-1] - 1
     # Beyond the border the columns lose their weight and the rows only their index: the same but for rounding.
@@ -56,7 +63,12 @@ def resize_bilinear(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def resize_nearest(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Nearest, as OpenCV's `INTER_NEAREST`: for masks and label maps, `(..., height, width)` of any dtype."""
+    """Nearest, as OpenCV's `INTER_NEAREST`: for masks and label maps.
+
+    Args:
+        image: `(..., height, width)` of any dtype.
+        size: `(height, width)` in pixels.
+    """
     rows, columns = (
         (torch.arange(target, dtype=torch.float64) * (1 / (target / source))).long().to(image.device)
         for source, target in zip(image.shape[-2:], size, strict=True)

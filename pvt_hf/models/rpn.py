@@ -9,12 +9,12 @@ from transformers import initialization as init
 
 from .boxes import (
     AnchorGrid,
-    anchor_rows,
     at_least_float32,
     batched_nms,
     clip_boxes,
     decode_boxes,
     encode_boxes,
+    flatten_to_anchors,
     match_boxes,
     pairwise_iou,
     sample_boxes,
@@ -24,13 +24,14 @@ from .targets import GroundTruth
 
 
 class RegionProposalNetwork(nn.Module):
-    """For every anchor, whether it holds an object and where: one convolution and two predictors for all levels."""
+    """For every anchor, whether it holds an object and where: one convolution and two predictors that all levels
+    share."""
 
     def __init__(self, config: MaskRCNNConfig):
         super().__init__()
         self.config = config
-        self.anchors = AnchorGrid(config.strides, config.anchor_scales, config.anchor_ratios)
-        channels, num_anchors = config.neck_channels, self.anchors.num_per_cell
+        self.anchor_grid = AnchorGrid(config.strides, config.anchor_scales, config.anchor_ratios)
+        channels, num_anchors = config.neck_channels, self.anchor_grid.num_per_cell
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness_predictor = nn.Conv2d(channels, num_anchors, 1)
         self.box_predictor = nn.Conv2d(channels, num_anchors * 4, 1)
@@ -42,13 +43,18 @@ class RegionProposalNetwork(nn.Module):
             init.zeros_(conv.bias)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Maps `(batch, channels, height, width)` to objectness logits `(batch, anchors)` and deltas
-        `(batch, anchors, 4)`, at least in float32."""
+        """
+        Args:
+            levels: Maps `(batch, channels, height, width)`, finest first.
+
+        Returns:
+            Objectness logits `(batch, anchors)` and deltas `(batch, anchors, 4)`, at least in float32.
+        """
         objectness, deltas = [], []
         for level in levels:
             hidden_states = F.relu(self.conv(level))
-            objectness.append(anchor_rows(self.objectness_predictor(hidden_states), 1)[..., 0])
-            deltas.append(anchor_rows(self.box_predictor(hidden_states), 4))
+            objectness.append(flatten_to_anchors(self.objectness_predictor(hidden_states), 1)[..., 0])
+            deltas.append(flatten_to_anchors(self.box_predictor(hidden_states), 4))
         return at_least_float32(torch.cat(objectness, dim=1)), at_least_float32(torch.cat(deltas, dim=1))
 
     def loss(
@@ -63,15 +69,19 @@ class RegionProposalNetwork(nn.Module):
         samples.
 
         Args:
-            objectness, deltas: As `forward` returns them.
-            anchors: xyxy in pixels `(anchors, 4)`.
+            objectness: Logits `(batch, anchors)`.
+            deltas: `(batch, anchors, 4)`.
+            anchors: xyxy in pixels, `(anchors, 4)`.
             valid: For each image, which anchors take part: bool `(anchors,)`.
             truths: The objects of each image.
+
+        Returns:
+            `loss_objectness` and `loss_rpn_box`, scalars.
         """
         config = self.config
         objectness_loss, box_loss, normalizer = objectness.new_zeros(()), deltas.new_zeros(()), 0
         for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
-            matches = match_boxes(
+            matches = match_boxes(  # (anchors,)
                 pairwise_iou(truth.boxes, anchors),
                 config.rpn_positive_iou_threshold,
                 config.rpn_negative_iou_threshold,
@@ -79,19 +89,19 @@ class RegionProposalNetwork(nn.Module):
                 valid_anchors,
             )
             max_positives = int(config.rpn_num_samples * config.rpn_positive_fraction)
-            positive, background = sample_boxes(matches, config.rpn_num_samples, max_positives, shuffle=self.training)
-            samples = torch.cat((positive, background))
-            targets = (matches[samples] >= 0).to(objectness.dtype)
+            positives, negatives = sample_boxes(matches, config.rpn_num_samples, max_positives, shuffle=self.training)
+            samples = torch.cat((positives, negatives))
+            targets = (matches[samples] >= 0).to(objectness.dtype)  # (samples,)
             objectness_loss = objectness_loss + F.binary_cross_entropy_with_logits(
                 objectness[index, samples], targets, reduction="sum"
             )
-            wanted = encode_boxes(anchors[positive], truth.boxes[matches[positive]])
-            box_loss = box_loss + F.l1_loss(deltas[index, positive], wanted, reduction="sum")
-            normalizer += max(len(positive), 1) + max(len(background), 1)
+            wanted = encode_boxes(anchors[positives], truth.boxes[matches[positives]])  # (positives, 4)
+            box_loss = box_loss + F.l1_loss(deltas[index, positives], wanted, reduction="sum")
+            normalizer += max(len(positives), 1) + max(len(negatives), 1)
         return {"loss_objectness": objectness_loss / normalizer, "loss_rpn_box": box_loss / normalizer}
 
     @torch.no_grad()
-    def proposals(
+    def select_proposals(
         self,
         objectness: torch.Tensor,
         deltas: torch.Tensor,
@@ -99,32 +109,33 @@ class RegionProposalNetwork(nn.Module):
         level_sizes: Sequence[int],
         image_sizes: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """For each image the best boxes, xyxy in pixels `(proposals, 4)`, best first.
+        """The best boxes of each image, after suppression within each level.
 
         Args:
-            objectness, deltas: As `forward` returns them.
-            anchors: xyxy in pixels `(anchors, 4)`.
-            level_sizes: Number of anchors of each level, among which boxes are suppressed.
-            image_sizes: Height and width in pixels of each image `(batch, 2)`.
+            objectness: Logits `(batch, anchors)`.
+            deltas: `(batch, anchors, 4)`.
+            anchors: xyxy in pixels, `(anchors, 4)`.
+            level_sizes: Number of anchors of each level.
+            image_sizes: Height and width in pixels of each image, `(batch, 2)`.
+
+        Returns:
+            For each image xyxy in pixels, `(proposals, 4)`, best first.
         """
         config = self.config
         num_candidates = config.num_candidates_train if self.training else config.num_candidates
         proposals = []
         for image_objectness, image_deltas, image_size in zip(objectness, deltas, image_sizes, strict=True):
             chosen, level_ids, start = [], [], 0
-            for level, logits in enumerate(image_objectness.split(list(level_sizes))):
+            for level, logits in enumerate(image_objectness.split(list(level_sizes))):  # (anchors of the level,)
                 best = logits.topk(min(num_candidates, len(logits))).indices
                 chosen.append(start + best)
                 level_ids.append(torch.full_like(best, level))
                 start += len(logits)
-            chosen, level_ids = torch.cat(chosen), torch.cat(level_ids)
-            boxes = clip_boxes(decode_boxes(anchors[chosen], image_deltas[chosen]), image_size)
+            chosen, level_ids = torch.cat(chosen), torch.cat(level_ids)  # (candidates,)
+            boxes = clip_boxes(decode_boxes(anchors[chosen], image_deltas[chosen]), image_size)  # (candidates, 4)
+            scores = image_objectness[chosen].sigmoid()
             has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-            boxes, scores, level_ids = (
-                boxes[has_area],
-                image_objectness[chosen][has_area].sigmoid(),
-                level_ids[has_area],
-            )
+            boxes, scores, level_ids = boxes[has_area], scores[has_area], level_ids[has_area]
             kept = batched_nms(boxes, scores, level_ids, config.proposal_nms_threshold)
             proposals.append(boxes[kept[: config.num_proposals]])
         return proposals

@@ -16,7 +16,7 @@ def sliding_window_logits(
 
     Windows start every `stride` pixels; those that would pass the bottom or the right border are moved back inside, and
     an image smaller than the window is one window. Each window's logits are resized (bilinear) to its pixels, and
-    every pixel gets the mean over the windows that cover it. One window that covers the image gives the whole pass.
+    every pixel gets the mean over the windows that cover it. A window that covers the image is one pass over it.
 
     Args:
         model: In evaluation mode. Any model with `logits` of shape (batch, num_labels, any height and width).
@@ -39,8 +39,8 @@ def sliding_window_logits(
     height, width = pixel_values.shape[2:]
     total = None
     counts = pixel_values.new_zeros(height, width)
-    for top, bottom in _spans(height, windows[0], strides[0]):
-        for left, right in _spans(width, windows[1], strides[1]):
+    for top, bottom in _find_spans(height, windows[0], strides[0]):
+        for left, right in _find_spans(width, windows[1], strides[1]):
             logits = model(pixel_values[:, :, top:bottom, left:right].to(model.device)).logits
             logits = F.interpolate(logits, size=(bottom - top, right - left), mode="bilinear", align_corners=False)
             if total is None:
@@ -50,7 +50,7 @@ def sliding_window_logits(
     return total / counts.to(total.dtype)
 
 
-def _spans(size: int, window: int, stride: int) -> list[tuple[int, int]]:
+def _find_spans(size: int, window: int, stride: int) -> list[tuple[int, int]]:
     """Start and end of every window along one side."""
     steps = range(-(-max(size - window, 0) // stride) + 1)
     ends = [min(step * stride + window, size) for step in steps]

@@ -32,14 +32,14 @@ def test_stages_after_the_last_feature_do_not_exist(version, out_features):
 
 
 @BOTH
-def test_negative_indices(version):
+def test_negative_indices_count_from_the_last_stage(version):
     config = small_config(version, out_indices=[0, -1])
     maps = backbone_class(version)(config)(torch.randn(1, 3, 64, 64)).feature_maps
     assert [feature_map.shape[1] for feature_map in maps] == [8, 32]
 
 
 @BOTH
-def test_feature_beyond_the_built_stages(version):
+def test_features_beyond_the_built_stages_are_refused(version):
     backbone = backbone_class(version)(small_config(version, out_features=["stage2"]))
     backbone.out_features = ["stage1", "stage4"]
     with pytest.raises(ValueError, match="`out_features` asks for 'stage4', but .* built up to 'stage2'"):
@@ -95,7 +95,7 @@ def detr(config):
 
 
 @BOTH
-def test_inside_detr(version, tmp_path):
+def test_detr_trains_and_reloads_with_the_backbone(version, tmp_path):
     """Forward, backward through the backbone, save and reload. (`test_dense_heads.py` has the segmentation models.)"""
     model, labels, backbone = detr(small_config(version, out_features=STAGES))
     assert [type(module) for module in backbone.modules() if "Backbone" in type(module).__name__][-1] is backbone_class(

@@ -8,10 +8,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 from pvt_hf.models import boxes as ours
-from tests.support import reference_detection as official
+from tests.support import reference_detection as loops
 
-SCALES = official.RETINANET_SCALES
-GRID = ours.AnchorGrid((8, 16), SCALES, official.RATIOS)
+SCALES = loops.RETINANET_SCALES
+GRID = ours.AnchorGrid((8, 16), SCALES, loops.RATIOS)
 FLOAT64 = torch.zeros(0, dtype=torch.float64)
 
 
@@ -20,11 +20,11 @@ def random_boxes(count, size=100.0, dtype=torch.float64):
     return torch.cat((corners, corners + 1 + torch.rand(count, 2, dtype=dtype) * size / 2), dim=1)
 
 
-def test_anchors():
+def test_anchors_equal_those_of_loops():
     shapes = [(3, 5), (2, 3)]
-    expected = sum(official.anchors(shapes, GRID.strides, SCALES), [])
-    assert_close(GRID.boxes(shapes, FLOAT64), torch.tensor(expected, dtype=torch.float64))
-    first = GRID.boxes(shapes, torch.zeros(0))[[0, 3, 8], 2:]
+    expected = sum(loops.anchors(shapes, GRID.strides, SCALES), [])
+    assert_close(GRID.generate_boxes(shapes, FLOAT64), torch.tensor(expected, dtype=torch.float64))
+    first = GRID.generate_boxes(shapes, torch.zeros(0))[[0, 3, 8], 2:]
     assert torch.allclose(first, torch.tensor([[22.6274, 11.3137], [16, 16], [17.9594, 35.9188]]), atol=1e-4)
 
 
@@ -32,18 +32,18 @@ def test_anchors_are_torchvisions_but_for_its_rounding_and_order():
     generator = AnchorGenerator(sizes=((32, 64),), aspect_ratios=((0.25, 1.0, 4.0),))
     (theirs,) = generator(ImageList(torch.zeros(1, 3, 32, 48), [(32, 48)]), [torch.zeros(1, 1, 4, 6)])
     grid = ours.AnchorGrid((8,), (4, 8), (0.25, 1.0, 4.0))
-    assert torch.equal(grid.boxes([(4, 6)], torch.zeros(0)), theirs)
+    assert torch.equal(grid.generate_boxes([(4, 6)], torch.zeros(0)), theirs)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 64), (64, 64), (17, 33)], ids=str)
-def test_valid_anchors(size):
+def test_valid_anchors_equal_those_of_loops(size):
     shapes = [(8, 8), (4, 4)]
-    assert GRID.valid(shapes, size).tolist() == official.valid_flags(shapes, GRID.strides, 9, size)
+    assert GRID.find_valid(shapes, size).tolist() == loops.valid_flags(shapes, GRID.strides, 9, size)
 
 
 def test_rows_are_in_the_order_of_the_anchors():
     feature_map = torch.arange(2 * 6 * 2 * 3).reshape(2, 6, 2, 3)
-    rows = ours.anchor_rows(feature_map, width=2)  # three anchors of two values
+    rows = ours.flatten_to_anchors(feature_map, num_values=2)  # three anchors of two values
     for y in range(2):
         for x in range(3):
             for anchor in range(3):
@@ -51,11 +51,11 @@ def test_rows_are_in_the_order_of_the_anchors():
                 assert torch.equal(rows[1, (y * 3 + x) * 3 + anchor], expected)
 
 
-@pytest.mark.parametrize("stds", [(1, 1, 1, 1), official.BOX_HEAD_STDS], ids=str)
-def test_coder(stds):
+@pytest.mark.parametrize("stds", [(1, 1, 1, 1), loops.BOX_HEAD_STDS], ids=str)
+def test_coder_equals_loops_and_torchvision(stds):
     anchors, boxes = random_boxes(50), random_boxes(50)
     deltas = ours.encode_boxes(anchors, boxes, stds)
-    expected = [official.encode(a, b, stds) for a, b in zip(anchors.tolist(), boxes.tolist(), strict=True)]
+    expected = [loops.encode(a, b, stds) for a, b in zip(anchors.tolist(), boxes.tolist(), strict=True)]
     assert_close(deltas, torch.tensor(expected, dtype=torch.float64))
     assert_close(ours.decode_boxes(anchors, deltas, stds), boxes)
     theirs = torchvision_detection.BoxCoder([1 / std for std in stds])
@@ -66,7 +66,7 @@ def test_decoded_boxes_are_clamped_and_clipped():
     anchors, deltas = random_boxes(200), torch.randn(200, 4, dtype=torch.float64) * 4
     assert (deltas[:, 2:].abs() > 4.2).any()
     size = torch.tensor([60, 80])
-    expected = [official.decode(a, d, (60, 80)) for a, d in zip(anchors.tolist(), deltas.tolist(), strict=True)]
+    expected = [loops.decode(a, d, (60, 80)) for a, d in zip(anchors.tolist(), deltas.tolist(), strict=True)]
     decoded = ours.decode_boxes(anchors, deltas)
     assert_close(ours.clip_boxes(decoded, size), torch.tensor(expected, dtype=torch.float64))
     assert decoded.max() > 80 and decoded.min() < 0  # the test reaches every side
@@ -74,36 +74,36 @@ def test_decoded_boxes_are_clamped_and_clipped():
     assert torch.equal(per_class[:, 2], decoded)
 
 
-def test_iou():
+def test_iou_equals_loops():
     boxes, others = random_boxes(20), random_boxes(30)
     boxes[0, 2:] = boxes[0, :2]  # no area
     others[0] = boxes[0]
-    expected = [[official.iou(a, b) for b in others.tolist()] for a in boxes.tolist()]
+    expected = [[loops.iou(a, b) for b in others.tolist()] for a in boxes.tolist()]
     iou = ours.pairwise_iou(boxes, others)
     assert_close(iou, torch.tensor(expected, dtype=torch.float64))
     assert iou[0].eq(0).all() and iou.max() > 0.5
-    assert_close(official.overlaps(boxes.tolist(), others.tolist()), iou)  # the reference's own short cut
+    assert_close(loops.overlaps(boxes.tolist(), others.tolist()), iou)  # the reference's own short cut
 
 
-def as_official(matches):
-    names = {ours.NEGATIVE: "background", ours.IGNORED: "ignored"}
+def as_words(matches):
+    names = {ours.NEGATIVE: "negative", ours.IGNORED: "ignored"}
     return [names.get(match, match) for match in matches.tolist()]
 
 
 @pytest.mark.parametrize("thresholds", [(0.5, 0.4, 0), (0.7, 0.3, 0.3), (0.5, 0.5, 0.5)], ids=str)
 @pytest.mark.parametrize("num_objects", [0, 1, 6])
-def test_matches(thresholds, num_objects):
-    anchors = GRID.boxes([(8, 8), (4, 4)], FLOAT64)
+def test_matches_equal_those_of_loops(thresholds, num_objects):
+    anchors = GRID.generate_boxes([(8, 8), (4, 4)], FLOAT64)
     truths = random_boxes(num_objects, 50.0)
-    valid = GRID.valid([(8, 8), (4, 4)], (64, 48))
+    valid = GRID.find_valid([(8, 8), (4, 4)], (64, 48))
     for flags in (None, valid):
-        expected = official.assign(
+        expected = loops.assign(
             anchors.tolist(), truths.tolist(), *thresholds, None if flags is None else flags.tolist()
         )
         matches = ours.match_boxes(ours.pairwise_iou(truths, anchors), *thresholds, flags)
-        assert as_official(matches) == expected
+        assert as_words(matches) == expected
     if num_objects == 6:
-        assert {"background", "ignored"} <= set(expected)
+        assert {"negative", "ignored"} <= set(expected)
         assert (thresholds[2] == 0.5) or any(isinstance(value, int) for value in expected)
 
 
@@ -116,7 +116,7 @@ def test_low_quality_matches_overwrite_in_order():
     # At the thresholds themselves.
     assert ours.match_boxes(torch.tensor([[0.5, 0.4, 0.39]]), 0.5, 0.4, 2.0).tolist() == [0, -2, -1]
     assert ours.match_boxes(torch.tensor([[0.25, 0.1]]), 0.75, 0.25, 0.25).tolist() == [0, -1]
-    # The official quirk: an object that overlaps with nothing takes every box, but none that is not valid.
+    # mmdetection's quirk: an object that overlaps with nothing takes every box, but none that is not valid.
     nothing = torch.zeros(1, 3)
     assert ours.match_boxes(nothing, 0.5, 0.4, 0.0, torch.tensor([True, False, True])).tolist() == [0, -2, 0]
     assert ours.match_boxes(nothing, 0.7, 0.3, 0.3).tolist() == [-1, -1, -1]
@@ -128,13 +128,13 @@ def test_matches_are_torchvisions_but_for_low_quality_ones():
     assert torch.equal(ours.match_boxes(iou, 0.7, 0.3, 2.0), theirs(iou))
 
 
-def test_samples():
+def test_samples_equal_those_of_loops_and_draw_as_often():
     for positives, total, max_positives in ((40, 20, 10), (3, 20, 10), (0, 20, 10), (8, 500, 128)):
         matches = torch.full((100,), ours.NEGATIVE)
         matches[torch.randperm(100)[: positives + 10]] = ours.IGNORED
         matches[(matches == ours.IGNORED).nonzero().flatten()[:positives]] = 3
         torch.manual_seed(1)
-        expected = official.sample(as_official(matches), total, max_positives)
+        expected = loops.sample(as_words(matches), total, max_positives)
         drawn = torch.get_rng_state()
         torch.manual_seed(1)
         sampled = ours.sample_boxes(matches, total, max_positives)
@@ -142,18 +142,18 @@ def test_samples():
         assert torch.equal(torch.get_rng_state(), drawn)  # not one random number more
 
 
-def test_samples_without_random_numbers():
+def test_samples_without_random_numbers_are_evenly_spaced():
     matches = torch.tensor([0, 1, 2, 3, -1, -1, -1, -1, -2])
     before = torch.get_rng_state()
-    positives, background = ours.sample_boxes(matches, 5, 2, shuffle=False)
-    assert (positives.tolist(), background.tolist()) == ([0, 2], [4, 5, 6])
+    positives, negatives = ours.sample_boxes(matches, 5, 2, shuffle=False)
+    assert (positives.tolist(), negatives.tolist()) == ([0, 2], [4, 5, 6])
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_nms():
+def test_nms_equals_loops():
     boxes, scores = random_boxes(300), torch.rand(300, dtype=torch.float64)
     ids = torch.randint(0, 3, (300,))
-    expected = official.nms(boxes.tolist(), scores.tolist(), ids.tolist(), 0.5)
+    expected = loops.nms(boxes.tolist(), scores.tolist(), ids.tolist(), 0.5)
     assert ours.batched_nms(boxes, scores, ids, 0.5).tolist() == expected
     assert 10 < len(expected) < 290
     assert ours.batched_nms(boxes[:0], scores[:0], ids[:0], 0.5).tolist() == []
@@ -161,7 +161,7 @@ def test_nms():
 
 def test_nms_shifts_in_the_precision_of_the_boxes():
     """In float32 the shift of class 79 moves corners to a grid of 1/128: an overlap just beyond the threshold falls
-    onto it, and the box stays, as in the official code."""
+    onto it, and the box stays, as in mmdetection."""
     boxes = torch.tensor([[0, 0, 10.0, 10.0], [0, 0, 10.0, 5.003], [0, 0, 1333.0, 1333.0]])
     scores = torch.tensor([0.9, 0.8, 0.7])
     for label, dtype, kept in ((0, torch.float32, [0, 2]), (79, torch.float64, [0, 2]), (79, torch.float32, [0, 1, 2])):

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+import transformers
 
 import pvt_hf
+from pvt_hf.models.backbone import build_backbone
 from tests.support.small_models import SMALL_V1, small_config
 
 BOTH = pytest.mark.parametrize("config_class", [pvt_hf.PvtConfig, pvt_hf.PvtV2Config])
@@ -41,7 +43,7 @@ def test_number_of_classes_is_always_written(config_class, labels, tmp_path):
 
 
 @BOTH
-def test_round_trip(config_class, tmp_path):
+def test_saved_configuration_loads_unchanged(config_class, tmp_path):
     config = config_class(image_size=(96, 160), depths=[1, 2, 3, 4], out_features=["stage2", "stage4"])
     config.save_pretrained(tmp_path)
     loaded = config_class.from_pretrained(tmp_path)
@@ -69,7 +71,7 @@ def test_image_size_is_a_number_or_a_pair():
     ],
     ids=["heads", "depths", "mlp_ratios", "stages", "out_features"],
 )
-def test_wrong_fields(version, fields, message):
+def test_wrong_fields_are_refused(version, fields, message):
     with pytest.raises(ValueError, match=message):
         small_config(version, **fields)
 
@@ -84,7 +86,7 @@ def test_v1_image_size_has_to_hold_every_stage():
         pvt_hf.PvtModel(small_config("v1", image_size=16))
 
 
-def test_wrong_image_size():
+def test_wrong_image_size_is_refused():
     with pytest.raises(ValueError, match=r"`image_size` must be one number or \(height, width\), got \[224\]"):
         pvt_hf.PvtConfig(image_size=[224])
 
@@ -97,9 +99,25 @@ def test_overlapping_v1_kernels_need_a_larger_image():
         model(torch.zeros(1, 3, smallest - 1, smallest))
 
 
-def test_three_stages():
+def test_models_may_have_three_stages():
     fields = {key: value[:3] if isinstance(value, list) else value for key, value in SMALL_V1.items()}
     fields |= {"sequence_reduction_ratios": [4, 2, 1], "patch_sizes": [4, 2, 2], "strides": [4, 2, 2]}
     config = pvt_hf.PvtConfig(num_encoder_blocks=3, **fields)
     assert config.stage_names == ["stage1", "stage2", "stage3"]
     assert pvt_hf.PvtForImageClassification(config).pvt.encoder.minimum_size == 16
+
+
+@pytest.mark.parametrize("config_class", [pvt_hf.RetinaNetConfig, pvt_hf.MaskRCNNConfig, pvt_hf.SemanticFPNConfig])
+def test_stages_that_a_head_wants_are_no_field(config_class, tmp_path):
+    """They are the default backbone's `out_features`, and any other backbone has to give as many maps."""
+    config = config_class()
+    wanted = config_class.backbone_out_features
+    assert config.backbone_config.out_features == list(wanted)
+    config.save_pretrained(tmp_path)
+    assert "backbone_out_features" not in (tmp_path / "config.json").read_text()
+    assert config_class.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    resnet = transformers.ResNetConfig(hidden_sizes=[8] * 4, depths=[1] * 4, out_indices=[*range(1, len(wanted) + 1)])
+    assert len(build_backbone(config_class(backbone_config=resnet)).channels) == len(wanted)
+    resnet.out_features = ["stem", *resnet.out_features]
+    with pytest.raises(ValueError, match=rf"`backbone_config` .* must name {len(wanted)} `out_features`, got"):
+        build_backbone(config_class(backbone_config=resnet))

@@ -82,7 +82,7 @@ def backbone_of(model):
 
 @HEADS
 @VERSIONS
-def test_training_saving_and_pipeline(head, version, tmp_path):
+def test_head_trains_reloads_and_runs_in_a_pipeline(head, version, tmp_path):
     """Every weight of the backbone is reached; a reloaded model is equal; the pipeline makes masks of an image."""
     model, labels = head(version)
     pixels = torch.randn(2, 3, 64, 64)
@@ -109,7 +109,7 @@ def test_training_saving_and_pipeline(head, version, tmp_path):
 
 @HEADS
 @VERSIONS
-def test_pretrained_backbone(head, version, tmp_path):
+def test_pretrained_backbone_fills_every_tensor_of_it(head, version, tmp_path):
     classifier_class = pvt_hf.PvtForImageClassification if version == "v1" else pvt_hf.PvtV2ForImageClassification
     classifier = randomize(classifier_class(small_config(version)))
     classifier.save_pretrained(tmp_path)
@@ -121,7 +121,7 @@ def test_pretrained_backbone(head, version, tmp_path):
 
 
 @VERSIONS
-def test_backbone_of_a_detector(version, tmp_path):
+def test_backbone_may_come_from_a_detector(version, tmp_path):
     """A segmenter may start from what a detector has learnt, if the backbones are the same."""
     config = pvt_hf.RetinaNetConfig(
         backbone_config=small_config(version, out_features=STAGES[1:]), num_labels=3, neck_channels=16

@@ -1,4 +1,4 @@
-"""PVT + DETR: the official network, loss, weights and detections, on transformers' own class."""
+"""PVT + DETR: mmdetection's network, loss, weights and detections, on transformers' own class."""
 
 import ast
 import copy
@@ -111,7 +111,7 @@ def test_equals_the_reference(version):
         assert_close(actual[key], expected[key])
 
 
-def test_one_padded_image():
+def test_padding_of_one_image_is_masked_as_in_the_reference():
     """Padding to the next multiple of 32 leaves part of the image in every cell, padding beyond it does not."""
     model = small_detr().double().eval()
     for height, width, is_masked in ((70, 96, False), (60, 96, True)):
@@ -125,7 +125,7 @@ def test_one_padded_image():
         assert ((model(pixels).logits - logits[-1]).abs().max() > 1e-6) == is_masked
 
 
-def test_pvt_small_of_real_size():
+def test_released_pvt_small_equals_the_reference():
     """The released names and shapes, converted, and the reference's outputs in float64."""
     rows = [line.split("\t") for line in (ROOT / "tests/keys/det_detr_pvt_s.tsv").read_text().splitlines()]
     official = {
@@ -152,7 +152,7 @@ def test_pvt_small_of_real_size():
     assert_close(outputs.pred_boxes, boxes[-1])
 
 
-def test_former_names():
+def test_former_names_are_converted():
     """mmdetection before 2.13 called the same tensors otherwise."""
     model = small_detr()
     official = official_weights(model)
@@ -183,7 +183,7 @@ def test_conversion_names_what_is_wrong():
 # Configuration and initialisation
 
 
-def test_official_configuration():
+def test_configuration_is_that_of_the_papers():
     config = pvt_hf.build_detr_config(pvt_hf.build_config("pvt_small", drop_path_rate=0.1))
     assert (config.num_labels, config.num_queries, config.d_model) == (80, 100, 256)
     assert (config.encoder_layers, config.decoder_layers, config.encoder_ffn_dim) == (6, 6, 2048)
@@ -193,7 +193,7 @@ def test_official_configuration():
     assert config.backbone_config.out_features == ["stage4"] and config.backbone_config.drop_path_rate == 0.1
 
 
-def test_configuration_of_any_backbone():
+def test_any_backbone_with_stages_has_a_configuration():
     config = pvt_hf.build_config("pvt_v2_b0", num_channels=1)
     built = pvt_hf.build_detr_config(config, id2label={0: "a", 1: "b"}, num_queries=5)
     assert (built.num_labels, built.num_queries, built.num_channels) == (2, 5, 1)
@@ -206,7 +206,7 @@ def test_configuration_of_any_backbone():
     assert pvt_hf.build_detr_config({"model_type": "pvt"}).backbone_config.hidden_sizes[-1] == 512
 
 
-def test_bad_configurations():
+def test_wrong_configurations_are_refused():
     with pytest.raises(ValueError, match="no field 'num_querys'. Nearest: num_queries"):
         pvt_hf.build_detr_config(small_config("v1"), num_querys=5)
     with pytest.raises(ValueError, match="backbone with stages"):
@@ -222,8 +222,8 @@ def test_bad_configurations():
         pvt_hf.prepare_detr_training(torch.nn.Linear(1, 1))
 
 
-def test_initialisation():
-    """Bounds of uniform distributions, of matrices as the official module holds them."""
+def test_initialisation_has_the_statistics_of_mmdetections():
+    """Bounds of uniform distributions, of matrices as the released module holds them."""
     size, width = 64, 96
     model = pvt_hf.build_detr(
         pvt_hf.build_detr_config(
@@ -301,7 +301,7 @@ def slow_losses(logits, boxes, labels, num_boxes) -> dict[str, torch.Tensor]:
 
 
 def slow_total(weights, batch, labels, config, num_boxes=None) -> torch.Tensor:
-    """Of all layers, from official weights."""
+    """Of all layers, from released weights."""
     logits, boxes = reference_detr(weights, batch["pixel_values"], batch["pixel_mask"], config)
     num_boxes = num_boxes or max(sum(len(label["boxes"]) for label in labels), 1)
     layers = [slow_losses(*layer, labels, num_boxes) for layer in zip(logits, boxes, strict=True)]
@@ -309,7 +309,7 @@ def slow_total(weights, batch, labels, config, num_boxes=None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (0, 4), (0, 0), (1, 0)])
-def test_loss_and_gradients(counts):
+def test_loss_and_gradients_equal_those_of_loops(counts):
     model = small_detr(**NO_DROPOUT).double().train()
     batch, labels = padded_batch(), random_labels(*counts)
     weights = {key: tensor.clone().requires_grad_() for key, tensor in official_weights(model).items()}
@@ -329,7 +329,7 @@ def test_loss_and_gradients(counts):
         assert_close(actual[key], torch.zeros_like(tensor) if tensor.grad is None else tensor.grad)
 
 
-def test_loss_of_few_queries():
+def test_loss_with_fewer_queries_than_objects():
     """The divisor of the cross-entropy is at least 1: two queries without object weigh 0.2. More objects than queries
     leave some unmatched, and the matched ones are counted."""
     model = small_detr(**NO_DROPOUT, num_queries=2).double().train()
@@ -347,7 +347,7 @@ def test_loss_of_few_queries():
         assert any(torch.allclose(actual, terms, rtol=1e-8) for terms in expected)
 
 
-def test_last_layer_as_in_transformers():
+def test_last_layer_has_the_loss_of_transformers():
     """transformers' own loss is the same for the last layer, in one process."""
     model = small_detr(**NO_DROPOUT).train()
     batch, labels = padded_batch(torch.float32), random_labels(3, 2)
@@ -359,7 +359,7 @@ def test_last_layer_as_in_transformers():
         assert_close(actual[name], expected[name], 1e-5)
 
 
-def test_outputs_of_a_prepared_model():
+def test_prepared_model_returns_what_it_returned_before():
     """Preparing changes no prediction, and hidden states come only when they are asked for."""
     model = small_detr().eval()
     plain = DetrForObjectDetection(model.config).eval()
@@ -381,7 +381,7 @@ def test_outputs_of_a_prepared_model():
     assert torch.equal(pvt_hf.detr_loss(plain, full, labels)[0], with_loss.loss)
 
 
-def test_preparing_twice_and_copies():
+def test_preparing_twice_changes_nothing():
     model, batch, labels = small_detr(**NO_DROPOUT), padded_batch(torch.float32), random_labels(1, 2)
     assert model.model.encoder.dropout == 0
     loss = model(**batch, labels=labels).loss
@@ -411,23 +411,26 @@ def test_no_dropout_at_the_encoders_input():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda labels: labels.pop(), "one dict for each of 2 images"),
-        (lambda labels: labels[1].pop("boxes"), r"`labels\[1\]` lacks \['boxes'\]"),
-        (lambda labels: labels[1].update(boxes=torch.rand(1, 4)), r"`labels\[1\]` must have .*\(2,\) and \(1, 4\)"),
-        (lambda labels: labels[0]["class_labels"].fill_(4), r"class_labels'\]` must be in \[0, 4\), got \[4"),
-        (lambda labels: labels[1]["boxes"].mul_(96), r"`labels\[1\]\['boxes'\]` must be relative"),
-        (lambda labels: labels[1]["boxes"][1, 2:].zero_(), r"`labels\[1\]\['boxes'\]` must be .* with a size"),
-        (lambda labels: labels[1]["boxes"].fill_(math.nan), r"`labels\[1\]\['boxes'\]` must be .* got \[\[nan"),
+        (lambda labels: labels.pop(), "one dictionary for each of 2 images, got 1"),
+        (lambda labels: labels[1].pop("boxes"), r"`labels\[1\]` must have tensors .* without \['boxes'\]"),
+        (lambda labels: labels[1].update(boxes=torch.rand(1, 4)), r"`labels\[1\]\['boxes'\]` must .*\(2, 4\), got \(1"),
+        (lambda labels: labels[0]["class_labels"].fill_(4), r"`labels\[0\]` must have classes in \[0, 4\) .* 0 has 4"),
+        (lambda labels: labels[1]["boxes"].mul_(96), r"`labels\[1\]` must have boxes .* relative to the image's size"),
+        (
+            lambda labels: labels[1]["boxes"][1, 2:].zero_(),
+            r"`labels\[1\]` must .*some width and height: annotation 1",
+        ),
+        (lambda labels: labels[1]["boxes"].fill_(math.nan), r"`labels\[1\]` must have finite boxes: .* 0 has \[nan"),
     ],
 )
-def test_bad_labels(change, message):
+def test_wrong_labels_are_refused(change, message):
     labels = random_labels(3, 2)
     change(labels)
     with pytest.raises((TypeError, ValueError), match=message):
         small_detr()(**padded_batch(torch.float32), labels=labels)
 
 
-def test_diverged_model():
+def test_diverged_model_is_an_error():
     model = small_detr()
     torch.nn.init.constant_(model.class_labels_classifier.bias, math.inf)
     with pytest.raises(ValueError, match="not finite"):
@@ -435,7 +438,7 @@ def test_diverged_model():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(use_reentrant):
+def test_activation_checkpointing_changes_no_gradient(use_reentrant):
     model = small_detr(**NO_DROPOUT).train()
     batch, labels = padded_batch(torch.float32), random_labels(3, 2)
     model(**batch, labels=labels).loss.backward()
@@ -478,9 +481,9 @@ def trainer(model, folder, data, **arguments) -> Trainer:
     return Trainer(model, arguments, data_collator=collate, train_dataset=data, eval_dataset=data)
 
 
-def test_gradient_accumulation_in_trainer(tmp_path):
-    """Two accumulated batches give the mean of their gradients, each with its own divisors, as on two official GPUs
-    with as many boxes."""
+def test_trainer_accumulates_gradients(tmp_path):
+    """Two accumulated batches give the mean of their gradients, each with its own divisors, as mmdetection's on two
+    GPUs with as many boxes."""
     data = Examples(2)
     data.labels = random_labels(2, 2)
     model = small_detr(**NO_DROPOUT)
@@ -528,7 +531,7 @@ def ddp_data():
     return torch.randn(2, 1, 3, 64, 64, dtype=torch.float64), [random_labels(4), random_labels(1)]
 
 
-def test_distributed(tmp_path):
+def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
     """Processes share the mean of their numbers of boxes, here (4 + 1) / 2, and the mean of their gradients."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -551,7 +554,7 @@ def test_distributed(tmp_path):
 # Detections, loading and saving
 
 
-def test_detections_of_the_official_test():
+def test_detections_equal_those_of_loops():
     """Per image by loops: best class of each query, sorted, scaled to the original size, clipped, none left out."""
     model, batch = small_detr().double().eval(), padded_batch()
     outputs = model(**batch)
@@ -576,7 +579,7 @@ def test_detections_of_the_official_test():
     assert [len(item["scores"]) for item in pvt_hf.detr_detections(outputs, middle, sizes)][1] == 3
     assert [len(item["boxes"]) for item in pvt_hf.detr_detections(outputs, max_detections=4)] == [4, 4]
     assert pvt_hf.detr_detections(outputs)[1]["boxes"].max() <= 1
-    with pytest.raises(ValueError, match="one size for each of 2 images, got 1"):
+    with pytest.raises(ValueError, match=r"each of 2 images, got shape \(1, 2\)"):
         pvt_hf.detr_detections(outputs, target_sizes=sizes[:1])
 
 
@@ -610,7 +613,7 @@ def test_saves_and_loads_in_transformers(version, tmp_path):
 
 
 @VERSIONS
-def test_pretrained_backbone(version, tmp_path):
+def test_pretrained_backbone_fills_every_tensor_of_it(version, tmp_path):
     """Every tensor of the backbone comes from the classifier."""
     is_v1 = version == "v1"
     classifier = (pvt_hf.PvtForImageClassification if is_v1 else pvt_hf.PvtV2ForImageClassification)(

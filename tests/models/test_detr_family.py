@@ -39,7 +39,7 @@ FAMILY = [
 
 @pytest.mark.parametrize(("name", "fields", "out_features"), FAMILY, ids=[row[0] for row in FAMILY])
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_trains_and_reloads(name, fields, out_features, version, tmp_path):
+def test_model_trains_and_reloads(name, fields, out_features, version, tmp_path):
     config_class = getattr(transformers, f"{name}Config")
     config = config_class(backbone_config=small_config(version, out_features=out_features), num_labels=3, **fields)
     model = randomize(getattr(transformers, f"{name}ForObjectDetection")(config)).train()

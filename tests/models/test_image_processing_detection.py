@@ -14,7 +14,7 @@ from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 import pvt_hf
 from pvt_hf.models.annotations import SKIPPED, AnnotationError, rasterize
-from pvt_hf.models.image_processing_dense import resized_size
+from pvt_hf.models.image_processing_dense import compute_resized_size
 from pvt_hf.models.resize import keep_ratio_size, resize_bilinear, resize_nearest
 from tests.support.small_models import ROOT, STAGES, small_config
 
@@ -26,7 +26,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def official(image: np.ndarray, long: int = 1333, short: int = 800, divisor: int = 32) -> np.ndarray:
+def mmdetection_pixels(image: np.ndarray, long: int = 1333, short: int = 800, divisor: int = 32) -> np.ndarray:
     """mmdetection's test pipeline with OpenCV: resized, normalised, padded; `(3, height, width)`."""
     height, width = image.shape[:2]
     factor = min(long / max(height, width), short / min(height, width))
@@ -58,14 +58,14 @@ def test_resize_has_the_bits_of_opencv():
         np.testing.assert_allclose(ours, theirs, atol=0.02)
 
 
-def test_sizes():
+def test_sizes_round_to_the_nearest_pixel():
     for height, width in np.random.default_rng(0).integers(1, 3000, (2000, 2)).tolist():
         factor = min(1333 / max(height, width), 800 / min(height, width))
         expected = max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
         assert keep_ratio_size(height, width, 800, 1333) == expected
     processor = PROCESSORS[0]()
-    assert resized_size(480, 640, processor.size) == (800, 1067)  # 1066.67: transformers' rule gives 1066
-    assert resized_size(427, 640, processor.size) == (800, 1199)
+    assert compute_resized_size(480, 640, processor.size) == (800, 1067)  # 1066.67: transformers' rule gives 1066
+    assert compute_resized_size(427, 640, processor.size) == (800, 1199)
     assert processor(noise(300, 300), size={"height": 64, "width": 96}).pixel_values[0].shape == (3, 64, 96)
     assert processor(noise(300, 600), size={"shortest_edge": 64}).pixel_values[0].shape == (3, 64, 128)
     with pytest.raises(ValueError, match=r"`size` must have `shortest_edge`.*got \{'longest_edge': 64\}"):
@@ -75,13 +75,13 @@ def test_sizes():
 
 
 @BACKENDS
-def test_equals_the_official_pipeline(processor_class):
+def test_equals_mmdetections_pipeline(processor_class):
     processor = processor_class()
     for height, width in ((480, 640), (500, 333), (900, 1600)):
         image = noise(height, width)
         for given in (Image.fromarray(image), image, torch.from_numpy(image).permute(2, 0, 1)):
             inputs = processor(given, return_tensors="pt")
-            expected = torch.from_numpy(official(image))[None]
+            expected = torch.from_numpy(mmdetection_pixels(image))[None]
             torch.testing.assert_close(inputs.pixel_values, expected, rtol=0, atol=1e-6)
             size = keep_ratio_size(height, width, 800, 1333)
             mask = torch.zeros(1, *expected.shape[2:], dtype=torch.int64)
@@ -90,29 +90,39 @@ def test_equals_the_official_pipeline(processor_class):
 
 
 @BACKENDS
-def test_batch_of_different_sizes(processor_class):
+def test_batches_are_padded_to_the_largest_image(processor_class):
     images = [noise(100, 160), noise(170, 120), noise(90, 90)]
     settings = {"size": {"shortest_edge": 96, "longest_edge": 130}}
     inputs = processor_class(**settings)(images, return_tensors="pt")
     assert inputs.pixel_values.shape == (3, 3, 160, 160) and inputs.pixel_mask.shape == (3, 160, 160)
     assert inputs.pixel_values.dtype == torch.float32 and inputs.pixel_mask.dtype == torch.int64
     for index, image in enumerate(images):
-        alone = torch.from_numpy(official(image, 130, 96))
+        alone = torch.from_numpy(mmdetection_pixels(image, 130, 96))
         height, width = alone.shape[1:]
         torch.testing.assert_close(inputs.pixel_values[index, :, :height, :width], alone, rtol=0, atol=1e-6)
         assert not inputs.pixel_values[index, :, height:].any() and not inputs.pixel_values[index, :, :, width:].any()
         assert not inputs.pixel_values[index][:, inputs.pixel_mask[index] == 0].any()
     fixed = processor_class(**settings, pad_size={"height": 200, "width": 240})(images, return_tensors="pt")
     assert fixed.pixel_values.shape == (3, 3, 200, 240)
+    sizes = [(81, 130), (130, 92), (96, 96)]
+    resized = [
+        resize_bilinear(torch.from_numpy(image).permute(2, 0, 1), size)
+        for image, size in zip(images, sizes, strict=True)
+    ]
+    for pad_size in ({"height": 200, "width": 240}, None):  # the second half alone
+        again = processor_class(**settings).batch(resized, pad_size=pad_size)
+        expected = inputs if pad_size is None else fixed
+        assert torch.equal(again.pixel_values, expected.pixel_values)
+        assert torch.equal(again.pixel_mask, expected.pixel_mask)
     with pytest.raises(ValueError, match=r"`pad_size` is .*largest sides of the images are \[130, 130\]"):
         processor_class(**settings, pad_size={"height": 64, "width": 240})(images)
     unpadded = processor_class(**settings, do_pad=False)(images)
-    assert [tuple(image.shape[1:]) for image in unpadded.pixel_values] == [(81, 130), (130, 92), (96, 96)]
+    assert [tuple(image.shape[1:]) for image in unpadded.pixel_values] == sizes
     assert "pixel_mask" not in unpadded
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "I;16", "uint16", "int64"])
-def test_modes(mode):
+def test_images_of_every_mode_are_read(mode):
     grey = Image.fromarray(noise(60, 80)).convert("L")
     if mode in ("I;16", "uint16", "int64"):
         pixels = np.asarray(grey)[..., None]
@@ -124,11 +134,11 @@ def test_modes(mode):
         expected = given.convert("RGB")
     inputs = [processor_class()(given, return_tensors="pt").pixel_values[0] for processor_class in PROCESSORS]
     assert torch.equal(*inputs)
-    torch.testing.assert_close(inputs[0], torch.from_numpy(official(np.asarray(expected))), rtol=0, atol=1e-6)
+    torch.testing.assert_close(inputs[0], torch.from_numpy(mmdetection_pixels(np.asarray(expected))), rtol=0, atol=1e-6)
 
 
 @BACKENDS
-def test_pixels_out_of_range(processor_class):
+def test_pixels_out_of_range_are_refused(processor_class):
     image = noise(40, 50).astype(np.float32)
     image[3, 4, 1] = np.nan
     with pytest.raises(ValueError, match="Image number 1 has pixels that are NaN"):
@@ -139,21 +149,21 @@ def test_pixels_out_of_range(processor_class):
         processor_class()(np.array([[[-1], [255]], [[3], [4]]]))
     with pytest.raises(ValueError, match="mode 'F'"):
         processor_class()(Image.fromarray(image[..., 0]))
-    whole = noise(40, 50)
-    rescaled = processor_class()(whole.astype(np.float32) / 255, do_rescale=False, return_tensors="pt").pixel_values
-    expected = processor_class()(whole, return_tensors="pt").pixel_values
+    image = noise(40, 50)
+    rescaled = processor_class()(image.astype(np.float32) / 255, do_rescale=False, return_tensors="pt").pixel_values
+    expected = processor_class()(image, return_tensors="pt").pixel_values
     grey_levels = (rescaled - expected).abs() * torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None] * 255
     assert grey_levels.max() < 1  # only the rounding to grey levels is missing
-    plain = processor_class(do_normalize=False, do_resize=False, do_rescale=False)(whole, return_tensors="pt")
-    assert torch.equal(plain.pixel_values[0, :, :40, :50], torch.from_numpy(whole).permute(2, 0, 1).float())
-    normal = processor_class(do_resize=False)(whole, return_tensors="pt").pixel_values[0, :, 0, 0]
-    expected = (whole[0, 0] / 255 - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
+    plain = processor_class(do_normalize=False, do_resize=False, do_rescale=False)(image, return_tensors="pt")
+    assert torch.equal(plain.pixel_values[0, :, :40, :50], torch.from_numpy(image).permute(2, 0, 1).float())
+    normal = processor_class(do_resize=False)(image, return_tensors="pt").pixel_values[0, :, 0, 0]
+    expected = (image[0, 0] / 255 - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
     np.testing.assert_allclose(normal.numpy(), expected, atol=1e-6)
 
 
 @BACKENDS
 @pytest.mark.parametrize("kind", ["polygons", "rle", "compressed"])
-def test_annotations(processor_class, kind):
+def test_labels_equal_the_annotations(processor_class, kind):
     """Against OpenCV and pycocotools, for two images of which the second is padded."""
     size = {"shortest_edge": 96, "longest_edge": 160}
     polygons = [[10.5, 20, 50, 12.25, 45, 60.5, 20, 55], [60, 60, 75, 60, 75, 75]]
@@ -200,7 +210,7 @@ def test_polygons_are_drawn_as_pycocotools_does():
 
 
 @BACKENDS
-def test_what_the_official_detectors_do_not_train_on(processor_class, caplog):
+def test_what_mmdetection_does_not_train_on_is_skipped(processor_class, caplog):
     SKIPPED.clear()
     annotations = [
         annotation([1, 1, 20, 20], 0, ignore=1),
@@ -225,7 +235,7 @@ def test_what_the_official_detectors_do_not_train_on(processor_class, caplog):
 
 
 @BACKENDS
-def test_images_without_objects(processor_class):
+def test_images_without_objects_have_empty_labels(processor_class):
     target = {"image_id": 1, "annotations": []}
     arguments = {"annotations": [target] * 2, "return_segmentation_masks": True, "return_tensors": "pt"}
     inputs = processor_class()([noise(50, 60), noise(60, 50)], **arguments)
@@ -255,16 +265,16 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_annotations(case):
+def test_malformed_annotations_are_refused(case):
     malformed, message = MALFORMED[case]
-    whole = annotation([1, 1, 9, 9], segmentation=[[1, 1, 9, 1, 9, 9]])
-    target = {"image_id": 31, "annotations": [whole, malformed | {"id": 42}]}
+    valid = annotation([1, 1, 9, 9], segmentation=[[1, 1, 9, 1, 9, 9]])
+    target = {"image_id": 31, "annotations": [valid, malformed | {"id": 42}]}
     arguments = {"annotations": [target], "return_segmentation_masks": True, "num_labels": 10}
     with pytest.raises(AnnotationError, match=f"Annotation 42 of image 31 .*{message}"):
         PROCESSORS[0]()(noise(50, 60), **arguments)
 
 
-def test_annotations_of_other_images():
+def test_as_many_annotations_as_images():
     with pytest.raises(ValueError, match="`annotations` of 2 images for 1 images"):
         PROCESSORS[0]()(noise(50, 60), annotations=[{"image_id": 1, "annotations": []}] * 2)
     for target in ({"annotations": []}, {"image_id": 3}, {"image_id": "a", "annotations": []}):
@@ -305,7 +315,7 @@ def detectors(name: str) -> transformers.PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "detr"])
-def test_saved_checkpoint_in_a_pipeline(name, tmp_path):
+def test_pipeline_loads_a_saved_checkpoint(name, tmp_path):
     """Both backends, loaded by the Auto class, give what the parts give, in pixels of the original image."""
     model = detectors(name)
     model.save_pretrained(tmp_path)
@@ -344,7 +354,7 @@ def test_registration_while_transformers_imports_a_detector(python):
     assert run.returncode == 0, run.stderr
 
 
-def test_detections_of_detr():
+def test_detections_of_detr_equal_those_of_loops():
     """Against the definition, query by query; the same numbers without a target size are relative."""
     logits, boxes = torch.randn(2, 30, 4) * 2, torch.rand(2, 30, 4)
     outputs = DetrObjectDetectionOutput(logits=logits, pred_boxes=boxes)
@@ -369,7 +379,7 @@ def test_detections_of_detr():
         torch.testing.assert_close(relative[index]["boxes"] * scale, found[index]["boxes"])
 
 
-def test_instances_in_a_pipeline(tmp_path):
+def test_pipeline_gives_the_instances(tmp_path):
     model = detectors("mask_rcnn")
     processor = PROCESSORS[0](size={"shortest_edge": 64, "longest_edge": 96})
     image = Image.fromarray(noise(150, 210))
@@ -391,7 +401,7 @@ def test_instances_in_a_pipeline(tmp_path):
         assert (instance["score"], instance["label"]) == (info["score"], f"LABEL_{info['label_id']}")
 
 
-def test_published_with_their_code(python, tmp_path):
+def test_processors_load_with_their_published_code(python, tmp_path):
     """Both processors on both backends, where the package cannot be imported, from the files saved with them."""
     saving = """
         import pvt_hf

@@ -25,7 +25,7 @@ def photo(height: int, width: int, mode: str = "RGB") -> Image.Image:
     return Image.fromarray((90 + 90 * waves + noise).clip(0, 255).astype(np.uint8)).convert(mode)
 
 
-def official(image: Image.Image, resize: int = 256, crop: int = 224) -> torch.Tensor:
+def papers_pixels(image: Image.Image, resize: int = 256, crop: int = 224) -> torch.Tensor:
     return transforms.Compose(
         [
             transforms.Resize(resize, interpolation=InterpolationMode.BICUBIC),
@@ -49,11 +49,11 @@ def assert_same(pixels: torch.Tensor, expected: torch.Tensor, processor_class) -
 @BACKENDS
 @pytest.mark.parametrize("height", [256, 300, 60])
 @pytest.mark.parametrize("width", [256, 257, 258, 259, 400, 90])
-def test_equals_the_official_pipeline(processor_class, height, width):
+def test_equals_the_papers_pipeline(processor_class, height, width):
     image = photo(height, width)
     pixels = processor_class()(image, return_tensors="pt").pixel_values
     assert pixels.shape == (1, 3, 224, 224) and pixels.dtype == torch.float32
-    assert_same(pixels[0], official(image), processor_class)
+    assert_same(pixels[0], papers_pixels(image), processor_class)
     if processor_class is pvt_hf.PvtImageProcessor:  # and nothing but its own resize of tensors apart from PIL's
         tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         resized = functional.resize(tensor, 256, InterpolationMode.BICUBIC, antialias=True)
@@ -70,7 +70,7 @@ def test_equals_the_official_pipeline(processor_class, height, width):
 )
 def test_size_and_crop_scale_together(processor_class, arguments, resize, crop, tmp_path):
     image = photo(500, 700)
-    expected = official(image, resize, crop)
+    expected = papers_pixels(image, resize, crop)
     for processor, call in ((processor_class(**arguments), {}), (processor_class(), arguments)):
         pixels = processor(image, return_tensors="pt", **call).pixel_values[0]
         assert_same(pixels, expected, processor_class)
@@ -113,7 +113,7 @@ def test_size_and_crop_given_apart_are_kept(processor_class):
 
 @BACKENDS
 @pytest.mark.parametrize("side", [224, 384])
-def test_preprocessor_config_of_the_hub(processor_class, side, tmp_path):
+def test_preprocessor_config_of_the_hub_turns_the_crop_off(processor_class, side, tmp_path):
     """Square resize and no crop, bilinear, as OpenGVLab's and Xrenya's files say."""
     hub = {
         "do_normalize": True,
@@ -144,15 +144,15 @@ def test_preprocessor_config_of_the_hub(processor_class, side, tmp_path):
 
 @BACKENDS
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
-def test_modes(processor_class, mode):
+def test_images_of_every_mode_are_read(processor_class, mode):
     image = photo(280, 300, mode)
     pixels = processor_class()([image, photo(500, 260)], return_tensors="pt").pixel_values
     assert pixels.shape == (2, 3, 224, 224)
-    assert_same(pixels[0], official(image), processor_class)
+    assert_same(pixels[0], papers_pixels(image), processor_class)
 
 
 @BACKENDS
-def test_arrays_and_tensors(processor_class):
+def test_arrays_and_tensors_equal_pil_images(processor_class):
     image = photo(280, 300)
     expected = processor_class()(image, return_tensors="pt").pixel_values
     array = np.array(image)
@@ -162,7 +162,7 @@ def test_arrays_and_tensors(processor_class):
 
 
 @BACKENDS
-def test_crop_larger_than_the_image(processor_class):
+def test_crop_larger_than_the_image_is_padded(processor_class):
     """Padded with black on both sides, as torchvision's `CenterCrop` does."""
     image = photo(50, 70)
     processor = processor_class(do_resize=False, crop_size=101, size=115)

@@ -1,4 +1,4 @@
-"""Images and label maps for the segmenter against OpenCV, predictions against the official two resizes."""
+"""Images and label maps for the segmenter against OpenCV, predictions against mmsegmentation's two resizes."""
 
 from types import SimpleNamespace
 
@@ -38,7 +38,7 @@ def align_resize(image: np.ndarray, interpolation: int, long: int = 2048, short:
 
 @BACKENDS
 @pytest.mark.parametrize("size", [(300, 401), (683, 512), (512, 512), (90, 700), (1100, 1501)], ids=str)
-def test_equals_the_official_pipeline(processor_class, size):
+def test_equals_mmsegmentations_pipeline(processor_class, size):
     image, labels = noise(*size), labels_of(*size)
     normal = align_resize(image, cv2.INTER_LINEAR).astype(np.float32) - np.float32([123.675, 116.28, 103.53])
     expected = torch.from_numpy((normal / np.float32([58.395, 57.12, 57.375])).transpose(2, 0, 1))
@@ -50,7 +50,7 @@ def test_equals_the_official_pipeline(processor_class, size):
 
 
 @BACKENDS
-def test_reduce_labels(processor_class):
+def test_reduced_labels_count_from_zero(processor_class):
     labels = np.array([[0, 1, 150], [255, 2, 0]], dtype=np.uint8)
     settings = {"do_resize": False, "return_tensors": "pt", "num_labels": 150}
     inputs = processor_class(do_reduce_labels=True)(noise(2, 3), labels, **settings)
@@ -60,7 +60,7 @@ def test_reduce_labels(processor_class):
 
 
 @pytest.mark.parametrize("kind", ["array", "tensor", "L", "P", "I;16", "int32", "channel"])
-def test_kinds_of_maps(kind):
+def test_maps_of_every_type_give_the_same_labels(kind):
     labels = labels_of(40, 50)
     palette = Image.fromarray(labels)
     palette.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
@@ -79,7 +79,7 @@ def test_kinds_of_maps(kind):
 
 
 @BACKENDS
-def test_maps_that_are_none(processor_class):
+def test_maps_of_colours_or_fractions_are_refused(processor_class):
     process = processor_class()
     image = noise(40, 50)
     with pytest.raises(ValueError, match="of PIL's mode 'RGB': it must have one class label"):
@@ -97,7 +97,7 @@ def test_maps_that_are_none(processor_class):
 
 
 @BACKENDS
-def test_batches(processor_class):
+def test_batches_need_one_size(processor_class):
     process = processor_class(size={"shortest_edge": 64, "longest_edge": 256})
     same = process([noise(64, 90), noise(128, 180)], return_tensors="pt").pixel_values
     assert same.shape == (2, 3, 64, 96)
@@ -110,7 +110,7 @@ def test_batches(processor_class):
 
 
 @pytest.mark.parametrize("stride", [4, 1])
-def test_predictions(stride):
+def test_predictions_are_resized_in_two_steps(stride):
     """Two resizes, with more classes than are resized at a time."""
     logits = torch.randn(2, 37, 12, 16)
     outputs = SimpleNamespace(logits=logits)

@@ -90,35 +90,36 @@ def rewrite(folder, change) -> None:
     safetensors.torch.save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_checkpoint_that_lacks_a_tensor(saved):
+def test_checkpoint_that_lacks_a_tensor_is_refused(saved):
     model, folder = saved
     lost = next(key for key in model.state_dict() if "attention" in key and "key.weight" in key)
     rewrite(folder, lambda weights: {key: value for key, value in weights.items() if key != lost})
     with pytest.raises(
-        ValueError, match=rf"(?s)not a complete checkpoint of this {type(model).__name__}.*lacks 1.*key"
+        ValueError,
+        match=rf"(?s)complete checkpoint of this {type(model).__name__}.*another shape, 1 tensors.*key",
     ):
         type(model).from_pretrained(folder)
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         transformers.AutoModelForImageClassification.from_pretrained(folder)
 
 
-def test_checkpoint_of_a_deeper_model(saved):
+def test_checkpoint_of_a_deeper_model_is_refused(saved):
     model, folder = saved
     config = json.loads((folder / "config.json").read_text())
     config["depths"][1] = 1
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="lacks 0 tensors .* and has [1-9][0-9]* that the model does not have"):
+    with pytest.raises(ValueError, match="in another shape, none, and has [1-9][0-9]* tensors .* without a place"):
         type(model).from_pretrained(folder)
 
 
-def test_foreign_checkpoint(saved):
+def test_foreign_checkpoint_is_refused(saved):
     model, folder = saved
     rewrite(folder, lambda weights: {f"foreign.{index}": value for index, value in enumerate(weights.values())})
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         type(model).from_pretrained(folder)
 
 
-def test_truncated_file(saved):
+def test_truncated_file_is_refused(saved):
     model, folder = saved
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])

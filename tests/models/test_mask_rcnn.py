@@ -1,4 +1,4 @@
-"""Mask R-CNN: the official proposals, detections, masks, losses and gradients, and life as a model of transformers."""
+"""Mask R-CNN: mmdetection's proposals, detections, masks, losses and gradients, and life as a model of transformers."""
 
 from functools import partial
 
@@ -11,38 +11,38 @@ import pvt_hf
 from pvt_hf.conversion import reference_heads
 from pvt_hf.conversion.architectures.mask_rcnn import MaskRCNN
 from pvt_hf.models.backbone import load_pretrained_backbone
-from pvt_hf.models.modeling_mask_rcnn import pool_regions, sample_regions
+from pvt_hf.models.modeling_mask_rcnn import pool_rois, sample_rois
 from pvt_hf.models.post_processing import detect_objects, paste_masks, segment_instances
 from pvt_hf.models.targets import GroundTruth
 from tests.support import checkpoints, detectors
-from tests.support import reference_detection as official
+from tests.support import reference_detection as loops
 from tests.support.detectors import CLASSES, backbone_config, official_mask_rcnn, padded_batch, relative, tiny_backbone
 from tests.support.small_models import STAGES, randomize
 
 BACKBONES = pytest.mark.parametrize("backbone", ["v1", "v2", "resnet"])
-SIZES, CANVAS, ORIGINAL = [(64, 96), (45, 60)], (64, 96), [(127, 193), (45, 61)]
+SIZES, INPUT_SIZE, ORIGINAL = [(64, 96), (45, 60)], (64, 96), [(127, 193), (45, 61)]
 OBJECTS = [
     [([10.0, 12.0, 60.0, 50.0], 1), ([70.0, 40.0, 104.0, 66.0], 4), ([12.0, 10.0, 64.0, 46.0], 0)],  # one reaches out
     [([3.0, 10.0, 48.0, 39.0], 2)],
 ]
 
 
-def masks_of(objects, scene=CANVAS):
+def masks_of(objects, input_size=INPUT_SIZE):
     """Ellipses that fill the boxes."""
-    y, x = torch.meshgrid(*(torch.arange(side) + 0.5 for side in scene), indexing="ij")
-    masks = torch.zeros(len(objects), *scene, dtype=torch.bool)
+    y, x = torch.meshgrid(*(torch.arange(side) + 0.5 for side in input_size), indexing="ij")
+    masks = torch.zeros(len(objects), *input_size, dtype=torch.bool)
     for mask, ((x0, y0, x1, y1), _) in zip(masks, objects, strict=True):
         distance = ((2 * x - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y - y0 - y1) / (y1 - y0)) ** 2
         mask[distance < 1] = True
     return masks
 
 
-def labels_of(objects, sizes=SIZES, scene=CANVAS):
+def labels_of(objects, sizes=SIZES, input_size=INPUT_SIZE):
     return [
         {
             "class_labels": torch.tensor([label for _, label in image], dtype=torch.long),
             "boxes": relative([box for box, _ in image], size),
-            "masks": masks_of(image, scene),
+            "masks": masks_of(image, input_size),
         }
         for image, size in zip(objects, sizes, strict=True)
     ]
@@ -54,14 +54,14 @@ def small_model(backbone="v1", **overrides):
     return pvt_hf.MaskRCNNForInstanceSegmentation(config)
 
 
-def official_outputs(weights, pixels):
+def reference_outputs(weights, pixels):
     """The levels P2 to P5, per level with P6 the raw outputs of the proposals, and the shapes of these levels."""
     levels = reference_heads.pyramid(weights, detectors.feature_maps(weights, pixels))
     shapes = [tuple(level.shape[2:]) for level in (*levels, levels[-1][:, :, ::2, ::2])]
     return levels, reference_heads.region_proposals(weights, levels), shapes
 
 
-def official_heads(weights):
+def reference_heads_of(weights):
     return partial(reference_heads.box_head, weights), partial(reference_heads.mask_head, weights)
 
 
@@ -78,10 +78,10 @@ def converted_model(weights, version, **overrides):
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @torch.no_grad()
-def test_official_proposals_detections_and_masks(version):
+def test_proposals_detections_and_masks_equal_the_reference(version):
     weights = official_mask_rcnn(checkpoints.TINY[version])
-    pixels, mask = padded_batch(SIZES, CANVAS)
-    levels, raw, shapes = official_outputs(weights, pixels)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE)
+    levels, raw, shapes = reference_outputs(weights, pixels)
     assert shapes[0][0] * shapes[0][1] * 3 > 1000
     model, seen = converted_model(weights, version), {}
     model.rpn.register_forward_hook(lambda module, inputs, outputs: seen.update(rpn=outputs))
@@ -91,11 +91,11 @@ def test_official_proposals_detections_and_masks(version):
 
     logits, deltas = (torch.cat(parts, dim=1) for parts in zip(*raw, strict=True))
     assert_close(seen["rpn"], (logits[..., 0], deltas), rtol=0, atol=1e-10)
-    proposals = official.proposals(raw, shapes, SIZES)
+    proposals = loops.proposals(raw, shapes, SIZES)
     for actual, wanted in zip(seen["proposals"], proposals, strict=True):
         assert_close(actual, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-9)
 
-    found = official.mask_rcnn_detections(official_heads(weights), levels, proposals, SIZES, ORIGINAL)
+    found = loops.mask_rcnn_detections(reference_heads_of(weights), levels, proposals, SIZES, ORIGINAL)
     detections = detect_objects(outputs, 0.05, ORIGINAL)
     instances = segment_instances(outputs, 0.05, target_sizes=ORIGINAL, return_binary_maps=True)
     for index, (wanted, mask_logits) in enumerate(found):
@@ -109,8 +109,7 @@ def test_official_proposals_detections_and_masks(version):
         own = outputs.logits[index].softmax(dim=1).gather(1, outputs.class_labels[index][:, None])[:, 0]
         assert_close(own, outputs.scores[index], rtol=0, atol=1e-12)
         pasted = [
-            official.paste(logits, box, ORIGINAL[index])
-            for logits, box in zip(mask_logits, boxes.tolist(), strict=True)
+            loops.paste(logits, box, ORIGINAL[index]) for logits, box in zip(mask_logits, boxes.tolist(), strict=True)
         ]
         assert torch.equal(instances[index]["segmentation"], torch.stack(pasted))
         assert [info["label_id"] for info in instances[index]["segments_info"]] == detections[index]["labels"].tolist()
@@ -122,11 +121,11 @@ FEW = (24, 4, 40, 6)  # so few samples that there is something to draw everywher
 @pytest.mark.parametrize(
     ("objects", "samples"),
     [(OBJECTS, (256, 128, 512, 128)), (OBJECTS, FEW), ([[], OBJECTS[1]], FEW), ([[], []], FEW)],
-    ids=["official", "few", "one", "none"],
+    ids=["default", "few", "one", "none"],
 )
-def test_official_losses_and_gradients(objects, samples):
+def test_losses_and_gradients_equal_the_reference(objects, samples):
     weights = official_mask_rcnn(checkpoints.TINY["v2"])
-    pixels, mask = padded_batch(SIZES, CANVAS)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE)
     model = converted_model(
         weights,
         "v2",
@@ -141,11 +140,11 @@ def test_official_losses_and_gradients(objects, samples):
     drawn = torch.get_rng_state()
 
     leaves = {key: value.clone().requires_grad_() for key, value in weights.items()}
-    levels, raw, shapes = official_outputs(leaves, pixels)
+    levels, raw, shapes = reference_outputs(leaves, pixels)
     masks = [masks_of(image) for image in objects]
     torch.manual_seed(1)
-    expected, counts = official.mask_rcnn_losses(
-        official_heads(leaves), levels, raw, shapes, SIZES, CANVAS, objects, masks, samples
+    expected, counts = loops.mask_rcnn_losses(
+        reference_heads_of(leaves), levels, raw, shapes, SIZES, INPUT_SIZE, objects, masks, samples
     )
     assert torch.equal(torch.get_rng_state(), drawn)
     if samples is FEW and objects is OBJECTS:
@@ -160,67 +159,65 @@ def test_official_losses_and_gradients(objects, samples):
         assert_close(parameter.grad, gradients[name], rtol=1e-7, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_settings_of_the_proposals():
+def test_settings_of_the_proposals_count():
     shapes = [(8, 12), (4, 6), (2, 3), (1, 2), (1, 1)]
     level_sizes = [height * width * 3 for height, width in shapes]
     model = small_model(num_proposals=20, num_candidates=50, num_candidates_train=100).double()
     objectness, deltas = torch.randn(2, sum(level_sizes)).double(), torch.randn(2, sum(level_sizes), 4).double() * 0.3
     raw = list(zip(objectness[..., None].split(level_sizes, dim=1), deltas.split(level_sizes, dim=1), strict=True))
-    anchors = model.rpn.anchors.boxes(shapes, like=deltas)
+    anchors = model.rpn.anchor_grid.generate_boxes(shapes, like=deltas)
     for training, num_candidates, limit in ((False, 50, 20), (True, 100, 20), (True, 100, 1000)):
         model.train(training).config.num_proposals = limit
-        expected = official.proposals(raw, shapes, SIZES, num_candidates, limit)
-        proposals = model.rpn.proposals(objectness, deltas, anchors, level_sizes, torch.tensor(SIZES))
+        expected = loops.proposals(raw, shapes, SIZES, num_candidates, limit)
+        proposals = model.rpn.select_proposals(objectness, deltas, anchors, level_sizes, torch.tensor(SIZES))
         for actual, wanted in zip(proposals, expected, strict=True):
             assert_close(actual, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-9)
             assert len(wanted) == 20 or limit == 1000
 
 
-def test_sampled_regions():
+def test_samples_hold_the_objects_themselves():
     """The objects come first; the last object whose best proposal it is takes a proposal from a better one."""
     truth = GroundTruth(torch.tensor([[0, 0, 10, 10], [0, 0, 10, 12.0]]), torch.tensor([3, 4]), None)
     proposals = torch.tensor([[50, 50, 60, 60], [0, 0, 10, 10.5]])
-    regions = sample_regions(proposals, truth, pvt_hf.MaskRCNNConfig())
-    assert regions.objects.tolist() == [0, 1, 1]
-    assert torch.equal(regions.boxes, torch.cat((truth.boxes, proposals.flip(0))))
-    assert torch.equal(regions.positive_boxes, regions.boxes[:3])
+    rois = sample_rois(proposals, truth, pvt_hf.MaskRCNNConfig())
+    assert rois.objects.tolist() == [0, 1, 1]
+    assert torch.equal(rois.boxes, torch.cat((truth.boxes, proposals.flip(0))))
+    assert torch.equal(rois.positive_boxes, rois.boxes[:3])
 
 
-def test_regions_are_pooled_from_the_level_of_their_scale():
+def test_rois_are_pooled_from_the_level_of_their_scale():
     levels = [torch.randn(2, 3, 512 // stride, 512 // stride).double() for stride in (4, 8, 16, 32)]
     sides = [(10, 20), (100, 110), (120, 115), (250, 300), (500, 450), (30, 400), (0, 5)]
     boxes = [[[3.3, 7.7, 3.3 + w, 7.7 + h] for w, h in sides], [[-20.0, 450.0, 90.0, 530.0]]]
     tensors = [torch.tensor(image, dtype=torch.float64) for image in boxes]
     for size in (7, 14):
-        pooled = pool_regions(levels, tensors, (4, 8, 16, 32), size)
-        assert_close(pooled, official.region_features(levels, boxes, size), rtol=0, atol=1e-12)
+        pooled = pool_rois(levels, tensors, (4, 8, 16, 32), size)
+        assert_close(pooled, loops.roi_features(levels, boxes, size), rtol=0, atol=1e-12)
     none = [tensors[0][:0]] * 2
-    assert pool_regions(levels, none, (4, 8, 16, 32), 7).shape == (0, 3, 7, 7)
-    half = pool_regions([level.bfloat16() for level in levels], [x.float() for x in tensors], (4, 8, 16, 32), 7)
+    assert pool_rois(levels, none, (4, 8, 16, 32), 7).shape == (0, 3, 7, 7)
+    half = pool_rois([level.bfloat16() for level in levels], [x.float() for x in tensors], (4, 8, 16, 32), 7)
     assert half.dtype == torch.bfloat16
-    assert_close(half.double(), official.region_features(levels, boxes, 7), rtol=0.02, atol=0.02)
+    assert_close(half.double(), loops.roi_features(levels, boxes, 7), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.2])
-def test_pasted_masks(threshold):
+def test_pasted_masks_equal_the_reference(threshold):
     boxes = torch.tensor(
         [[5.3, 7.1, 30.2, 25.9], [-10.0, -5.0, 12.5, 60.0], [20.0, 10.0, 20.6, 10.4], [15, 13, 160, 112]]
     ).double()
     logits = torch.randn(4, 28, 28).double() + 2
-    expected = [
-        official.paste(mask, box, (130, 150), threshold) for mask, box in zip(logits, boxes.tolist(), strict=True)
-    ]
+    expected = [loops.paste(mask, box, (130, 150), threshold) for mask, box in zip(logits, boxes.tolist(), strict=True)]
     pasted = paste_masks(logits, boxes, (130, 150), threshold)
     assert torch.equal(pasted, torch.stack(expected)) and pasted.flatten(1).any(dim=1).sum() >= 3
-    whole = torch.tensor([[0.0, 0, 32, 32]])
-    assert paste_masks(torch.zeros(1, 32, 32), whole, (32, 32)).all()  # a probability of 0.5 is enough
+    box = torch.tensor([[0.0, 0, 32, 32]])
+    assert paste_masks(torch.zeros(1, 32, 32), box, (32, 32)).all()  # a probability of 0.5 is enough
     outside = torch.tensor([[160.0, 170, 180, 190], [-30, 0, -20, 10]]).double()
     assert not paste_masks(logits[:2], outside, (130, 150), threshold).any()
     nothing = torch.tensor([[5.0, 5, 5, 5]]).double()  # a few pixels at most, and no error
     assert paste_masks(logits[:1], nothing, (130, 150), threshold).sum() <= 9
 
 
-def test_segmentation_maps():
+def test_best_instance_lies_on_top():
     """The best instance has its pixels; the ids count the instances, best first."""
     outputs = {
         "scores": torch.tensor([[0.9, 0.8, 0.3, 0.0]]),
@@ -244,7 +241,7 @@ def test_segmentation_maps():
 
 
 @pytest.mark.parametrize("variant", ["pvt_t", "pvt_v2_b0"])
-def test_names_and_shapes_of_the_official_checkpoint(variant):
+def test_released_checkpoint_fits(variant):
     names = {"pvt_t": "pvt_tiny", "pvt_v2_b0": "pvt_v2_b0"}
     backbone = pvt_hf.build_config(names[variant], out_features=STAGES)
     with torch.device("meta"):
@@ -256,9 +253,9 @@ def test_names_and_shapes_of_the_official_checkpoint(variant):
 
 
 @BACKBONES
-def test_training_step_save_and_load(backbone, tmp_path):
+def test_trained_model_reloads(backbone, tmp_path):
     model = small_model(backbone).train()
-    pixels, mask = padded_batch(SIZES, CANVAS, torch.float32)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE, torch.float32)
     outputs = model(pixels, mask, labels=labels_of(OBJECTS))
     outputs.loss.backward()
     assert outputs.scores is None and len(outputs.loss_dict) == 5
@@ -277,10 +274,10 @@ def test_training_step_save_and_load(backbone, tmp_path):
 
 
 @BACKBONES
-def test_without_masks(backbone, tmp_path):
+def test_without_masks_it_is_faster_rcnn(backbone, tmp_path):
     model = small_model(backbone, use_masks=False).train()
     assert not [name for name in model.state_dict() if "mask" in name]
-    pixels, mask = padded_batch(SIZES, CANVAS, torch.float32)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE, torch.float32)
     labels = [{key: label[key] for key in ("class_labels", "boxes")} for label in labels_of(OBJECTS)]
     outputs = model(pixels, mask, labels=labels)
     assert sorted(outputs.loss_dict) == ["loss_box", "loss_class", "loss_objectness", "loss_rpn_box"]
@@ -295,7 +292,7 @@ def test_without_masks(backbone, tmp_path):
 
 def test_evaluation_draws_nothing():
     model = randomize(small_model(rpn_num_samples=32, roi_num_samples=32)).eval()
-    pixels, mask = padded_batch(SIZES, CANVAS, torch.float32)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE, torch.float32)
     before = torch.get_rng_state()
     with torch.no_grad():
         first, second = (model(pixels, mask, labels=labels_of(OBJECTS)) for _ in range(2))
@@ -308,7 +305,7 @@ def test_evaluation_draws_nothing():
     assert first != second
 
 
-def test_configuration(tmp_path):
+def test_configuration_is_saved_and_loaded(tmp_path):
     config = pvt_hf.MaskRCNNConfig()
     assert config.num_labels == 80 and config.backbone_config.out_features == STAGES and config.use_masks
     config = pvt_hf.MaskRCNNConfig(id2label={0: "cat", 1: "dog"}, use_masks=False, max_detections=7)
@@ -319,7 +316,7 @@ def test_configuration(tmp_path):
 
 
 @torch.no_grad()
-def test_initialisation():
+def test_initialisation_is_mmdetections():
     model = small_model("v2", neck_channels=64, box_head_size=256)
     for name, parameter in model.named_parameters():
         if name.startswith(("backbone.", "neck.")):
@@ -336,7 +333,7 @@ def test_initialisation():
 
 
 @torch.no_grad()
-def test_another_number_of_classes(tmp_path):
+def test_another_number_of_classes_keeps_all_other_tensors(tmp_path):
     model = randomize(small_model())
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
@@ -350,12 +347,12 @@ def test_another_number_of_classes(tmp_path):
     }
     assert all(torch.equal(kept[name], saved[name]) for name in saved.keys() - new)
     model.save_pretrained(tmp_path, state_dict=checkpoints.without(saved, "rpn.conv.weight"))
-    with pytest.raises(ValueError, match=r"lacks 1 tensors \['rpn.conv.weight'\]"):
+    with pytest.raises(ValueError, match=r"in another shape, 1 tensors \['rpn.conv.weight'\]"):
         type(model).from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("backbone", ["v1", "v2"])
-def test_pretrained_backbone(backbone, tmp_path):
+def test_pretrained_backbone_fills_every_tensor_of_it(backbone, tmp_path):
     classifier = transformers.AutoModelForImageClassification.from_config(backbone_config(backbone))
     randomize(classifier).save_pretrained(tmp_path)
     model = small_model(backbone)
@@ -368,7 +365,7 @@ def test_pretrained_backbone(backbone, tmp_path):
 @pytest.mark.parametrize("backbone", ["v1", "v2"])
 def test_checkpointing_and_attention_implementation_reach_the_backbone(backbone):
     model = randomize(small_model(backbone)).double().train()
-    pixels, mask = padded_batch(SIZES, CANVAS)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE)
 
     def step():
         model.zero_grad()
@@ -386,8 +383,8 @@ def test_checkpointing_and_attention_implementation_reach_the_backbone(backbone)
     assert_close(step(), plain, rtol=1e-8, atol=1e-10)
 
 
-def test_reduced_precision():
-    pixels, mask = padded_batch(SIZES, CANVAS, torch.float32)
+def test_coordinates_and_losses_stay_in_float32():
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE, torch.float32)
     model = small_model("v2").train()
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(pixels, mask, labels=labels_of(OBJECTS))
@@ -400,7 +397,7 @@ def test_reduced_precision():
         assert detections[name].dtype == torch.float32, name
 
 
-def test_images_without_objects():
+def test_images_without_objects_have_a_loss():
     model = small_model().train()
     pixels = torch.randn(2, 3, 64, 64)
     empty = {"class_labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4), "masks": torch.zeros(0)}
@@ -416,7 +413,7 @@ def test_images_without_objects():
     assert all(image["segmentation"].eq(-1).all() for image in segment_instances(outputs))
 
 
-def test_bad_masks():
+def test_wrong_masks_are_refused():
     model, pixels = small_model(), torch.randn(1, 3, 64, 64)
     label = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
     with pytest.raises(ValueError, match=r"`labels\[0\]` must have tensors .* without \['masks'\]"):

@@ -1,5 +1,5 @@
-"""Outputs and gradients in float64 against three independent implementations: the functional reference on official
-weights, timm's `pvt_v2_*`, and transformers' own classes (once their LayerNorm epsilons are the official ones)."""
+"""Outputs and gradients in float64 against three independent implementations: the functional reference on released
+weights, timm's `pvt_v2_*`, and transformers' own classes (once their LayerNorm epsilons are the released ones)."""
 
 import pytest
 import timm
@@ -39,7 +39,7 @@ def close(actual, expected) -> bool:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", pvt_hf.VARIANTS)
-def test_official_variant(name):
+def test_every_variant_equals_the_reference(name):
     classifier, backbone = build(pvt_hf.build_config(name))
     official = rename.to_official(classifier.state_dict())
     pixels = torch.randn(1, 3, 64, 96, dtype=torch.double)
@@ -51,7 +51,7 @@ def test_official_variant(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["pvt_tiny", "pvt_v2_b0", "pvt_v2_b2_li"])
 @pytest.mark.parametrize("size", [(224, 224), (32, 32), (448, 448), (33, 47), (100, 257)], ids=str)
-def test_official_at_any_size(name, size):
+def test_equals_the_reference_at_any_size(name, size):
     classifier, backbone = build(pvt_hf.build_config(name, depths=[1, 1, 1, 1]))
     official = rename.to_official(classifier.state_dict())
     pixels = torch.randn(1, 3, *size, dtype=torch.double)
@@ -62,7 +62,7 @@ def test_official_at_any_size(name, size):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(96, 160), (64, 64), (160, 96)], ids=str)
-def test_stored_position_embeddings_of_an_oblong_image(size):
+def test_position_embeddings_of_an_oblong_image_equal_the_reference(size):
     classifier, _ = build(pvt_hf.build_config("pvt_tiny", image_size=(96, 160)))
     pixels = torch.randn(2, 3, *size, dtype=torch.double)
     official = rename.to_official(classifier.state_dict())
@@ -70,7 +70,7 @@ def test_stored_position_embeddings_of_an_oblong_image(size):
 
 
 @pytest.mark.parametrize("name", ["pvt_tiny", "pvt_v2_b0", "pvt_v2_b2_li"])
-def test_gradients(name):
+def test_gradients_equal_the_reference(name):
     """Of every parameter of classifier and backbone, and of the image; with and without recomputation in chunks."""
     classifier, backbone = build(pvt_hf.build_config(name, depths=[1, 2, 1, 1], num_labels=10))
     for module in backbone.modules():
@@ -100,7 +100,7 @@ def test_gradients(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "pvt_v2_b2", "pvt_v2_b2_li"])
-def test_timm(name):
+def test_equals_timm(name):
     classifier, backbone = build(pvt_hf.build_config(name))
     official = rename.to_official(classifier.state_dict())
     pixels = torch.randn(1, 3, 97, 130, dtype=torch.double)
@@ -116,7 +116,7 @@ def test_timm(name):
 
 
 def native(model_class_name: str, config):
-    """transformers' own class with the official epsilons where it has others."""
+    """transformers' own class with the released epsilons where it has others."""
     config_class = getattr(transformers, type(config).__name__)
     model = getattr(transformers, model_class_name)(config_class(**config.to_diff_dict())).double().eval()
     for name, module in model.named_modules():
@@ -127,7 +127,7 @@ def native(model_class_name: str, config):
 
 @torch.no_grad()
 @pytest.mark.parametrize("version", ["v1", "v2", "v2_linear"])
-def test_transformers(version):
+def test_equals_transformers(version):
     """Logits, hidden states (shapes and values) and attentions, on the one size that its v1 accepts."""
     config = small_config(version, attn_implementation="eager", image_size=224)
     classifier, _ = build(config)

@@ -49,7 +49,7 @@ class ModelChecks:
         return self.model_class.__name__.endswith("Backbone")
 
     @torch.no_grad()
-    def test_save_and_load(self, tmp_path):
+    def test_saved_model_loads_unchanged(self, tmp_path):
         model, pixels = self.build(), self.pixels()
         model.save_pretrained(tmp_path)
         assert (tmp_path / "model.safetensors").exists()
@@ -61,7 +61,7 @@ class ModelChecks:
 
     @torch.no_grad()
     @pytest.mark.parametrize("size", [(32, 32), (65, 33), (224, 100)], ids=str)
-    def test_any_size(self, size):
+    def test_images_of_any_size(self, size):
         height, width = size
         output = self.build()(self.pixels(*size))
         if self.is_backbone:
@@ -83,12 +83,12 @@ class ModelChecks:
         ],
         ids=["channels", "dimensions", "low", "narrow", "integer", "list"],
     )
-    def test_wrong_pixels(self, pixels, error, message):
+    def test_wrong_pixels_are_refused(self, pixels, error, message):
         with pytest.raises(error, match=message):
             self.build()(pixels)
 
     @torch.no_grad()
-    def test_return_dict(self):
+    def test_tuples_equal_the_outputs(self):
         model, pixels = self.build(), self.pixels()
         expected = model(pixels, output_hidden_states=True).to_tuple()
         assert len(expected) == 2
@@ -107,7 +107,7 @@ class ModelChecks:
         return model
 
     @torch.no_grad()
-    def test_hidden_states(self):
+    def test_hidden_states_are_those_of_the_blocks_or_stages(self):
         model, pixels = self.build(), self.pixels()
         states = model(pixels, output_hidden_states=True).hidden_states
         if self.version == "v1":
@@ -125,7 +125,7 @@ class ModelChecks:
         assert torch.equal(model(pixels, output_hidden_states=1).hidden_states[1], states[1])
 
     @torch.no_grad()
-    def test_attentions(self):
+    def test_attentions_are_probabilities(self):
         model, pixels = self.build(attn_implementation="eager"), self.pixels()
         assert model(pixels).attentions is None
         attentions = model(pixels, output_attentions=True).attentions
@@ -140,7 +140,7 @@ class ModelChecks:
             assert_close([attention.sum(-1)], [torch.ones(attention.shape[:-1])], atol=1e-5)
 
     @torch.no_grad()
-    def test_attentions_under_sdpa(self, caplog):
+    def test_attentions_under_sdpa_are_eager(self, caplog):
         """They come from the eager implementation, with a warning; nothing else changes."""
         model, pixels = self.build(), self.pixels()
         assert model.config._attn_implementation == "sdpa"
@@ -201,7 +201,7 @@ class ModelChecks:
         assert query == (2, 1, 16 * 24, 8) and key == (2, 1, 49 if self.version == "v2_linear" else 6, 8)
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
-    def test_gradient_checkpointing(self, use_reentrant):
+    def test_activation_checkpointing_changes_no_gradient(self, use_reentrant):
         """Block by block: the same gradients, and every block runs twice."""
         model, pixels = self.build().double().train(), self.pixels(dtype=torch.double)
         expected = gradients(model, pixels)
@@ -215,7 +215,7 @@ class ModelChecks:
 
     @pytest.mark.parametrize("implementation", ["plain", "reentrant", "not reentrant"])
     @pytest.mark.parametrize("max_stored_tokens", [0, 100, 10**6])
-    def test_gradients_with_dropout(self, implementation, max_stored_tokens):
+    def test_recomputed_dropout_draws_the_same(self, implementation, max_stored_tokens):
         """Against a finite difference along one direction under the same seed: what is recomputed draws the same."""
         model = self.build(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).double().train()
         if implementation != "plain":
@@ -240,30 +240,32 @@ class ModelChecks:
 
     @torch.no_grad()
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision(self, dtype):
-        model, pixels = self.build(), self.pixels()
+    def test_half_precision_rounds_as_it_must(self, dtype):
+        """All the rounding together is a few units in the last place of the largest value."""
+        # With the heads' 8 channels, oneDNN's bfloat16 convolutions of CPUs with AMX are wrong (pytorch issue 169688).
+        model, pixels = self.build(hidden_sizes=[32, 64, 96, 128]), self.pixels()
         expected = tensors(model(pixels))
         actual = tensors(model.to(dtype)(pixels.to(dtype)))
         assert all(tensor.dtype == dtype for tensor in actual)
         for a, b in zip(actual, expected, strict=True):
-            assert (a.float() - b).abs().max() < 0.05 * b.abs().max()
+            assert (a.float() - b).abs().max() < 5 * torch.finfo(dtype).eps * b.abs().max()
 
     @pytest.mark.slow
     @torch.no_grad()
-    def test_flex_attention(self):
+    def test_flex_attention_equals_sdpa(self):
         """Compiles its kernel, for which a CPU needs a C++ compiler."""
         model, pixels = self.build(hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1]), self.pixels(128, 128)
         expected = tensors(model(pixels))
         model.set_attn_implementation("flex_attention")
         assert_close(tensors(model(pixels)), expected, atol=1e-5)
 
-    def test_compile_fullgraph(self):
+    def test_compiled_equals_eager(self):
         model, pixels = self.build(), self.pixels()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert_close(tensors(compiled(pixels)), tensors(model(pixels)), atol=1e-5)
 
     @torch.no_grad()
-    def test_export_with_dynamic_sizes(self):
+    def test_exported_program_takes_any_size(self):
         model = self.build()
         dynamic = {0: Dim("batch", max=64), 2: Dim("height", min=64, max=2048), 3: Dim("width", min=64, max=2048)}
         program = torch.export.export(model, (self.pixels(96, 130),), dynamic_shapes=(dynamic,)).module()
@@ -271,7 +273,7 @@ class ModelChecks:
             pixels = torch.randn(size)
             assert_close(tensors(program(pixels)), tensors(model(pixels)), atol=1e-5)
 
-    def test_device_map_keeps_blocks_whole(self):
+    def test_device_map_splits_no_block(self):
         with torch.device("meta"):
             model = self.model_class(small_config(self.version, out_features=STAGES))
         size = sum(parameter.nbytes for parameter in model.parameters())
@@ -283,7 +285,7 @@ class ModelChecks:
         assert len(blocks) == 4 + 5
         assert not [name for name in placed for block in blocks if name.startswith(f"{block}.")]
 
-    def test_device_map_auto(self, tmp_path):
+    def test_device_map_auto_changes_nothing(self, tmp_path):
         model, pixels = self.build(), self.pixels()
         model.save_pretrained(tmp_path)
         loaded = self.model_class.from_pretrained(tmp_path, device_map="auto")
@@ -302,7 +304,7 @@ class ModelChecks:
         model.train()
         assert not torch.equal(tensors(model(pixels))[-1], tensors(model(pixels))[-1])
 
-    def test_hooks_see_whole_maps(self):
+    def test_hooks_see_complete_maps(self):
         """Also those of v2's MLP, which works in chunks on a CPU; and hooks do not change the result."""
         model, pixels, shapes = self.build(), self.pixels(128, 128), []
         for module in model.modules():
@@ -323,7 +325,7 @@ class ModelChecks:
         model.enable_input_require_grads()
         assert tensors(model(self.pixels()))[-1].requires_grad
 
-    def test_functional_gradients(self):
+    def test_functional_gradients_equal_those_of_backward(self):
         """torch.func sees plain operations at every size."""
         model, pixels = self.build().double(), self.pixels(256, 64, dtype=torch.double)
         expected = gradients(model, pixels)
@@ -335,8 +337,8 @@ class ModelChecks:
         assert_close(torch.func.grad(loss)(dict(model.named_parameters())).values(), expected)
 
     @torch.no_grad()
-    def test_initialisation(self):
-        """Statistics of the official code's initialisation, from wide layers."""
+    def test_initialisation_is_the_released_codes(self):
+        """Statistics of the released code's initialisation, from wide layers."""
         wide = {"hidden_sizes": [64] * 4, "num_attention_heads": [1] * 4, "mlp_ratios": [8] * 4, "num_labels": 400}
         config = small_config(self.version, **wide)
         model = self.model_class(config)
@@ -373,7 +375,7 @@ class ClassificationChecks(ModelChecks):
         ],
         ids=["single label", "ignored", "multi label", "regression", "vector regression"],
     )
-    def test_loss(self, config, labels, loss):
+    def test_loss_fits_the_labels(self, config, labels, loss):
         output = self.build(**config)(self.pixels(), labels=labels)
         torch.testing.assert_close(output.loss, loss(output.logits, labels))
 
@@ -392,17 +394,17 @@ class ClassificationChecks(ModelChecks):
         ],
         ids=["list", "count", "shape", "integers"],
     )
-    def test_wrong_labels(self, config, labels, error, message):
+    def test_wrong_labels_are_refused(self, config, labels, error, message):
         with pytest.raises(error, match=message):
             self.build(**config)(self.pixels(), labels=labels)
 
     @pytest.mark.parametrize("label", [5, -1, 1000])
-    def test_labels_out_of_range(self, label):
+    def test_labels_out_of_range_are_refused(self, label):
         with pytest.raises(ValueError, match=rf"`labels` must be class indices in \[0, 5\).*got \[{label}\]"):
             self.build()(self.pixels(), labels=torch.tensor([0, label]))
 
     @pytest.mark.parametrize("kind", ["single label", "multi label", "regression"])
-    def test_gradient_accumulation(self, kind):
+    def test_accumulated_gradients_equal_those_of_the_batch(self, kind):
         """8 images at once, or 4 times 2 with `num_items_in_batch`: the same loss and the same gradients."""
         labels, num_items, config = {
             "single label": (torch.tensor([0, 1, 2, 3, 4, -100, 1, 2]), 7, {}),
@@ -410,8 +412,8 @@ class ClassificationChecks(ModelChecks):
             "regression": (torch.randn(8, 1, dtype=torch.double), 8, {"num_labels": 1}),
         }[kind]
         model, pixels = self.build(**config).double().train(), torch.randn(8, 3, 64, 64, dtype=torch.double)
-        whole = model(pixels, labels=labels).loss
-        whole.backward()
+        complete = model(pixels, labels=labels).loss
+        complete.backward()
         expected = [parameter.grad.clone() for parameter in model.parameters()]
         model.zero_grad()
         total = 0
@@ -419,7 +421,7 @@ class ClassificationChecks(ModelChecks):
             loss = model(part, labels=part_labels, num_items_in_batch=torch.tensor(num_items)).loss
             loss.backward()
             total += loss.detach()
-        torch.testing.assert_close(total, whole.detach())
+        torch.testing.assert_close(total, complete.detach())
         assert_close([parameter.grad for parameter in model.parameters()], expected)
 
     def test_another_encoder_never_loads_half(self, tmp_path):
@@ -427,7 +429,7 @@ class ClassificationChecks(ModelChecks):
         with pytest.raises(ValueError, match="not a complete checkpoint.*another shape"):
             self.model_class.from_pretrained(tmp_path, hidden_sizes=[8, 16, 24, 64], ignore_mismatched_sizes=True)
 
-    def test_another_number_of_classes(self, tmp_path):
+    def test_another_number_of_classes_keeps_all_other_tensors(self, tmp_path):
         model = self.build()
         model.save_pretrained(tmp_path)
         names = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
@@ -449,7 +451,7 @@ class ClassificationChecks(ModelChecks):
 
 
 def test_drop_path_keeps_the_expectation():
-    """Whole samples are zero with probability p, and the others are divided by 1 - p."""
+    """Complete samples are zero with probability p, and the others are divided by 1 - p."""
     output = DropPath(0.25).train()(torch.ones(4000, 3, 2))
     assert output.unique().tolist() == [0, pytest.approx(1 / 0.75)]
     assert (output == output[:, :1, :1]).all()

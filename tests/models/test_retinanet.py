@@ -1,4 +1,4 @@
-"""RetinaNet: the official outputs, detections, losses and gradients, and life as a model of transformers."""
+"""RetinaNet: mmdetection's outputs, detections, losses and gradients, and life as a model of transformers."""
 
 import pytest
 import torch
@@ -11,15 +11,16 @@ from pvt_hf.conversion.architectures.retinanet import RetinaNet
 from pvt_hf.models.backbone import load_pretrained_backbone
 from pvt_hf.models.post_processing import detect_objects
 from tests.support import checkpoints, detectors
-from tests.support import reference_detection as official
+from tests.support import reference_detection as loops
 from tests.support.detectors import CLASSES, backbone_config, official_retinanet, padded_batch, relative, tiny_backbone
 from tests.support.small_models import STAGES, randomize
 
 BACKBONES = pytest.mark.parametrize("backbone", ["v1", "v2", "resnet"])
 VERSIONS = pytest.mark.parametrize("version", ["v1", "v2", "v2_linear"])
-SIZES, CANVAS, ORIGINAL = [(96, 128), (70, 90)], (96, 128), [(191, 257), (70, 91)]
+SIZES, INPUT_SIZE, ORIGINAL = [(96, 128), (70, 90)], (96, 128), [(191, 257), (70, 91)]
+SHAPES = [(12, 16), (6, 8), (3, 4), (2, 2), (1, 1)]  # of the levels
 OBJECTS = [
-    [([10.0, 12.0, 60.0, 70.0], 1), ([50.0, 20.0, 58.0, 26.0], 4), ([12.0, 10.0, 64.0, 66.0], 0)],
+    [([10.0, 12.0, 60.0, 70.0], 1), ([119.0, 87.0, 135.0, 103.0], 4), ([12.0, 10.0, 64.0, 66.0], 0)],  # one reaches out
     [([3.0, 30.0, 88.0, 69.0], 2)],
 ]
 
@@ -40,7 +41,7 @@ def small_model(backbone="v1", **overrides):
     return pvt_hf.RetinaNetForObjectDetection(config)
 
 
-def official_outputs(weights, pixels):
+def reference_outputs(weights, pixels):
     """Per level the raw outputs, and the shapes of the levels."""
     levels = reference_heads.pyramid(weights, detectors.feature_maps(weights, pixels)[1:])
     return reference_heads.retinanet(weights, levels), [tuple(level.shape[2:]) for level in levels]
@@ -55,21 +56,21 @@ def converted_model(weights, version):
 
 @VERSIONS
 @torch.no_grad()
-def test_official_outputs_and_detections(version):
+def test_outputs_and_detections_equal_the_reference(version):
     weights = official_retinanet(checkpoints.TINY[version])
-    pixels, mask = padded_batch(SIZES, CANVAS)
-    raw, shapes = official_outputs(weights, pixels)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE)
+    raw, shapes = reference_outputs(weights, pixels)
     outputs = converted_model(weights, version)(pixels, mask)
     logits, deltas = (torch.cat(parts, dim=1) for parts in zip(*raw, strict=True))
     assert_close(outputs.logits, logits, rtol=0, atol=1e-10)
     assert outputs.level_sizes.tolist() == [level.shape[1] for level, _ in raw]
     assert outputs.image_sizes.tolist() == [list(size) for size in SIZES]
-    anchors = sum(official.anchors(shapes, official.COCO_STRIDES["retinanet"], official.RETINANET_SCALES), [])
+    anchors = sum(loops.anchors(shapes, loops.COCO_STRIDES["retinanet"], loops.RETINANET_SCALES), [])
     for index, size in enumerate(SIZES):
-        boxes = [official.decode(a, d, size) for a, d in zip(anchors, deltas[index].tolist(), strict=True)]
+        boxes = [loops.decode(a, d, size) for a, d in zip(anchors, deltas[index].tolist(), strict=True)]
         assert_close(outputs.pred_boxes[index], relative(boxes, size), rtol=0, atol=1e-10)
 
-    expected = official.retinanet_detections(raw, shapes, SIZES, ORIGINAL)
+    expected = loops.retinanet_detections(raw, shapes, SIZES, ORIGINAL)
     for actual, wanted in zip(detect_objects(outputs, 0.05, ORIGINAL), expected, strict=True):
         assert len(wanted) == 100
         assert actual["labels"].tolist() == [label for _, label, *_ in wanted]
@@ -78,13 +79,13 @@ def test_official_outputs_and_detections(version):
 
 
 @torch.no_grad()
-def test_settings_of_the_detections():
+def test_settings_of_the_detections_count():
     weights = official_retinanet(checkpoints.TINY["v1"])
-    pixels, mask = padded_batch(SIZES, CANVAS)
-    raw, shapes = official_outputs(weights, pixels)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE)
+    raw, shapes = reference_outputs(weights, pixels)
     outputs = converted_model(weights, "v1")(pixels, mask)
     # Without the limit it matters that only 1000 of the finest level's anchors are candidates.
-    wanted = official.retinanet_detections(raw, shapes, SIZES, ORIGINAL, limit=10_000)
+    wanted = loops.retinanet_detections(raw, shapes, SIZES, ORIGINAL, limit=10_000)
     actual = detect_objects(outputs, 0.05, ORIGINAL, max_detections=10_000)
     assert [image["labels"].tolist() for image in actual] == [[label for _, label, *_ in image] for image in wanted]
     more = detect_objects(outputs, 0.05, ORIGINAL, max_detections=10_000, candidates_per_level=2000)
@@ -97,7 +98,7 @@ def test_settings_of_the_detections():
 
 
 @torch.no_grad()
-def test_target_sizes():
+def test_target_sizes_scale_the_boxes():
     model = randomize(small_model()).eval()
     outputs = model(torch.randn(2, 3, 64, 64))
     relative_boxes = detect_objects(outputs, 0.05)[0]["boxes"]
@@ -112,17 +113,30 @@ def test_target_sizes():
         detect_objects(outputs, 0.05, [(100, 100)])
 
 
+def test_every_object_has_one_best_anchor():
+    """A small object inside several anchors overlaps equally with all of them, and how the areas of these are rounded
+    says which ones it takes: nothing that two implementations, or two machines, have to agree on."""
+    anchors = sum(loops.anchors(SHAPES, loops.COCO_STRIDES["retinanet"], loops.RETINANET_SCALES), [])
+    for image, size in zip(OBJECTS, SIZES, strict=True):
+        valid = loops.valid_flags(SHAPES, loops.COCO_STRIDES["retinanet"], 9, loops.padded(size, INPUT_SIZE))
+        overlaps = loops.overlaps([box for box, _ in image], anchors)[:, torch.tensor(valid)]
+        best, next_best = overlaps.topk(2, dim=1).values.unbind(dim=1)
+        assert (best - next_best > 1e-6).all()
+        assert all((overlaps.amax(dim=0) - threshold).abs().min() > 1e-6 for threshold in (0.4, 0.5))
+    assert loops.overlaps([OBJECTS[0][1][0]], anchors).max() < 0.4  # a match of low quality
+
+
 @pytest.mark.parametrize("objects", [OBJECTS, [[], OBJECTS[1]], [[], []]], ids=["both", "one", "none"])
-def test_official_losses_and_gradients(objects):
+def test_losses_and_gradients_equal_the_reference(objects):
     weights = official_retinanet(checkpoints.TINY["v2"])
-    pixels, mask = padded_batch(SIZES, CANVAS)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE)
     model = converted_model(weights, "v2")
     outputs = model(pixels, mask, labels=labels_of(objects))
     outputs.loss.backward()
 
     leaves = {key: value.clone().requires_grad_() for key, value in weights.items()}
-    raw, shapes = official_outputs(leaves, pixels)
-    class_loss, box_loss = official.retinanet_losses(raw, shapes, SIZES, CANVAS, objects)
+    raw, shapes = reference_outputs(leaves, pixels)
+    class_loss, box_loss = loops.retinanet_losses(raw, shapes, SIZES, INPUT_SIZE, objects)
     (class_loss + box_loss).backward()
     assert_close(outputs.loss_dict["loss_class"], class_loss, rtol=1e-10, atol=0)
     assert_close(outputs.loss_dict["loss_box"], torch.as_tensor(box_loss).double(), rtol=1e-10, atol=0)
@@ -134,7 +148,7 @@ def test_official_losses_and_gradients(objects):
 
 
 @pytest.mark.parametrize("variant", ["pvt_t", "pvt_v2_b0"])
-def test_names_and_shapes_of_the_official_checkpoint(variant):
+def test_released_checkpoint_fits(variant):
     names = {"pvt_t": "pvt_tiny", "pvt_v2_b0": "pvt_v2_b0"}
     backbone = pvt_hf.build_config(names[variant], out_features=STAGES[1:])
     with torch.device("meta"):
@@ -147,9 +161,9 @@ def test_names_and_shapes_of_the_official_checkpoint(variant):
 
 
 @BACKBONES
-def test_training_step_save_and_load(backbone, tmp_path):
+def test_trained_model_reloads(backbone, tmp_path):
     model = small_model(backbone).train()
-    pixels, mask = padded_batch(SIZES, CANVAS, torch.float32)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE, torch.float32)
     model(pixels, mask, labels=labels_of(OBJECTS)).loss.backward()
     unused = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
     assert not unused
@@ -163,7 +177,7 @@ def test_training_step_save_and_load(backbone, tmp_path):
     assert first.pred_boxes.dtype == torch.float32
 
 
-def test_configuration(tmp_path):
+def test_configuration_is_saved_and_loaded(tmp_path):
     config = pvt_hf.RetinaNetConfig()
     assert config.num_labels == 80 and config.backbone_config.out_features == STAGES[1:]
     backbone = {"model_type": "pvt_v2", "out_features": STAGES[1:], "depths": [1, 1, 1, 1]}
@@ -175,7 +189,7 @@ def test_configuration(tmp_path):
 
 
 @torch.no_grad()
-def test_initialisation():
+def test_initialisation_is_mmdetections():
     model = small_model("v2", neck_channels=32)
     prior = torch.full((9 * CLASSES,), 0.01).logit()
     assert_close(model.head.class_predictor.bias, prior)
@@ -196,12 +210,12 @@ def test_initialisation():
 def test_incomplete_checkpoints_are_refused(tmp_path):
     model = small_model()
     model.save_pretrained(tmp_path, state_dict=checkpoints.without(model.state_dict(), "neck.lateral_convs.1.weight"))
-    with pytest.raises(ValueError, match=r"lacks 1 tensors \['neck.lateral_convs.1.weight'\]"):
+    with pytest.raises(ValueError, match=r"in another shape, 1 tensors \['neck.lateral_convs.1.weight'\]"):
         type(model).from_pretrained(tmp_path)
 
 
 @torch.no_grad()
-def test_another_number_of_classes(tmp_path):
+def test_another_number_of_classes_keeps_all_other_tensors(tmp_path):
     model = randomize(small_model())
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch|ignore_mismatched_sizes"):
@@ -214,13 +228,13 @@ def test_another_number_of_classes(tmp_path):
 
 
 @pytest.mark.parametrize("backbone", ["v1", "v2"])
-def test_pretrained_backbone(backbone, tmp_path):
+def test_pretrained_backbone_fills_every_tensor_of_it(backbone, tmp_path):
     config = backbone_config(backbone)
     classifier = transformers.AutoModelForImageClassification.from_config(config)
-    randomize(classifier).save_pretrained(tmp_path / "whole")
+    randomize(classifier).save_pretrained(tmp_path / "complete")
     model = small_model(backbone)
     head = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("backbone.")}
-    count = load_pretrained_backbone(model, tmp_path / "whole")
+    count = load_pretrained_backbone(model, tmp_path / "complete")
     state, saved = model.state_dict(), classifier.base_model.state_dict()
     names = [name for name in state if name.startswith("backbone.")]
     assert count == len(names)
@@ -248,7 +262,7 @@ def test_pretrained_backbone(backbone, tmp_path):
 @pytest.mark.parametrize("backbone", ["v1", "v2"])
 def test_checkpointing_and_attention_implementation_reach_the_backbone(backbone):
     model = randomize(small_model(backbone)).double().train()
-    pixels, mask = padded_batch(SIZES, CANVAS)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE)
 
     def step():
         model.zero_grad()
@@ -267,7 +281,7 @@ def test_checkpointing_and_attention_implementation_reach_the_backbone(backbone)
 
 
 @torch.no_grad()
-def test_backbone_outputs_and_tuples():
+def test_backbone_outputs_are_returned():
     model = small_model("v1").eval()
     pixels = torch.randn(1, 3, 64, 64)
     model.set_attn_implementation("eager")
@@ -277,9 +291,9 @@ def test_backbone_outputs_and_tuples():
     assert torch.equal(model(pixels)[0], outputs.logits)
 
 
-def test_reduced_precision():
+def test_coordinates_and_losses_stay_in_float32():
     """Logits and boxes are float32 wherever the network is not; a float16 box would be 0.5 pixels off."""
-    pixels, mask = padded_batch(SIZES, CANVAS, torch.float32)
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE, torch.float32)
     model = randomize(small_model("v2")).train()
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(pixels, mask, labels=labels_of(OBJECTS))
@@ -290,7 +304,7 @@ def test_reduced_precision():
         assert_close(result.loss, expected.loss, rtol=0.02, atol=0)
 
 
-def test_own_loss():
+def test_loss_is_not_transformers():
     """transformers gives classes with such a name DETR's loss, and counts labels, which these losses do not need."""
     model = small_model()
     assert not model.accepts_loss_kwargs
@@ -300,7 +314,7 @@ def test_own_loss():
     assert torch.equal(model(pixels, labels=labels, num_items_in_batch=7).loss, loss)
 
 
-WHOLE = {"class_labels": torch.tensor([1, 2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]] * 2)}
+VALID = {"class_labels": torch.tensor([1, 2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]] * 2)}
 
 
 @pytest.mark.parametrize(
@@ -311,33 +325,45 @@ WHOLE = {"class_labels": torch.tensor([1, 2]), "boxes": torch.tensor([[0.5, 0.5,
             r"`labels\[1\]` must have tensors .* got \['labels'\] without \['class_labels', 'b",
         ),
         ([1], r"`labels\[1\]` must be a dictionary, got list"),
-        (WHOLE | {"class_labels": torch.tensor([1.0, 2.0])}, r"class indices of shape \(objects,\), got torch.float32"),
         (
-            WHOLE | {"class_labels": torch.tensor([1])},
+            VALID | {"class_labels": torch.tensor([1.0, 2.0])},
+            r"class indices of shape \(objects,\), got torch.float32",
+        ),
+        (
+            VALID | {"class_labels": torch.tensor([1])},
             r"`labels\[1\]\['boxes'\]` must have shape \(1, 4\), got",
         ),
         (
-            WHOLE | {"class_labels": torch.tensor([1, 5])},
+            VALID | {"class_labels": torch.tensor([1, 5])},
             r"`labels\[1\]` must have classes .* annotation 1 has 5",
         ),
-        (WHOLE | {"class_labels": torch.tensor([-1, 1])}, r"classes in \[0, 5\) .* annotation 0 has -1"),
-        (WHOLE | {"boxes": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1]])}, "must be floating point"),
-        (WHOLE | {"boxes": torch.tensor([[0.5] * 4, [30.0, 40, 5, 6]])}, r"in \[0, 1\]: annotation 1 has \[30.0, 40.0"),
-        (WHOLE | {"boxes": torch.tensor([[0.5] * 4, [0.5, 0.5, 0.0, 0.2]])}, "some width and height: annotation 1 has"),
-        (WHOLE | {"boxes": torch.tensor([[0.5, float("nan"), 0.1, 0.1], [0.5] * 4])}, "finite boxes: annotation 0 has"),
+        (VALID | {"class_labels": torch.tensor([-1, 1])}, r"classes in \[0, 5\) .* annotation 0 has -1"),
+        (VALID | {"boxes": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1]])}, "must be floating point"),
+        (
+            VALID | {"boxes": torch.tensor([[0.5] * 4, [30.0, 40, 5, 6]])},
+            r"in \[0, 1\]: annotation 1 has \[30.0, 40.0",
+        ),
+        (
+            VALID | {"boxes": torch.tensor([[0.5] * 4, [0.5, 0.5, 0.0, 0.2]])},
+            "some width and height: annotation 1 has",
+        ),
+        (
+            VALID | {"boxes": torch.tensor([[0.5, float("nan"), 0.1, 0.1], [0.5] * 4])},
+            "finite boxes: annotation 0 has",
+        ),
     ],
 )
-def test_bad_labels(label, message):
+def test_wrong_labels_are_refused(label, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        small_model()(torch.randn(2, 3, 64, 64), labels=[WHOLE, label])
+        small_model()(torch.randn(2, 3, 64, 64), labels=[VALID, label])
 
 
-def test_bad_batches():
+def test_wrong_batches_are_refused():
     model, pixels = small_model(), torch.randn(2, 3, 64, 64)
     with pytest.raises(ValueError, match="one dictionary for each of 2 images, got 1"):
-        model(pixels, labels=[WHOLE])
+        model(pixels, labels=[VALID])
     with pytest.raises(TypeError, match="must be a list of one dictionary per image, got dict"):
-        model(pixels, labels=WHOLE)
+        model(pixels, labels=VALID)
     with pytest.raises(ValueError, match=r"`pixel_mask` must have shape \(2, 64, 64\).* got \(2, 32, 64\)"):
         model(pixels, torch.ones(2, 32, 64))
     for hole in ((1, 3, 3), (1, 0, 0), (1, slice(None), slice(None))):

@@ -1,4 +1,4 @@
-"""Random official checkpoints of the detectors, small and complete, and the models they are converted to."""
+"""Random checkpoints of the detectors as they were released, and the models that they are converted to."""
 
 import torch
 import transformers
@@ -6,7 +6,7 @@ import transformers
 import pvt_hf
 from pvt_hf.conversion import reference, reference_heads
 from tests.support import checkpoints
-from tests.support import reference_detection as official
+from tests.support import reference_detection as loops
 from tests.support.small_models import ROOT, STAGES, small_config
 
 CHANNELS, CLASSES = 16, 5
@@ -22,7 +22,7 @@ def backbone_config(name, **overrides):
 
 
 def official_backbone(variant):
-    """A random backbone as it is in an official detector: v1 has no CLS token, final norm and head there."""
+    """A random backbone as it is in a released detector: v1 has no CLS token, final norm and head there."""
     weights = checkpoints.official_weights(variant)
     return {
         f"backbone.{key}": value.double()
@@ -55,7 +55,7 @@ def standardize(weights, name, outputs, mean, std):
 
 
 def feature_maps(weights, pixels):
-    """Those of the backbone of an official detector."""
+    """Those of the backbone of a released detector."""
     backbone = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     return reference.feature_maps(backbone, pixels)
 
@@ -95,16 +95,16 @@ def official_mask_rcnn(variant):
     standardize(weights, "rpn_head.rpn_cls", logits, mean=0, std=2)
     standardize(weights, "rpn_head.rpn_reg", deltas, mean=0, std=0.3)
     boxes = (torch.rand(40, 2).double() * 50).repeat(1, 2) + torch.tensor([0, 0, 20, 25])
-    logits, deltas = reference_heads.box_head(weights, official.region_features(levels, [boxes.tolist()], 7))
+    logits, deltas = reference_heads.box_head(weights, loops.roi_features(levels, [boxes.tolist()], 7))
     standardize(weights, f"{box_head}.fc_cls", logits, mean=0, std=1)
     standardize(weights, f"{box_head}.fc_reg", deltas, mean=0, std=1)
-    masks = reference_heads.mask_head(weights, official.region_features(levels, [boxes.tolist()], 14))
+    masks = reference_heads.mask_head(weights, loops.roi_features(levels, [boxes.tolist()], 14))
     standardize(weights, f"{mask_head}.conv_logits", masks, mean=0, std=1)
     return weights
 
 
 def converted(model, weights, architecture):
-    """`model` in float64 and evaluation mode with the tensors of an official checkpoint, all of them."""
+    """`model` in float64 and evaluation mode with the tensors of a released checkpoint, all of them."""
     model.double().eval().load_state_dict(architecture.from_official(weights), strict=True)
     return model
 
@@ -119,15 +119,16 @@ def tiny_backbone(version, out_features=STAGES[1:]):
 
 
 def key_list(name):
-    """Names and shapes in an official checkpoint."""
+    """Names and shapes in a released checkpoint."""
     lines = (ROOT / "tests" / "keys" / f"det_{name}.tsv").read_text().splitlines()
     rows = [line.split("\t") for line in lines]
     return {name: tuple(int(n) for n in shape.strip("(),").split(",") if n.strip()) for name, shape in rows}
 
 
-def padded_batch(sizes, scene, dtype=torch.float64):
-    """Random images of these sizes on a scene of zeros, and the mask."""
-    pixels, mask = torch.zeros(len(sizes), 3, *scene, dtype=dtype), torch.zeros(len(sizes), *scene, dtype=torch.long)
+def padded_batch(sizes, input_size, dtype=torch.float64):
+    """Random images of these sizes, padded with zeros to `input_size`, and the mask."""
+    pixels = torch.zeros(len(sizes), 3, *input_size, dtype=dtype)
+    mask = torch.zeros(len(sizes), *input_size, dtype=torch.long)
     for index, (height, width) in enumerate(sizes):
         pixels[index, :, :height, :width] = torch.randn(3, height, width, dtype=dtype)
         mask[index, :height, :width] = 1

@@ -1,7 +1,7 @@
-"""Slow, obvious evaluation of the official detectors around their raw head outputs, box by box, in float64.
+"""Slow, obvious evaluation of mmdetection's detectors around their raw head outputs, box by box, in float64.
 
 Written from the papers and from the description of mmdetection 2.13; no code of pvt_hf. Boxes are lists of four
-numbers, xyxy in pixels. An assignment is the index of a ground truth, `"background"` or `"ignored"`.
+numbers, xyxy in pixels. An assignment is the index of a ground truth, `"negative"` or `"ignored"`.
 """
 
 import math
@@ -83,7 +83,7 @@ def overlaps(boxes, others):
 def assign(boxes, truths, positive, negative, low_quality, valid=None):
     valid = valid or [True] * len(boxes)
     if not truths:
-        return ["background" if ok else "ignored" for ok in valid]
+        return ["negative" if ok else "ignored" for ok in valid]
     rows = overlaps(truths, boxes).tolist()
     result = []
     for index, ok in enumerate(valid):
@@ -92,7 +92,7 @@ def assign(boxes, truths, positive, negative, low_quality, valid=None):
         if ok and best >= positive:
             result.append(column.index(best))
         else:
-            result.append("background" if ok and best < negative else "ignored")
+            result.append("negative" if ok and best < negative else "ignored")
     for number, row in enumerate(rows):
         best = max(value for value, ok in zip(row, valid, strict=True) if ok)
         if best >= low_quality:
@@ -103,7 +103,7 @@ def assign(boxes, truths, positive, negative, low_quality, valid=None):
 
 
 def sample(assignment, total, max_positives):
-    """Draws from torch's generator in the official order."""
+    """Draws from torch's generator in mmdetection's order."""
 
     def draw(indices, count):
         if len(indices) <= count:
@@ -111,7 +111,7 @@ def sample(assignment, total, max_positives):
         return sorted(indices[i] for i in torch.randperm(len(indices))[:count].tolist())
 
     positives = draw([i for i, value in enumerate(assignment) if isinstance(value, int)], max_positives)
-    negatives = [i for i, value in enumerate(assignment) if value == "background"]
+    negatives = [i for i, value in enumerate(assignment) if value == "negative"]
     return positives, draw(negatives, total - len(positives))
 
 
@@ -166,25 +166,25 @@ def retinanet_detections(outputs, shapes, sizes, original_sizes, limit=100):
     return results
 
 
-def padded(size, scene):
-    return [min(math.ceil(side / 32) * 32, limit) for side, limit in zip(size, scene, strict=True)]
+def padded(size, input_size):
+    return [min(math.ceil(side / 32) * 32, limit) for side, limit in zip(size, input_size, strict=True)]
 
 
-def retinanet_losses(outputs, shapes, sizes, scene, truths):
+def retinanet_losses(outputs, shapes, sizes, input_size, truths):
     """`truths` per image: a list of (box, class). Sums over levels."""
     strides = COCO_STRIDES["retinanet"]
     logits, deltas = (torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
     all_anchors = [box for level in anchors(shapes, strides, RETINANET_SCALES) for box in level]
     class_loss, box_loss, total = 0, 0, 0
     for index, (size, objects) in enumerate(zip(sizes, truths, strict=True)):
-        valid = valid_flags(shapes, strides, 9, padded(size, scene))
+        valid = valid_flags(shapes, strides, 9, padded(size, input_size))
         assignment = assign(all_anchors, [box for box, _ in objects], 0.5, 0.4, 0, valid)
         positives = 0
         for row, value in enumerate(assignment):
             if value == "ignored":
                 continue
             target = torch.zeros_like(logits[index, row])
-            if value != "background":
+            if value != "negative":
                 box, label = objects[value]
                 target[label] = 1
                 positives += 1
@@ -248,7 +248,7 @@ def roi_align(feature_map, box, stride, size):
     return samples.reshape(-1, size, counts[0], size, counts[1]).mean(dim=(2, 4))
 
 
-def region_features(levels, boxes, size):
+def roi_features(levels, boxes, size):
     """Features (all boxes, channels, size, size) of the boxes of each image from P2 to P5."""
     features = []
     for index, image_boxes in enumerate(boxes):
@@ -259,21 +259,21 @@ def region_features(levels, boxes, size):
     return torch.stack(features) if features else levels[0].new_zeros(0, levels[0].shape[1], size, size)
 
 
-def mask_rcnn_detections(heads, levels, region_proposals, sizes, original_sizes):
+def mask_rcnn_detections(heads, levels, proposed, sizes, original_sizes):
     """For each image (score, class, box in original pixels, row), and the mask logits of its class. `heads` are the box
     head and the mask head, as functions of features."""
     results = []
     for index, (size, original) in enumerate(zip(sizes, original_sizes, strict=True)):
         image_levels = [level[index : index + 1] for level in levels]
-        boxes = region_proposals[index]
-        logits, deltas = heads[0](region_features(image_levels, [boxes], 7))
+        boxes = proposed[index]
+        logits, deltas = heads[0](roi_features(image_levels, [boxes], 7))
         scores = logits.softmax(dim=1)[:, :-1].tolist()
         deltas = deltas.reshape(len(boxes), -1, 4).tolist()
         decoded = [[decode(box, d, size, BOX_HEAD_STDS) for d in row] for box, row in zip(boxes, deltas, strict=True)]
         factors = (size[1] / original[1], size[0] / original[0])
         found = detections(decoded, scores, factors)
-        regions = [[value * factors[axis % 2] for axis, value in enumerate(box)] for _, _, box, _ in found]
-        masks = heads[1](region_features(image_levels, [regions], 14))
+        rois = [[value * factors[axis % 2] for axis, value in enumerate(box)] for _, _, box, _ in found]
+        masks = heads[1](roi_features(image_levels, [rois], 14))
         results.append((found, torch.stack([mask[d[1]] for mask, d in zip(masks, found, strict=True)])))
     return results
 
@@ -300,18 +300,18 @@ def binary_cross_entropy(logits, targets):
     return -(targets * torch.log(p) + (1 - targets) * torch.log(1 - p))
 
 
-def mask_rcnn_losses(heads, levels, outputs, shapes, sizes, scene, truths, masks, samples=(256, 128, 512, 128)):
-    """The five losses. Draws from torch's generator: first for all anchors, then for all regions.
+def mask_rcnn_losses(heads, levels, outputs, shapes, sizes, input_size, truths, masks, samples=(256, 128, 512, 128)):
+    """The five losses. Draws from torch's generator: first for all anchors, then for all RoIs.
 
-    `truths` per image: a list of (box, class); `masks` per image: bool (objects, *scene); `samples`: anchors, positive
-    anchors, regions and positive regions.
+    `truths` per image: a list of (box, class); `masks` per image: bool (objects, *input_size); `samples`: anchors,
+    positive anchors, RoIs and positive RoIs.
     """
     strides = COCO_STRIDES["mask_rcnn"]
     logits, deltas = (torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
     all_anchors = [box for level in anchors(shapes, strides, (8,)) for box in level]
     losses, total = dict.fromkeys(("objectness", "rpn_box", "class", "box", "mask"), torch.zeros(())), 0
     for index, (size, objects) in enumerate(zip(sizes, truths, strict=True)):
-        valid = valid_flags(shapes, strides, 3, padded(size, scene))
+        valid = valid_flags(shapes, strides, 3, padded(size, input_size))
         assignment = assign(all_anchors, [box for box, _ in objects], 0.7, 0.3, 0.3, valid)
         positives, negatives = sample(assignment, *samples[:2])
         for row in positives + negatives:
@@ -323,24 +323,24 @@ def mask_rcnn_losses(heads, levels, outputs, shapes, sizes, scene, truths, masks
         total += max(len(positives), 1) + max(len(negatives), 1)
     losses["objectness"], losses["rpn_box"] = losses["objectness"] / total, losses["rpn_box"] / total
 
-    regions, positive_regions, labels, targets, mask_targets = [], [], [], [], []
+    rois, positive_rois, labels, targets, mask_targets = [], [], [], [], []
     for index, boxes in enumerate(proposals(outputs, shapes, sizes, num_candidates=2000)):
         true_boxes = [box for box, _ in truths[index]]
         assignment = list(range(len(true_boxes))) + assign(boxes, true_boxes, 0.5, 0.5, 0.5)
         boxes = true_boxes + boxes
         positives, negatives = sample(assignment, *samples[2:])
-        regions.append([boxes[row] for row in positives + negatives])
-        positive_regions.append([boxes[row] for row in positives])
+        rois.append([boxes[row] for row in positives + negatives])
+        positive_rois.append([boxes[row] for row in positives])
         for row in positives:
             box, label = truths[index][assignment[row]]
             labels.append(label)
             targets.append(encode(boxes[row], box, BOX_HEAD_STDS))
             mask = masks[index][assignment[row]][None].double()
-            inside = [max(0.0, min(value, scene[1 - axis % 2])) for axis, value in enumerate(boxes[row])]
+            inside = [max(0.0, min(value, input_size[1 - axis % 2])) for axis, value in enumerate(boxes[row])]
             mask_targets.append((roi_align(mask, inside, 1, 28)[0] >= 0.5).double())
         labels += ["background"] * len(negatives)
         targets += [None] * len(negatives)
-    class_logits, class_deltas = heads[0](region_features(levels, regions, 7))
+    class_logits, class_deltas = heads[0](roi_features(levels, rois, 7))
     for row, (label, target) in enumerate(zip(labels, targets, strict=True)):
         probabilities = class_logits[row].softmax(dim=0)
         losses["class"] = losses["class"] - torch.log(probabilities[-1 if label == "background" else label])
@@ -348,7 +348,7 @@ def mask_rcnn_losses(heads, levels, outputs, shapes, sizes, scene, truths, masks
             delta = class_deltas[row, 4 * label : 4 * label + 4]
             losses["box"] = losses["box"] + (delta - delta.new_tensor(target)).abs().sum()
     losses["class"], losses["box"] = losses["class"] / len(labels), losses["box"] / len(labels)
-    mask_logits = heads[1](region_features(levels, positive_regions, 14))
+    mask_logits = heads[1](roi_features(levels, positive_rois, 14))
     own_labels = [label for label in labels if label != "background"]
     for mask, label, target in zip(mask_logits, own_labels, mask_targets, strict=True):
         losses["mask"] = losses["mask"] + binary_cross_entropy(mask[label], target).mean() / len(own_labels)

@@ -10,7 +10,7 @@ import pvt_hf
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
-# A few thousand parameters, with the official strides, reductions and heads > 1.
+# A few thousand parameters, with the papers' strides, reductions and heads > 1.
 SMALL_V1 = {
     "depths": [1, 2, 1, 1],
     "hidden_sizes": [8, 16, 24, 32],
