@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# In the place of this folder, where evaluate.py has the name of a package.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pvt_hf.commands.main import main
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from pvt_hf.commands.main import COMMANDS, main
 from tests.support.small_models import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -33,6 +34,30 @@ def test_python_examples_run():
     assert namespace["logits"].shape == (2, 10)
 
 
+def help_of(command: str, capsys) -> str:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return capsys.readouterr().out
+
+
+def test_every_option_exists(capsys):
+    """Those of each command line by its own `--help`, those that the text names by that of any program."""
+    helps = {command: help_of(command, capsys) for command in COMMANDS}
+    joined = README.replace("\\\n", " ")
+    lines = re.findall(
+        r"^(?:pvt-hf|accelerate launch -m pvt_hf\.commands\.)\s?([\w-]+)(.*)$", joined, flags=re.MULTILINE
+    )
+    assert len(lines) >= 12 and {name.replace("_", "-") for name, _ in lines} == set(COMMANDS)
+    for name, arguments in lines:
+        for option in re.findall(r"(?<!\S)--[\w-]+", arguments.split(" #")[0]):
+            assert re.search(rf"{option}\b(?!-)", helps[name.replace("_", "-")]), (name, option)
+    programs = [(ROOT / "examples" / f"{name}.py").read_text() for name in ("quickstart", "benchmark")]
+    known = "\n".join([*helps.values(), *programs])
+    for option in re.findall(r"`[^`\n]*?(--[a-z][\w-]+)", README):
+        assert re.search(rf"{option}\b", known), option
+
+
+@pytest.mark.process
 @pytest.mark.timeout(900)
 def test_quickstart(tmp_path):
     """The first command as it stands: accuracy, checkpoint, reload in another process, picture."""
@@ -50,6 +75,7 @@ def test_quickstart(tmp_path):
         assert picture.size == (1200, 800) and len(picture.convert("RGB").getcolors(10**6)) > 100
 
 
+@pytest.mark.process
 def test_quickstart_on_an_image_folder_and_a_checkpoint(tmp_path):
     """A stranger's folders of images: v1 from random weights, then again from the checkpoint this leaves."""
     for index in range(24):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -243,9 +241,11 @@ def mean_iou_metric(
     Raises:
         ImportError: If the package `evaluate` is not installed.
     """
-    _load_evaluate()
-    import datasets
-    import evaluate
+    try:
+        import datasets
+        import evaluate
+    except ImportError as error:
+        raise ImportError("`mean_iou_metric` needs `pip install evaluate`.") from error
 
     settings: dict[str, Any] = {"num_labels": num_labels, "ignore_index": ignore_index, "reduce_labels": reduce_labels}
 
@@ -294,18 +294,3 @@ def mean_iou_metric(
     metric = MeanIoU()
     metric.reset()
     return metric
-
-
-def _load_evaluate() -> None:
-    """Imports the package `evaluate`, also for a program beside a file `evaluate.py`, as those in `examples` are."""
-    try:
-        packages = str(distribution("evaluate").locate_file(""))
-        sys.path.insert(0, packages)
-        try:
-            import evaluate
-        finally:
-            sys.path.remove(packages)
-    except ImportError as error:
-        raise ImportError("`mean_iou_metric` needs `pip install evaluate`.") from error
-    if not hasattr(evaluate, "Metric"):
-        raise ImportError(f"`mean_iou_metric` needs the package `evaluate`, but {evaluate.__file__} has its name.")
