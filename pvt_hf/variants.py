@@ -135,11 +135,6 @@ def build_config(name: str, **overrides: Any) -> PreTrainedConfig:
     return config_class(**(fields | overrides))
 
 
-def backbone_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Of a detector or segmenter that of its backbone; that of a classifier or a backbone as it is."""
-    return getattr(config, "backbone_config", None) or config
-
-
 def differences(config: PreTrainedConfig, variant: Variant) -> list[str]:
     """What distinguishes an architecture from a variant, in words. Labels, image size and rates do not count."""
     wanted = build_config(variant.name)

@@ -22,12 +22,13 @@ from ..data.detection import EvaluationDetections, read_coco, read_detection_dat
 from ..data.digits import write_scenes
 from ..data.segmentation import EvaluationMaps, read_segmentation_dataset, read_segmentation_folders
 from ..evaluation.metrics import COCO_METRICS, classification_metrics, classification_statistics
+from ..models.backbone import get_backbone_config
 from ..paper_results import PUBLISHED
 from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES
 from ..training.arguments import EvaluationArguments
 from ..training.detection import DetectionTrainer
 from ..training.segmentation import SegmentationTrainer
-from ..variants import backbone_config, find_variant
+from ..variants import find_variant
 
 Measured = tuple[Trainer, dict[str, float]]
 # How many scenes of a split are drawn where there are no other images.
@@ -162,7 +163,7 @@ def published_metrics(config: PreTrainedConfig, recipe: str | None = None) -> di
     Returns:
         Percentages by metric; none for an architecture or a number of classes that the papers do not have.
     """
-    task, variant = task_of(config), find_variant(backbone_config(config))
+    task, variant = task_of(config), find_variant(get_backbone_config(config))
     if variant is None or config.num_labels != task.num_labels:
         return {}
     if task is CLASSIFIER:

@@ -6,9 +6,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
 from ..data.digits import write_scenes
-from ..models.backbone import load_pretrained_backbone
+from ..models.backbone import get_backbone_config, load_pretrained_backbone
 from ..training.trainer import VisionTrainer
-from ..variants import backbone_config, build_config, find_variant
+from ..variants import build_config, find_variant
 
 DEFAULT_VARIANT = "pvt_v2_b0"
 
@@ -34,7 +34,7 @@ def read_backbone_config(checkpoint: str | None, variant: str | None) -> tuple[P
     if checkpoint is None:
         variant = variant or DEFAULT_VARIANT
         return build_config(variant), variant
-    config = backbone_config(AutoConfig.from_pretrained(checkpoint))
+    config = get_backbone_config(AutoConfig.from_pretrained(checkpoint))
     found = getattr(find_variant(config), "name", None)
     if variant not in (None, found):
         raise SystemExit(f"{checkpoint} is not a {variant}")

@@ -12,8 +12,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..models.backbone import get_backbone_config
 from ..models.configuration_pvt import PvtConfig
-from ..variants import VARIANTS, backbone_config, differences, find_variant, get_variant
+from ..variants import VARIANTS, differences, find_variant, get_variant
 from .architectures.base import Architecture, Outputs
 from .architectures.registry import find_architecture, find_saved_architecture
 from .checkpoint import Checkpoint, load_file, read_checkpoint, read_json
@@ -102,7 +103,7 @@ def _read_source(name: str, variant: str | None, backbone_only: bool) -> _Source
     architecture = find_architecture(checkpoint.weights, source_format, backbone_only)
     official = architecture.select(source_format.to_official(checkpoint.weights))
     config = architecture.read_config(official, checkpoint.config, checkpoint.class_names)
-    backbone = backbone_config(config)
+    backbone = get_backbone_config(config)
     if source_format.patch_layer_norm_eps is not None:
         backbone.patch_layer_norm_eps = source_format.patch_layer_norm_eps
     if variant and (wrong := differences(backbone, get_variant(variant))):
@@ -169,7 +170,7 @@ def _collect_facts(source: _Source, model: PreTrainedModel) -> dict[str, Any]:
         "source_format": source.format,
         "architecture": source.architecture,
         "config": source.config,
-        "variant": find_variant(backbone_config(source.config)),
+        "variant": find_variant(get_backbone_config(source.config)),
         "model_class": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "tensors": len(model.state_dict()),
@@ -180,7 +181,7 @@ def _collect_facts(source: _Source, model: PreTrainedModel) -> dict[str, Any]:
 def _take_notes(source: _Source, processor_origin: str) -> tuple[str, ...]:
     """What was decided, and is not in the checkpoint."""
     checkpoint, architecture, notes = source.checkpoint, source.architecture, []
-    backbone, labels = backbone_config(source.config), list(source.config.id2label.values())
+    backbone, labels = get_backbone_config(source.config), list(source.config.id2label.values())
     if checkpoint.set_aside:
         notes.append(f"left in the file: {', '.join(checkpoint.set_aside)}")
     if find_variant(backbone) is None and "num_attention_heads" not in checkpoint.config:

@@ -6,7 +6,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from ..variants import Variant, backbone_config
+from ..models.backbone import get_backbone_config
+from ..variants import Variant
 from .architectures.base import Architecture
 from .formats import Format
 from .verify import TOLERANCE
@@ -60,7 +61,7 @@ def render(conversion: Conversion, name: str) -> ModelCard:
     Its metadata has no `model-index`: a conversion measures no accuracy.
     """
     architecture = conversion.architecture
-    model_type = backbone_config(conversion.config).model_type
+    model_type = get_backbone_config(conversion.config).model_type
     known = {"license": "apache-2.0", "datasets": ["ILSVRC/imagenet-1k"]} if conversion.is_release else {}
     metadata = ModelCardData(
         **known,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..variants import backbone_config
+from ..models.backbone import get_backbone_config
 from .architectures.base import Architecture, Outputs
 from .rename import ConversionError, StateDict
 
@@ -41,7 +41,7 @@ def _to_float64(model: torch.nn.Module) -> None:
 
 def probe_images(config: PreTrainedConfig) -> list[torch.Tensor]:
     """Seeded noise, float64: one image of the size that the model was trained for and an oblong one."""
-    config = backbone_config(config)
+    config = get_backbone_config(config)
     generator = torch.Generator().manual_seed(0)
     sizes = [config.image_shape if config.model_type == "pvt" else (224, 224), (96, 160)]
     return [torch.randn(1, config.num_channels, *size, generator=generator, dtype=torch.double) for size in sizes]

@@ -88,3 +88,13 @@ def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: st
 def _to_plain(value: Any) -> Any:
     """Tuples as lists, which is what a `config.json` has."""
     return list(value) if isinstance(value, list | tuple) else value
+
+
+def get_backbone_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the PVT in a model.
+
+    Args:
+        config: Of a detector or a segmenter, whose `backbone_config` it is, or of a classifier, an encoder or a backbone,
+            which is returned as it is.
+    """
+    return getattr(config, "backbone_config", None) or config

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..models.backbone import get_backbone_config
 from ..recipes import DetectionRecipe, ImageNetRecipe
-from ..variants import backbone_config
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -146,7 +146,7 @@ def parameter_groups(
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"`layer_decay` must be above 0 and at most 1, got {layer_decay}.")
-    config = backbone_config(model.config)
+    config = get_backbone_config(model.config)
 
     def settings(name: str, parameter: nn.Parameter) -> tuple[float, float]:
         depth = sum(config.depths) + 1 - block_index(name, config.depths) if layer_decay < 1 else 0
@@ -210,7 +210,7 @@ def freeze_stages(model: nn.Module, stages: int) -> list[str]:
     Raises:
         ValueError: If the model does not have that many stages.
     """
-    config = backbone_config(model.config)
+    config = get_backbone_config(model.config)
     if not 0 <= stages <= len(config.depths):
         raise ValueError(f"`stages` must be between 0 and {len(config.depths)}, got {stages}.")
     frozen = []
