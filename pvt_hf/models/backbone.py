@@ -94,7 +94,7 @@ def get_backbone_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the PVT in a model.
 
     Args:
-        config: Of a detector or a segmenter, whose `backbone_config` it is, or of a classifier, an encoder or a backbone,
-            which is returned as it is.
+        config: Of a detector or a segmenter, whose `backbone_config` it is, or of a classifier, an encoder or a
+            backbone, which is returned as it is.
     """
     return getattr(config, "backbone_config", None) or config
