@@ -1,4 +1,4 @@
-"""The registry: every released variant with its architecture, its official checkpoint and its published numbers."""
+"""The registry: every released variant with its architecture, its released checkpoint and its published numbers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Variant:
     """One row of the papers' tables of architectures.
 
     Attributes:
-        name: The name in the official code, for example `pvt_v2_b2_li`.
+        name: The name in the released code, for example `pvt_v2_b2_li`.
         model_type: `pvt` (arXiv 2102.12122, Table 1) or `pvt_v2` (arXiv 2106.13797, Table 1).
         depths: Blocks of each stage.
         hidden_sizes: Channels of each stage.
         mlp_ratios: Width of the MLPs of each stage, as a multiple of its channels.
         linear_attention: Linear spatial-reduction attention (v2 only).
-        drop_path_rate: Stochastic depth of the official ImageNet recipe.
+        drop_path_rate: Stochastic depth of the papers' ImageNet recipe.
         paper_top1: ImageNet-1k top-1 accuracy at 224 x 224 in the paper, in percent.
         paper_params: Parameters of the classifier in the paper, in millions.
         paper_gflops: Multiply-adds at 224 x 224 in the paper, in billions.
-        released_top1: Top-1 that the official repository states for the released checkpoint, in percent.
+        released_top1: Top-1 that the released code's repository states for the released checkpoint, in percent.
         released_params: Parameters of the released code, in millions: what runs, where it differs from `paper_params`.
     """
 
@@ -52,7 +52,7 @@ class Variant:
 
     @property
     def checkpoint_url(self) -> str:
-        """The official ImageNet-1k checkpoint."""
+        """The released ImageNet-1k checkpoint."""
         return f"{_RELEASE_URL}{self.name}.pth"
 
     @property

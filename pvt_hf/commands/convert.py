@@ -1,7 +1,7 @@
 """Converts PVT checkpoints to verified Hugging Face folders, publishes them, and converts them back.
 
-    pvt-hf convert pvt_v2_b2 converted/pvt_v2_b2             # downloads the official release
-    pvt-hf convert checkpoint.pth converted/mine             # official, timm's or transformers' format
+    pvt-hf convert pvt_v2_b2 converted/pvt_v2_b2             # downloads the release
+    pvt-hf convert checkpoint.pth converted/mine             # of the released code, timm or transformers
     pvt-hf convert timm/pvt_v2_b2.in1k converted/b2          # a repository of the Hub
     pvt-hf convert semantic_fpn.pth converted/segmenter      # a complete detector or segmenter
     pvt-hf convert retinanet.pth converted/c --backbone-only # or its backbone

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings={name: getattr(model_args, name) for name in ("variant", "image_size", "freeze_stages", "lora_rank")},
     )
     trainer.train(args.resume_from_checkpoint)
-    if model_args.lora_rank:  # the adapter for itself, and the whole model with it for everybody
+    if model_args.lora_rank:  # the adapter for itself, and the complete model with it for everybody
         trainer.save_model(Path(args.output_dir) / "adapter")
         trainer.model = trainer.model_wrapped = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     return shared.finish(trainer)

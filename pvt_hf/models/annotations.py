@@ -18,7 +18,7 @@ from .resize import resize_nearest
 
 logger = logging.get_logger(__name__)
 
-# How many annotations this process has left out so far, by reason.
+# How many annotations this process has skipped so far, by reason.
 SKIPPED: Counter[str] = Counter()
 
 
@@ -103,7 +103,7 @@ def read_objects(
 ) -> Objects:
     """The objects of COCO annotations as mmdetection trains on them.
 
-    Left out are annotations marked `ignore`, crowds (`iscrowd`), those whose box lies outside the image, is less than a
+    Skipped are annotations marked `ignore`, crowds (`iscrowd`), those whose box lies outside the image, is less than a
     pixel wide or high, or whose area is not positive. They are counted in `SKIPPED`, and the first of each kind is
     logged.
 
