@@ -15,6 +15,19 @@ from tests.support.small_models import ROOT
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
+@pytest.hookimpl(tryfirst=True)  # before the choice by markers
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "python" in item.fixturenames:
+            item.add_marker(pytest.mark.process)
+    if "slow" not in config.option.markexpr:  # whatever else is asked for
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if "slow" not in item.keywords]
+    # What takes longest comes first, so that no worker is left alone with it in the end.
+    items.sort(key=lambda item: "timeout" not in item.keywords)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

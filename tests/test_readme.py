@@ -27,6 +27,7 @@ def test_first_commands():
     ]
 
 
+@pytest.mark.process
 def test_python_examples_run():
     namespace = {}
     for block in fenced("python"):
@@ -40,6 +41,7 @@ def help_of(command: str, capsys) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_every_option_exists(capsys):
     """Those of each command line by its own `--help`, those that the text names by that of any program."""
     helps = {command: help_of(command, capsys) for command in COMMANDS}

@@ -27,6 +27,7 @@ def test_parameters_are_the_released_ones(name):
     assert parameters == pytest.approx(pvt_hf.VARIANTS[name].released_params, abs=0.051)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", pvt_hf.VARIANTS)
 def test_multiply_adds_are_the_papers(name):
     assert multiply_adds(name) == pytest.approx(pvt_hf.VARIANTS[name].paper_gflops, abs=0.15)

@@ -16,6 +16,8 @@ from pvt_hf.commands.measure import published_metrics
 from pvt_hf.data.digits import write_scenes
 from tests.support.small_models import STAGES, small_config
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):

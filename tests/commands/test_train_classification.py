@@ -15,6 +15,8 @@ from pvt_hf.recipes import imagenet_recipe
 from pvt_hf.training.run_checkpoints import CheckpointError, mark_complete
 from tests.support.small_models import small_config
 
+pytestmark = pytest.mark.process
+
 SMOKE = ["--smoke", "--disable_tqdm", "true", "--use_cpu", "true"]
 # One process trains, publishes and measures: it takes most of its time to start.
 PUBLISH_AND_MEASURE = """

@@ -20,6 +20,8 @@ from pvt_hf.models.annotations import AnnotationError
 from tests.support.detection_run import HEADS, build, small_detector
 from tests.support.small_models import small_config
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):

@@ -19,6 +19,8 @@ from pvt_hf.recipes import SEGMENTATION_RECIPES
 from tests.support.segmentation_run import read
 from tests.support.small_models import small_config
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -89,6 +89,7 @@ def test_every_architecture_becomes_a_verified_folder_and_back(architecture, ver
     assert "timm has no" in capsys.readouterr().err and not (tmp_path / "timm.pth").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("architecture", "variant", "parameters"),
     [
@@ -196,6 +197,7 @@ def test_other_backbones_have_no_official_names(tmp_path, capsys):
     assert "backbone of type 'resnet'" in capsys.readouterr().err
 
 
+@pytest.mark.process
 @EVERY_ARCHITECTURE
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_model_card_runs_and_names_the_architecture(architecture, version, tmp_path, monkeypatch):

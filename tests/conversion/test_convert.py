@@ -53,6 +53,7 @@ def test_official_files_have_these_numbers_of_tensors():
 LARGE = ("pvt_medium", "pvt_large", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in VARIANTS]
 )
@@ -328,6 +329,7 @@ def test_another_variant_than_insisted_on_is_refused(tmp_path, capsys):
     assert run(path, tmp_path / "out", "--variant", "pvt_v2_b0") == 0
 
 
+@pytest.mark.process
 def test_program_runs_from_another_directory(tmp_path):
     """As a newcomer runs it, without this repository on the path."""
     save(official_weights(TINY["v2"]), tmp_path / "a.pth")
@@ -379,6 +381,7 @@ def test_release_is_downloaded_once(release, tmp_path, capsys, monkeypatch):
     assert not any((tmp_path / name).exists() for name in ("b1", "b2", "b3"))
 
 
+@pytest.mark.process
 def test_one_failure_leaves_the_other_variants(release, tmp_path, capsys, monkeypatch):
     names = ["pvt_tiny", "pvt_v2_b0", "pvt_v2_b1"]
     monkeypatch.setattr(command, "VARIANTS", {name: VARIANTS[name] for name in names})

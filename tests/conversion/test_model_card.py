@@ -13,6 +13,7 @@ from pvt_hf.variants import VARIANTS
 from tests.support.checkpoints import TINY, official_weights, save
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("backbone_only", [False, True])
 @pytest.mark.parametrize("name", ["pvt_tiny", "pvt_v2_b0"])
 def test_model_card_is_true_and_runs(name, backbone_only, tmp_path, monkeypatch):

@@ -191,6 +191,7 @@ def test_private_uploads_are_never_public(online, tmp_path, capsys):
     assert "org/pvt exists and is public" in capsys.readouterr().err and online.repos["org/pvt"] == {}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -193,6 +193,7 @@ def test_augmentation_does_not_depend_on_workers(folder, streaming):
     assert runs[0].shape == (12, 3, 32, 32) and torch.equal(*runs)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
 def test_stream_is_split_by_process_and_worker(shards, kind):
     def epoch(number: int, workers: int, world_size: int) -> list[list[int]]:

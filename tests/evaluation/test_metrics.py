@@ -111,6 +111,7 @@ def _gather(rank: int, store: str, queue) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.process
 def test_processes_gather_results_and_counts(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()

@@ -531,6 +531,7 @@ def ddp_data():
     return torch.randn(2, 1, 3, 64, 64, dtype=torch.float64), [random_labels(4), random_labels(1)]
 
 
+@pytest.mark.process
 def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
     """Processes share the mean of their numbers of boxes, here (4 + 1) / 2, and the mean of their gradients."""
     with socket.socket() as free:

@@ -59,6 +59,7 @@ for folder, name in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
+@pytest.mark.process
 @torch.no_grad()
 def test_our_checkpoint_loads_in_a_process_without_pvt_hf(tmp_path):
     arguments = []

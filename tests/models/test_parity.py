@@ -37,6 +37,7 @@ def close(actual, expected) -> bool:
     return torch.allclose(actual, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.process
 @torch.no_grad()
 @pytest.mark.parametrize("name", pvt_hf.VARIANTS)
 def test_every_variant_equals_the_reference(name):
@@ -98,6 +99,7 @@ def test_gradients_equal_the_reference(name):
             assert close(gradient, wanted[prefix + parameter_name]), parameter_name
 
 
+@pytest.mark.process
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "pvt_v2_b2", "pvt_v2_b2_li"])
 def test_equals_timm(name):

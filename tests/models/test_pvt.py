@@ -259,11 +259,13 @@ class ModelChecks:
         model.set_attn_implementation("flex_attention")
         assert_close(tensors(model(pixels)), expected, atol=1e-5)
 
+    @pytest.mark.process
     def test_compiled_equals_eager(self):
         model, pixels = self.build(), self.pixels()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         assert_close(tensors(compiled(pixels)), tensors(model(pixels)), atol=1e-5)
 
+    @pytest.mark.process
     @torch.no_grad()
     def test_exported_program_takes_any_size(self):
         model = self.build()

@@ -34,6 +34,7 @@ def plain_run(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("plain"), "plain", optim="sgd", learning_rate=0.1)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "settings",
     [
@@ -62,6 +63,7 @@ def test_sharding_that_accelerate_would_ignore_is_an_error(tmp_path):
         trainer._check_arguments()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -116,6 +118,7 @@ class Streamed(torch.utils.data.IterableDataset):
             yield self.images[index, 0, self.epoch, position]
 
 
+@pytest.mark.process
 def test_stream_resumes_where_a_corrupt_shard_ended_it(tmp_path):
     """A resumed stream has the same images; an unreadable shard ends the run, with the last checkpoint intact."""
     settings = {"save_strategy": "steps", "save_steps": 3}
@@ -279,6 +282,7 @@ def test_arguments_that_would_be_ignored_are_errors(settings, message, tmp_path)
         build(tmp_path, **settings).train()
 
 
+@pytest.mark.process
 def test_corrupt_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
     trainer = build(tmp_path, num_train_epochs=1)
     data = trainer.train_dataset

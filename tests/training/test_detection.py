@@ -27,6 +27,7 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.process
 @ARCHITECTURES
 def test_run_follows_its_recipe(recipe, scenes, tmp_path):
     """The loss falls, every step has the schedule's rates, and validation images give a loss and COCO's numbers."""
