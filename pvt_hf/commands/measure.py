@@ -78,7 +78,7 @@ def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArgument
 def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
     model = AutoModelForObjectDetection.from_pretrained(checkpoint, dtype=torch.float32)
     if options.annotations and options.images:
-        data = read_coco(options.annotations, options.images)
+        data = read_coco(options.annotations, options.images, options.allow_outside)
     elif options.dataset_name:
         data = read_detection_dataset(
             load_images(options.dataset_name, options.eval_split, options.dataset_config_name)

@@ -84,7 +84,7 @@ def load_splits(
             (data_args.train_annotations, data_args.train_images),
             (data_args.eval_annotations, data_args.eval_images),
         ]
-        train, validation = (data.read_coco(*pair) for pair in files)
+        train, validation = (data.read_coco(*pair, data_args.allow_outside) for pair in files)
     elif data_args.dataset_name:
         splits = data_args.train_split, data_args.eval_split
         rows = (load_images(data_args.dataset_name, split, data_args.dataset_config_name) for split in splits)

@@ -10,6 +10,7 @@ import logging
 import pathlib
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,13 @@ def _read(source: str, path: Path, config: dict[str, Any], preprocessor: dict[st
     return Checkpoint(source, path, add_base_prefix(loaded), config, preprocessor, tuple(set_aside), class_names)
 
 
+def _check_checksums(path: Path) -> None:
+    """Raises a `ConversionError` if the content of a zip file does not have the checksums that it states."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ConversionError(f"{path} is damaged: {damaged!r} in it does not have the checksum that it states.")
+
+
 def _class_names(meta: Any) -> tuple[str, ...]:
     """`CLASSES` of mmdetection 2 and mmsegmentation 0, or `dataset_meta` of the versions after them."""
     meta = meta if isinstance(meta, dict) else {}
@@ -246,6 +254,8 @@ def load_file(path: Path) -> dict[str, Any]:
             raise ConversionError(f"{path} is neither a file of `torch.save` nor a `.safetensors` file.")
         if path.suffix == ".safetensors":
             raise ConversionError(f"{path} is a pickle of `torch.save` under the name of a `.safetensors` file.")
+        if is_zip:  # torch does not look at the checksums of what it maps into memory
+            _check_checksums(path)
         with torch.serialization.safe_globals(_HARMLESS):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
@@ -254,8 +264,10 @@ def load_file(path: Path) -> dict[str, Any]:
                 f"{path} is refused: it is a pickle that asks for `{wanted[1]}`, and reading that could run code "
                 "here. Only tensors and a few harmless types are read. Save its `state_dict()` where you trust it."
             ) from error
-        raise ConversionError(f"{path} is refused or damaged: {str(error).splitlines()[0]}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
+        # torch's own sentence advises to read the file in a way that runs its code.
+        reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        raise ConversionError(f"{path} is refused or damaged: {reason[1] if reason else 'no valid pickle'}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
         if isinstance(error, ConversionError):
             raise
         raise ConversionError(f"{path} is truncated or damaged: {str(error).splitlines()[0]}") from error

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -159,18 +159,27 @@ _COCO_FIELDS = {
 }
 
 
-def read_coco(annotation_file: str | Path, image_folder: str | Path) -> DetectionData:
+def read_coco(annotation_file: str | Path, image_folder: str | Path, allow_outside: bool = False) -> DetectionData:
     """Reads and checks a COCO json. Class labels are the positions of the categories in the order of their ids.
 
     Args:
         annotation_file: The json, with `images`, `annotations` and `categories`.
         image_folder: With the files that it names.
+        allow_outside: Whether a `file_name` may be absolute or lead out of `image_folder` (default: `False`, since
+            images of it appear in pictures that may be published).
 
     Raises:
-        AnnotationError: If the file is not COCO json, or an annotation is of an image or a category that it does not
-            list; the message names the file and the ids.
+        AnnotationError: If the file is not COCO json, an annotation is of an image or a category that it does not list,
+            or a `file_name` leads out of the folder; the message names the file and the ids.
     """
     content = _load_coco(annotation_file)
+    for image in content["images"]:
+        name = PurePath(str(image["file_name"]))
+        if not allow_outside and (name.is_absolute() or ".." in name.parts):
+            raise AnnotationError(
+                f"{annotation_file}: image {image['id']} has `file_name` {str(name)!r}, which is outside of "
+                f"{image_folder}. If you trust the file, set `allow_outside` (`--allow_outside`)."
+            )
     categories = sorted(content["categories"], key=lambda category: category["id"])
     labels = {category["id"]: label for label, category in enumerate(categories)}
     by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}

@@ -157,6 +157,9 @@ class DetectionDataArguments(DataArguments):
     eval_images: str | None = option(None, "folder of its images (default: none)")
     num_scenes: int = option(1000, "digit scenes that are drawn for training, where no data are given (default: 1000)")
     keep_empty: bool = option(False, "train on images without objects too (default: false)")
+    allow_outside: bool = option(
+        False, "let COCO json name files outside of the folder of its images (default: false, an error)"
+    )
 
     def __post_init__(self) -> None:
         check_together(self, "train_annotations", "train_images", "eval_annotations", "eval_images")
@@ -276,6 +279,9 @@ class EvaluationArguments:
     images: str | None = option(None, "of detectors and segmenters: folder of images (default: none)")
     annotations: str | None = option(None, "of detectors: COCO json of --images (default: none)")
     maps: str | None = option(None, "of segmenters: folder of the label maps of --images, PNG (default: none)")
+    allow_outside: bool = option(
+        False, "let COCO json name files outside of the folder of its images (default: false, an error)"
+    )
     max_eval_samples: int | None = option(None, "measure on so many images, the first ones (default: on all)")
     per_device_eval_batch_size: int | None = option(None, "images per batch (default: 64 for classifiers, else 1)")
     dataloader_num_workers: int = option(4, "processes that read images, for each device (default: 4)")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,22 @@ class _ForgedState:
         return np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0)
 
 
+def flip_a_byte(path, weights):
+    """Of the largest tensor: the size stays, and so does all that tells where tensors begin."""
+    save(weights, path)
+    content = bytearray(path.read_bytes())
+    largest = max(weights.values(), key=torch.numel).numpy().tobytes()
+    content[content.index(largest) + len(largest) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def odd_pickle(path, _):
+    """With an instruction that torch's restricted reader does not know."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("odd/data.pkl", b"\x80\x02\xff.")
+        archive.writestr("odd/version", "3\n")
+
+
 def holding_itself(path, weights):
     content = {"state_dict": weights}
     content["state_dict"] = content
@@ -76,6 +93,8 @@ def holding_itself(path, weights):
 
 
 WRONG_FILES = {
+    "flipped.pth": (flip_a_byte, "is damaged: '.*data/.*' in it does not have the checksum"),
+    "odd_pickle.pth": (odd_pickle, "refused or damaged: "),
     "itself.pth": (holding_itself, "refused: its 'state_dict' holds itself"),
     "malicious.pth": (pickled(malicious), r"refused.*`posix\.system`.*could run code"),
     "legacy.pth": (pickled(malicious, _use_new_zipfile_serialization=False), r"refused.*`posix\.system`"),
@@ -144,6 +163,7 @@ def test_wrong_file_is_refused_and_nothing_is_left(name, tmp_path, capsys):
     assert run(tmp_path / name, tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and re.search(message, error, flags=re.DOTALL), error
+    assert "weights_only" not in error  # torch advises to read the file in a way that runs its code
     assert [path.name for path in tmp_path.iterdir()] == [name]  # no output, no rest of it, and no harm
 
 

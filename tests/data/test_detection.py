@@ -106,6 +106,14 @@ def test_file_that_is_not_json_is_an_error(tmp_path):
             read_coco(tmp_path / name, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "a/../../secret.png"])
+def test_files_outside_of_the_folder_are_refused_unless_allowed(coco_json, name):
+    files = coco_json(lambda content: content["images"][1].update(file_name=name))
+    with pytest.raises(AnnotationError, match=f"image 3 has `file_name` '{name}', which is outside"):
+        read_coco(*files)
+    assert read_coco(*files, allow_outside=True).records[1].name == name
+
+
 def test_corrupt_image_is_skipped_or_an_error(coco_json):
     file, folder = coco_json()
     data = read_coco(file, folder)
