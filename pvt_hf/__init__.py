@@ -4,6 +4,8 @@
 the detectors and the segmenter.
 """
 
+from typing import Any
+
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -14,7 +16,10 @@ from transformers import (
     AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from .models.backbone import load_pretrained_backbone
@@ -72,7 +77,10 @@ __all__ = [
 
 
 def _register(
-    config_class: type, model_classes: dict[type, type], image_processor: type, image_processor_pil: type
+    config_class: type[PreTrainedConfig],
+    model_classes: dict[Any, type[PreTrainedModel]],
+    image_processor: type[BaseImageProcessor],
+    image_processor_pil: type[BaseImageProcessor],
 ) -> None:
     """Registers an architecture with the Auto classes, also over a class of transformers.
 
@@ -85,10 +93,12 @@ def _register(
     image_processors = {"torchvision": image_processor, "pil": image_processor_pil}
     AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
 
-    found = {auto_class.__name__: auto_class._model_mapping.get(config_class, None) for auto_class in model_classes}
+    found: dict[str, Any] = {
+        auto_class.__name__: auto_class._model_mapping.get(config_class, None) for auto_class in model_classes
+    }
     found |= {"AutoConfig": type(AutoConfig.for_model(config_class.model_type))}
     found |= {"AutoImageProcessor": IMAGE_PROCESSOR_MAPPING.get(config_class, None)}
-    wanted = {auto_class.__name__: model_class for auto_class, model_class in model_classes.items()}
+    wanted: dict[str, Any] = {auto_class.__name__: model_class for auto_class, model_class in model_classes.items()}
     wanted |= {"AutoConfig": config_class, "AutoImageProcessor": image_processors}
     if wrong := {name: found[name] for name in wanted if found[name] != wanted[name]}:
         raise RuntimeError(f"This version of transformers does not take the classes of pvt_hf, it gives {wrong}.")

@@ -140,7 +140,7 @@ def differences(config: PreTrainedConfig, variant: Variant) -> list[str]:
     wanted = build_config(variant.name)
     if config.model_type != wanted.model_type:
         return [f"model_type is {config.model_type}, not {wanted.model_type}"]
-    fields = _VARIANT_FIELDS[config.model_type]
+    fields: tuple[str, ...] = _VARIANT_FIELDS[config.model_type]
     if config.model_type == "pvt_v2":
         fields = ("linear_attention", *fields)
         if config.linear_attention and wanted.linear_attention:  # which does not use them

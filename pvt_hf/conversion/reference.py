@@ -132,7 +132,7 @@ def feature_maps(
     patch_eps: float = PATCH_EPS,
 ) -> list[torch.Tensor]:
     """The four maps of the official detection backbones. `image_size` is that of v1's stored positions."""
-    maps = []
+    maps: list[torch.Tensor] = []
     for stage in (1, 2, 3, 4):
         tokens, height, width = patch_embedding(weights, stage, maps[-1] if maps else pixels, patch_eps)
         if is_v1(weights):

@@ -193,7 +193,9 @@ def detr(
         layer += 1
 
     queries = weights["bbox_head.query_embedding.weight"].expand(batch, -1, -1)
-    state, logits, boxes = torch.zeros_like(queries), [], []
+    state = torch.zeros_like(queries)
+    logits: list[torch.Tensor] = []
+    boxes: list[torch.Tensor] = []
     while (name := f"{start}.decoder.layers.{len(logits)}") + ".norms.0.weight" in weights:
         located = state + queries
         update = attention(weights, f"{name}.attentions.0.attn", located, located, state, None, heads)

@@ -15,6 +15,9 @@ from transformers.image_utils import (
     SizeDict,
 )
 
+# An image has no more pixels after its resize: at 256 pixels of the shortest edge, an aspect ratio of about 1000.
+_MAX_RESIZED_PIXELS = 2**26
+
 
 def _scale_together(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Where only one of `size` and `crop_size` is given, the other follows in the papers' ratio of 256 to 224."""
@@ -68,6 +71,27 @@ class _PvtPreprocessing:
             fields["auto_map"]["AutoImageProcessor"] = backends
         return fields
 
+    def resize(self, image: Any, size: SizeDict, **kwargs: Any) -> Any:
+        """As that of the backend, but not of a thin image, which would become very long before most of it is cut off.
+
+        Args:
+            image: `(..., height, width)`, an array or a tensor.
+            size: Sides in pixels.
+            **kwargs: As of the backend.
+
+        Raises:
+            ValueError: If the image would get more than 2^26 pixels.
+        """
+        if size.shortest_edge and not size.longest_edge:
+            height, width = image.shape[-2:]
+            resized = [round(side * size.shortest_edge / min(height, width)) for side in (height, width)]
+            if math.prod(resized) > _MAX_RESIZED_PIXELS:
+                raise ValueError(
+                    f"An image of {height} x {width} pixels (height x width) would become {resized[0]} x {resized[1]} "
+                    f"by `size` {dict(size)}, more than {_MAX_RESIZED_PIXELS} pixels: cut it before."
+                )
+        return super().resize(image=image, size=size, **kwargs)
+
     def preprocess(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
         """
         Args:
@@ -77,6 +101,9 @@ class _PvtPreprocessing:
         Returns:
             `BatchFeature`: `pixel_values`, float32 of shape `(batch, 3, height, width)`, RGB, with ImageNet's mean and
             standard deviation taken out.
+
+        Raises:
+            ValueError: If an image is so thin that it would be resized to more than 2^26 pixels.
         """
         return super().preprocess(images, *args, **_scale_together(kwargs))
 

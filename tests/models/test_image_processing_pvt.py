@@ -182,3 +182,15 @@ def test_backends_share_one_file(tmp_path):
     assert saved["image_processor_type"] == "PvtImageProcessor"
     loaded = pvt_hf.PvtImageProcessor.from_pretrained(tmp_path)
     assert dict(loaded.size) == {"shortest_edge": 329} and loaded.crop_size.height == 288
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", [(20000, 1), (1, 20000)])
+def test_a_thin_image_is_refused_before_it_is_enlarged(processor_class, shape):
+    """Its shortest edge alone would make it gigabytes, most of which the crop throws away."""
+    image = Image.new("RGB", shape[::-1])
+    with pytest.raises(ValueError, match=f"{shape[0]} x {shape[1]} pixels .* would become"):
+        processor_class()(image, return_tensors="pt")
+    assert processor_class(size={"height": 32, "width": 32})(image).pixel_values[0].shape == (3, 32, 32)
+    thin = Image.new("RGB", (8, 3000))
+    assert processor_class()(thin, return_tensors="pt").pixel_values.shape == (1, 3, 224, 224)
