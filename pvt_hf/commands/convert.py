@@ -36,7 +36,7 @@ _EXPECTED = (ConversionError, OSError, SafetensorError)
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the program. Returns its exit code: 0, or 1 for an error, which is printed."""
-    options = parse_arguments(argv)
+    options = parse(argv)
     disable_progress_bar()  # of transformers: its bars for two small files hide the figures
     chosen = {key: getattr(options, key) for key in ("backbone_only", "overwrite", "with_code")}
     try:
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="pvt-hf convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

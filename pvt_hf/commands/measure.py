@@ -35,7 +35,7 @@ Measured = tuple[Trainer, dict[str, float]]
 NUM_SCENES = 40
 
 
-def build_training_arguments(options: EvaluationArguments, batch_size: int) -> TrainingArguments:
+def build_evaluation_arguments(options: EvaluationArguments, batch_size: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=options.output_dir,
         per_device_eval_batch_size=options.per_device_eval_batch_size or batch_size,
@@ -51,9 +51,9 @@ def check_num_labels(model: PreTrainedModel, checkpoint: str, count: int) -> Non
         raise SystemExit(f"{checkpoint} has {model.config.num_labels} classes and the data {count}")
 
 
-def draw_scenes(options: EvaluationArguments) -> Path:
+def draw_validation_scenes(options: EvaluationArguments) -> Path:
     """The folder of the validation scenes."""
-    with build_training_arguments(options, 1).main_process_first(desc="drawing scenes"):
+    with build_evaluation_arguments(options, 1).main_process_first(desc="drawing scenes"):
         folder = Path(options.output_dir) / f"scenes-{options.seed}"
         return write_scenes(folder, 1, NUM_SCENES, options.seed) / "validation"
 
@@ -66,7 +66,7 @@ def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArgument
     image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # exactly as torchvision on PIL
     trainer = Trainer(
         model,
-        build_training_arguments(options, batch_size=64),
+        build_evaluation_arguments(options, batch_size=64),
         data_collator=collate,
         preprocess_logits_for_metrics=classification_statistics,
         compute_metrics=classification_metrics,
@@ -84,12 +84,12 @@ def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments)
             load_images(options.dataset_name, options.eval_split, options.dataset_config_name)
         )
     else:
-        scenes = draw_scenes(options)
+        scenes = draw_validation_scenes(options)
         data = read_coco(scenes / "annotations.json", scenes / "images")
     check_num_labels(model, checkpoint, len(data.label_names))
     trainer = DetectionTrainer(
         model,
-        build_training_arguments(options, batch_size=1),  # as mmdetection: no image is padded to another's size
+        build_evaluation_arguments(options, batch_size=1),  # as mmdetection: no image is padded to another's size
         recipe=DETECTION_RECIPES[recipe],
         processing_class=AutoImageProcessor.from_pretrained(checkpoint),
     )
@@ -107,11 +107,11 @@ def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments
         rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.eval_split)
         data = read_segmentation_dataset(rows, options.map_column, **settings)
     else:
-        scenes = draw_scenes(options)
+        scenes = draw_validation_scenes(options)
         data = read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
     trainer = SegmentationTrainer(
         model,
-        build_training_arguments(options, batch_size=1),
+        build_evaluation_arguments(options, batch_size=1),
         recipe=SEGMENTATION_RECIPES[recipe],
         processing_class=image_processor,
     )

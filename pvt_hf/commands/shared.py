@@ -1,4 +1,4 @@
-"""What several commands do alike: class names in a configuration, the variant of a checkpoint, the bundled scenes."""
+"""What several commands do alike: the variant of a checkpoint, a backbone's weights, the bundled scenes, the end."""
 
 from pathlib import Path
 
@@ -11,11 +11,6 @@ from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
 
 DEFAULT_VARIANT = "pvt_v2_b0"
-
-
-def label_fields(names: list[str]) -> dict[str, dict]:
-    """The fields `id2label` and `label2id` of a configuration for these classes."""
-    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
 
 def read_backbone_config(checkpoint: str | None, variant: str | None) -> tuple[PreTrainedConfig, str | None]:

@@ -26,6 +26,7 @@ import pvt_hf
 
 from ..data import classification as images
 from ..data.augmentation import build_training_transform
+from ..models.configuration_pvt import label_fields
 from ..recipes import ImageNetRecipe, imagenet_recipe
 from ..training.arguments import (
     CLASSIFICATION,
@@ -52,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> tuple[tuple[Any, ...], ImageNetRecipe, 
 
 
 def load_model(model_args: ClassificationModelArguments, recipe: ImageNetRecipe, names: list[str]) -> PreTrainedModel:
-    fields = shared.label_fields(names) | {"drop_path_rate": recipe.drop_path_rate}
+    fields = label_fields(names) | {"drop_path_rate": recipe.drop_path_rate}
     if model_args.model_name_or_path:
         model = AutoModelForImageClassification.from_pretrained(
             model_args.model_name_or_path, ignore_mismatched_sizes=True, **fields

@@ -35,6 +35,7 @@ import pvt_hf
 from ..data import detection as data
 from ..data.augmentation import DetectionAugmentation
 from ..data.classification import load_images
+from ..models.configuration_pvt import label_fields
 from ..recipes import DETECTION_RECIPES, DetectionRecipe, detection_recipe
 from ..training.arguments import (
     DETECTION,
@@ -114,11 +115,11 @@ def load_model(
 ) -> PreTrainedModel:
     if model_args.model_name_or_path:
         model = AutoModelForObjectDetection.from_pretrained(
-            model_args.model_name_or_path, ignore_mismatched_sizes=True, **shared.label_fields(names)
+            model_args.model_name_or_path, ignore_mismatched_sizes=True, **label_fields(names)
         )
     else:
         backbone.drop_path_rate = recipe.drop_path_rate
-        values = shared.label_fields(names) | cast(dict, model_args.config_overrides)
+        values = label_fields(names) | cast(dict, model_args.config_overrides)
         model = build_detector(recipe.architecture, backbone, values)
     shared.load_backbone(model, model_args.backbone_checkpoint)
     freeze_stages(model, model_args.freeze_stages)

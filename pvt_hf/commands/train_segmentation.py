@@ -36,6 +36,7 @@ import pvt_hf
 from ..data import segmentation as data
 from ..data.augmentation import SegmentationAugmentation
 from ..data.digits import CLASSES
+from ..models.configuration_pvt import label_fields
 from ..recipes import SEGMENTATION_RECIPES, SegmentationRecipe
 from ..training.arguments import (
     SEGMENTATION,
@@ -98,7 +99,7 @@ def load_model(
     model_args: SegmentationModelArguments, backbone: PreTrainedConfig, recipe: SegmentationRecipe, names: list[str]
 ) -> PreTrainedModel:
     if checkpoint := model_args.model_name_or_path:
-        config = AutoConfig.from_pretrained(checkpoint, **shared.label_fields(names))
+        config = AutoConfig.from_pretrained(checkpoint, **label_fields(names))
         config.backbone_config.drop_path_rate = recipe.drop_path_rate
         if isinstance(config, pvt_hf.SemanticFPNConfig):
             config.loss_normalization = recipe.loss_normalization
@@ -113,7 +114,7 @@ def load_model(
             loss_normalization=recipe.loss_normalization,
             neck_channels=model_args.neck_channels,
             head_channels=model_args.head_channels,
-            **shared.label_fields(names),
+            **label_fields(names),
         )
         model = AutoModelForSemanticSegmentation.from_config(config)
         shared.load_backbone(model, model_args.backbone_checkpoint)

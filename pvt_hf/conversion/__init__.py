@@ -1,1 +1,1 @@
-"""Checkpoints of the official code, timm, mmdetection and mmsegmentation to safetensors, and back."""
+"""Checkpoints of the released code, timm, mmdetection and mmsegmentation to safetensors, and back."""

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torchvision.models import ResNet50_Weights
 from transformers import PreTrainedConfig
 
-from ..models.configuration_pvt import PvtConfig
+from ..models.configuration_pvt import PvtConfig, label_fields
 from ..models.configuration_pvt_v2 import PvtV2Config
 from .rename import ConversionError, StateDict, quote
 
@@ -121,13 +121,6 @@ def _image_size(positions: int, fields: dict[str, Any]) -> int | list[int]:
 def imagenet_labels() -> list[str]:
     """The 1000 classes of ImageNet-1k in torchvision's words, each of them once."""
     return ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-
-
-def label_fields(names: Sequence[str]) -> dict[str, dict]:
-    return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
 
 
 def label_names(num_labels: int, stated: Sequence[str], default: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Configuration of PVT v1."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -22,6 +23,15 @@ def check_stage_fields(config: PreTrainedConfig, *fields: str) -> None:
                 f"`hidden_sizes[{stage}]` must be divisible by `num_attention_heads[{stage}]`, got {hidden_size} and "
                 f"{heads}."
             )
+
+
+def label_fields(names: Sequence[str]) -> dict[str, dict]:
+    """The fields `id2label` and `label2id` of a configuration.
+
+    Args:
+        names: Of the classes, by label.
+    """
+    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
 
 @strict

@@ -12,11 +12,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ...models.configuration_pvt import label_fields
 from ...models.image_processing_detection import PvtDetectionImageProcessor
 from .. import reference, rename
 from ..checkpoint import Checkpoint
 from ..class_names import COCO
-from ..infer_config import infer_config, label_fields, label_names
+from ..infer_config import infer_config, label_names
 from ..rename import ConversionError, StateDict
 
 Weights = Mapping[str, torch.Tensor]
