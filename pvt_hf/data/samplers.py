@@ -43,7 +43,11 @@ class EpochSampler(Sampler[Key]):
     def _build_repeated(self) -> RepeatAugSampler:
         from timm.data.distributed_sampler import RepeatAugSampler
 
-        return RepeatAugSampler(range(self.length), self.world_size, self.rank, num_repeats=self.repeats)
+        # timm rounds down to a multiple of 256, in older versions also fewer images: to none.
+        rounding = 256 if self.length >= 256 else 0
+        return RepeatAugSampler(
+            range(self.length), self.world_size, self.rank, num_repeats=self.repeats, selected_round=rounding
+        )
 
     def __iter__(self) -> Iterator[Key]:
         if self.repeats > 1:
