@@ -1,6 +1,7 @@
 """The rules that keep the rooms of the house apart: who imports whom, and what is imported only where it is used."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -105,3 +106,13 @@ def test_optional_packages_are_imported_where_they_are_used(path):
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= 500
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=module_name)
+def test_each_docstring_entry_is_of_one_parameter(path):
+    """Editors and the documentation show a parameter's entry beside it, and cannot take one apart."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    documented = (node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module))
+    docstrings = "\n".join(filter(None, (ast.get_docstring(node) for node in documented)))
+    entries = re.findall(r"^ +(?:\*{0,2}\w+, )+\*{0,2}\w+(?: \(.*\))?:", docstrings, flags=re.MULTILINE)
+    assert not [entry for entry in entries if "Error" not in entry]
