@@ -20,9 +20,10 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from ..training.arguments import EvaluationArguments, parse_arguments
+from ..training.arguments import EvaluationArguments
 from ..variants import VARIANTS
 from .measure import published_metrics, task_of
+from .parser import parse_arguments
 from .presets import EVALUATION
 
 

@@ -34,11 +34,11 @@ from ..training.arguments import (
     ClassificationModelArguments,
     build_training_arguments,
     override_recipe,
-    parse_arguments,
 )
 from ..training.classification import ImageClassificationTrainer
 from ..training.optimization import freeze_stages
 from . import presets, shared
+from .parser import parse_arguments
 
 Images: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 

@@ -43,11 +43,11 @@ from ..training.arguments import (
     DetectionModelArguments,
     build_training_arguments,
     override_recipe,
-    parse_arguments,
 )
 from ..training.detection import DetectionTrainer
 from ..training.optimization import freeze_stages
 from . import presets, shared
+from .parser import parse_arguments
 
 # By architecture; DETR is transformers'.
 CLASSES: dict[str, tuple[Any, Any]] = {

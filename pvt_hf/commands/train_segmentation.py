@@ -44,11 +44,11 @@ from ..training.arguments import (
     SegmentationModelArguments,
     build_training_arguments,
     override_recipe,
-    parse_arguments,
 )
 from ..training.optimization import freeze_stages
 from ..training.segmentation import SegmentationTrainer
 from . import presets, shared
+from .parser import parse_arguments
 
 
 def parse(

@@ -6,7 +6,7 @@ import json
 import pytest
 from transformers import TrainingArguments
 
-from pvt_hf.commands import presets
+from pvt_hf.commands import parser, presets
 from pvt_hf.training import arguments
 
 PROGRAMS = {
@@ -19,7 +19,7 @@ PROGRAMS = {
 
 def parse(program: str, *argv: str):
     types, program_presets = PROGRAMS[program]
-    return arguments.parse_arguments(types, [*argv], f"pvt-hf {program}", "What it does.", program_presets)
+    return parser.parse_arguments(types, [*argv], f"pvt-hf {program}", "What it does.", program_presets)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
