@@ -79,6 +79,11 @@ def flip_a_byte(path, weights):
     path.write_bytes(content)
 
 
+def zip_bomb(path, _):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(10**7))
+
+
 def odd_pickle(path, _):
     """With an instruction that torch's restricted reader does not know."""
     with zipfile.ZipFile(path, "w") as archive:
@@ -94,6 +99,7 @@ def holding_itself(path, weights):
 
 WRONG_FILES = {
     "flipped.pth": (flip_a_byte, "is damaged: '.*data/.*' in it does not have the checksum"),
+    "bomb.pth": (zip_bomb, "refused: it claims more content than the file has"),
     "odd_pickle.pth": (odd_pickle, "refused or damaged: "),
     "itself.pth": (holding_itself, "refused: its 'state_dict' holds itself"),
     "malicious.pth": (pickled(malicious), r"refused.*`posix\.system`.*could run code"),
