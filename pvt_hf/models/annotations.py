@@ -164,7 +164,8 @@ _LARGEST = 2**53
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number, of Python or NumPy, and no bool."""
     # The comparison is false for NaN, and unlike `math.isfinite` it takes integers of any length.
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(abs(value) <= _LARGEST)
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and bool(abs(value) <= _LARGEST)
 
 
 def is_integer(value: Any) -> bool:
@@ -253,11 +254,19 @@ def has_mask(segmentation: Any, name: str = "A segmentation") -> bool:
     Raises:
         AnnotationError: If it is none of these.
     """
-    return isinstance(segmentation, Mapping) or bool(_find_polygons(segmentation, name))
+    return isinstance(segmentation, Mapping) or bool(usable_polygons(segmentation, name))
 
 
-def _find_polygons(segmentation: Any, name: str) -> list[list[float]]:
-    """The polygons of a segmentation; parts of one or two points have no area and are left out."""
+def usable_polygons(segmentation: Any, name: str = "A segmentation") -> list[list[float]]:
+    """The polygons of a segmentation; parts of one or two points have no area and are left out.
+
+    Args:
+        segmentation: A list of polygons, or `None`.
+        name: Of the annotation, for the error.
+
+    Raises:
+        AnnotationError: If it is not a list of lists of numbers x, y, x, y, ...
+    """
     for part in segmentation if isinstance(segmentation, list) else [segmentation] * (segmentation is not None):
         if not isinstance(part, list) or len(part) % 2 or not all(map(is_number, part)):
             raise AnnotationError(
@@ -293,7 +302,7 @@ def rasterize(segmentation: Any, size: tuple[int, int], name: str = "A segmentat
             return coco_mask.decode(rle).astype(bool)
         except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             raise AnnotationError(f"{name} has RLE that cannot be read: {error}") from error
-    polygons = _find_polygons(segmentation, name)
+    polygons = usable_polygons(segmentation, name)
     if not polygons:
         raise AnnotationError(
             f"{name} has no mask: `segmentation` must be RLE or have a polygon of three or more points, got "
