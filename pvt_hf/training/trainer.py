@@ -8,7 +8,7 @@ special about a task is in `classification`, `detection` and `segmentation` besi
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import logging
 
@@ -35,6 +36,7 @@ from .run_checkpoints import (
 logger = logging.get_logger(__name__)
 
 _EMA_WEIGHTS = "ema.safetensors"
+_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
 Schedule = Callable[[int, int, int], float]
 
@@ -71,7 +73,9 @@ class VisionTrainer(Trainer):
         recipe: Hyper-parameters, a dataclass, for the model card; a subclass may use it.
         dataset_name: For the model card: where the images came from, `None` for the bundled data.
         initial_weights: For the model card: where the weights came from, `None` for random ones.
+
         settings: For the model card: what else was chosen.
+        left_out: The corrupt images that were left out before training, for the summary at the end.
         schedule: From `(step, steps per epoch, steps of the run)` to the multiplier of every learning rate; by default
             the schedule is that of `args.lr_scheduler_type`.
         parameter_groups: From the model to the groups of the optimiser; by default those of `Trainer`.
@@ -102,6 +106,7 @@ class VisionTrainer(Trainer):
         dataset_name: str | None = None,
         initial_weights: str | None = None,
         settings: dict[str, Any] | None = None,
+        left_out: Sequence[str] = (),
         schedule: Schedule | None = None,
         parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
         repeats: int = 1,
@@ -114,6 +119,8 @@ class VisionTrainer(Trainer):
         self.dataset_name, self.initial_weights = dataset_name, initial_weights
         self.schedule, self.parameter_groups, self.repeats = schedule, parameter_groups, repeats
         self.ema_decay, self.channels_last = ema_decay, channels_last
+
+        self.left_out, self._saved_step = list(left_out), -1
         self.ema, self.skipped, self.skipped_before = None, 0, 0
         self._check_arguments()
         self.args.remove_unused_columns = False
@@ -231,10 +238,32 @@ class VisionTrainer(Trainer):
             )
         return loss
 
+    def _evaluate(self, trial, *args, **kwargs) -> dict[str, float]:
+        """As in `Trainer`, after the checkpoint that is due: an evaluation that fails costs no training."""
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial)
+        return super()._evaluate(trial, *args, **kwargs)
+
+    def _add_metrics(self, folder: Path) -> None:
+        """What the evaluation changed since the checkpoint of this step was written: the metrics, and which is best."""
+        best = folder.parent / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            run = read_run(folder)
+            mark_incomplete(folder)
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            mark_complete(folder, run)
+
     def _save_checkpoint(self, model, trial) -> None:
         """As in `Trainer`, and in the end a list of the files, without which it is not taken for a good checkpoint."""
         run_dir, args = self._get_output_dir(trial), self.args
+
         folder, limit = Path(run_dir) / f"checkpoint-{self.state.global_step}", args.save_total_limit
+        # A schedule that follows the metrics has taken its step since.
+        if self._saved_step == self.state.global_step and args.lr_scheduler_type not in _METRIC_SCHEDULES:
+            return self._add_metrics(folder)
+
         skipped = self.skipped_images()
         # Older checkpoints go, and the Hub gets this one, when it is complete.
         args.save_total_limit, push, args.push_to_hub = None, args.push_to_hub, False
@@ -255,6 +284,8 @@ class VisionTrainer(Trainer):
             raise CheckpointError(f"{folder} could not be written: {error}. The last good one is {last}.") from error
         finally:
             args.save_total_limit, args.push_to_hub = limit, push
+
+        self._saved_step = self.state.global_step
         if push:
             self._push_from_checkpoint(str(folder))
         if args.should_save:
@@ -333,25 +364,32 @@ class VisionTrainer(Trainer):
         return metrics
 
     def finish(self) -> str:
-        """The end of a training program, called by every process: evaluates the model (and its EMA weights), saves
-        it with `eval_results.json`, pictures, curves and card, and pushes everything to the Hub if `args` says so.
+        """The end of a training program, called by every process: saves the model, evaluates it (and its EMA weights),
+        leaves `eval_results.json`, pictures, curves and card, and pushes everything to the Hub if `args` says so.
 
         Returns:
             What was reached, in words.
         """
+
+        self.save_model(_internal_call=True)  # not pushed yet: the card needs the metrics
         ema: dict[str, float] = self.evaluate_ema() if self.ema is not None else {}
         metrics = ema | self.evaluate()  # whose predictions are the ones that are kept
-        self.save_model()
         self.save_metrics("eval", metrics)
         self.draw_predictions()
         self.create_model_card()
         lines = []
         for prefix in ("eval", "ema") if self.ema is not None else ("eval",):
-            values = (f"{name} {metrics[f'{prefix}_{key}']:.4f}" for key, name in self.metric_names.items())
+            found = ((name, metrics[f"{prefix}_{key}"]) for key, name in self.metric_names.items())
+            # COCO has -1 where there are no objects.
+            values = (f"{name} {value:.4f}" if value >= 0 else f"no ground truth for {name}" for name, value in found)
             lines.append(f"{prefix}: {', '.join(values)} on {metrics[f'{prefix}_images']} images")
         skipped = self.skipped_images()
         if self.args.push_to_hub:
             self.push_to_hub()
+
+        if self.left_out:
+            listed = "\n  ".join(self.left_out)
+            lines.append(f"{len(self.left_out)} corrupt images were left out before training:\n  {listed}")
         lines.append(f"{skipped} corrupt images were skipped; everything is in {self.args.output_dir}")
         self.accelerator.end_training()
         return "\n".join(lines)
