@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..models.image_processing_segmentation import IGNORE_INDEX, check_label_map, read_label_map, reduce_labels
-from .images import ImageError, decode, drop_skipped
+from .images import ImageError, decode, decode_to_fit, drop_skipped, prepare
 
 if TYPE_CHECKING:
     import datasets
@@ -53,7 +53,8 @@ class SegmentationData:
         return (self.rows[index]["image"] or {}).get("path") or f"image {index}"
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads an image and its label map.
+        """Reads an image, turned as its EXIF orientation says unless the map has the size of the stored pixels, and its
+        label map.
 
         Args:
             index: Of its row.
@@ -66,12 +67,15 @@ class SegmentationData:
             ValueError: If the map is of colours, of another size, or has labels that are not classes.
         """
         row, name = self.rows[index], self.name(index)
-        image = torch.from_numpy(np.array(decode(row["image"], name))).permute(2, 0, 1)
         map_name = f"The label map {(row['label_map'] or {}).get('path') or ''} of {name}"
         given = decode(row["label_map"], map_name, mode=None)
         labels = read_label_map(given, map_name)
+        image = decode_to_fit(row["image"], name, tuple(labels.shape))
         if labels.shape != image.shape[1:]:
-            raise ValueError(f"{map_name} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])}.")
+            raise ValueError(
+                f"{map_name} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])}, turned as "
+                "its EXIF says if it has one."
+            )
         labels = reduce_labels(labels) if self.reduce_labels else labels
         check_label_map(labels, self.num_labels, map_name)
         return image, labels
@@ -185,7 +189,7 @@ class EvaluationMaps(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         image, labels = self.data.read(index)
-        return {"pixel_values": self.image_processor(image, return_tensors="pt").pixel_values[0], "labels": labels}
+        return {"pixel_values": prepare(image, self.image_processor, self.data.name(index)), "labels": labels}
 
 
 @dataclass(frozen=True)
