@@ -251,7 +251,8 @@ class MaskHead(nn.Module):
     def loss(
         self, logits: torch.Tensor, samples: Sequence[SampledRoIs], truths: Sequence[GroundTruth]
     ) -> dict[str, torch.Tensor]:
-        """Cross-entropy of the maps of the objects' classes, averaged over their cells; 0 without a positive RoI.
+        """Cross-entropy of the maps of the objects' classes, averaged over their cells; 0 without a positive RoI. That
+        of an object without a mask does not count.
 
         Args:
             logits: `(all positive RoIs, num_labels, 28, 28)`, image by image.
@@ -263,15 +264,18 @@ class MaskHead(nn.Module):
         """
         from torchvision.ops import roi_align
 
-        targets, labels = [], []
+        targets, labels, counted = [], [], []
         for rois, truth in zip(samples, truths, strict=True):
             boxes = clip_boxes(rois.positive_boxes, rois.objects.new_tensor(truth.masks.shape[1:]))
             boxes = torch.cat((rois.objects[:, None].to(boxes), boxes), dim=1)  # (positive RoIs, 5)
             masks = truth.masks[:, None].to(boxes.dtype)  # (objects, 1, height, width)
             targets.append(roi_align(masks, boxes, logits.shape[-1], 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5)
             labels.append(truth.class_labels[rois.objects])
-        targets, labels = torch.cat(targets).to(logits.dtype), torch.cat(labels)
+            has_masks = torch.ones_like(truth.class_labels).bool() if truth.has_masks is None else truth.has_masks
+            counted.append(has_masks[rois.objects])
+        targets, labels, counted = torch.cat(targets).to(logits.dtype), torch.cat(labels), torch.cat(counted)
         own_class = logits[torch.arange(len(labels), device=labels.device), labels]  # (all positive RoIs, 28, 28)
+        own_class, targets = own_class[counted], targets[counted]
         loss = F.binary_cross_entropy_with_logits(own_class, targets, reduction="sum")
         return {"loss_mask": loss / max(targets.numel(), 1)}
 
@@ -331,7 +335,8 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 For each image `class_labels` int64 `(objects,)`, `boxes` `(objects, 4)`, cxcywh relative to the image's
                 size without padding, and with a mask head `masks` `(objects, height, width)`, bool or integers, of the
-                size of `pixel_values`.
+                size of `pixel_values`, and perhaps `has_masks`, bool `(objects,)`: an object without one trains its box
+                only.
             output_attentions (`bool`, *optional*):
                 As in the backbone.
             output_hidden_states (`bool`, *optional*):
