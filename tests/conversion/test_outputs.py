@@ -100,13 +100,15 @@ def test_failing_card_leaves_the_former_conversion(converted, capsys, monkeypatc
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "README.md")
 
+    monkeypatch.setattr(convert, "_evaluate", lambda _: [])  # which takes long
+    monkeypatch.setattr(convert, "largest_difference", lambda *_: 0.0)
     monkeypatch.setattr("huggingface_hub.ModelCard.save", fail)
     assert run(converted / "a.pth", converted / "saved", "--overwrite") == 1
     assert_one_line(capsys.readouterr().err, f"{converted}/saved could not be written: No space left on device")
 
 
 def test_termination_is_as_clean_as_an_interrupt(converted, capsys, monkeypatch):
-    monkeypatch.setattr(convert, "render", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(convert, "_evaluate", lambda *_: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert run(converted / "a.pth", converted / "new" / "out") == 143
     assert_one_line(capsys.readouterr().err, "a.pth: interrupted; nothing half-written is left")
