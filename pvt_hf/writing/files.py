@@ -92,4 +92,6 @@ def explain_write_error(error: Exception, folder: str | Path) -> str:
     """
     there = next(path for path in (Path(folder).resolve(), *Path(folder).resolve().parents) if path.exists())
     reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, RuntimeError):
+        reason = f"torch's writer failed, {reason}"
     return f"{reason} ({shutil.disk_usage(there).free / 2**20:.0f} MiB are free there)"

@@ -19,6 +19,10 @@ _REASONS = {
 }
 
 
+class UploadError(RuntimeError):
+    """An upload that failed. The message says why, and where everything still is."""
+
+
 def explain_upload_error(error: Exception) -> tuple[str, bool]:
     """Why an upload failed.
 
