@@ -43,7 +43,7 @@ def explain_upload_error(error: Exception) -> tuple[str, bool]:
     return hide_secrets(kind), True
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: Any) -> Iterator[Any]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,6 +1,7 @@
 """Text that comes from users' files (names of classes, tensors, data sets, runs), for terminals and model cards."""
 
 import html
+import json
 import re
 
 # What means something to markdown within a line. Within a word an underscore does not.
@@ -38,3 +39,12 @@ def code_span(text: str) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     padding = " " if "`" in text or not text.strip() else ""
     return f"{fence}{padding}{text}{padding}{fence}"
+
+
+def python_string(text: str) -> str:
+    """The text as a literal of Python in double quotes, for programs in a card.
+
+    Args:
+        text: Of anybody.
+    """
+    return escape_control(json.dumps(text, ensure_ascii=False))
