@@ -151,8 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         eval_dataset=data.EvaluationMaps(validation, image_processor),
         processing_class=image_processor,
         dataset_name=data_args.dataset_name or data_args.train_images,
+        dataset_title=options.dataset_title,
         initial_weights=model_args.model_name_or_path or model_args.backbone_checkpoint,
-        settings={name: getattr(model_args, name) for name in ("variant", "backbone_checkpoint", "freeze_stages")},
+        license=options.license,
+        settings={name: getattr(model_args, name) for name in ("variant", "freeze_stages")},
     )
     trainer.train(args.resume_from_checkpoint)
     return shared.finish(trainer)

@@ -2,7 +2,6 @@
 
 import copy
 import csv
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,7 +152,7 @@ class SegmentationTrainer(DensePredictionTrainer):
         metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.is_world_process_zero():
             names = self.accelerator.unwrap_model(self.model).config.id2label
-            with (Path(self.args.output_dir) / f"{metric_key_prefix}_classes.csv").open("w", newline="") as file:
+            with self.write_file(f"{metric_key_prefix}_classes.csv") as path, path.open("w", newline="") as file:
                 rows = [(names[label], *values) for label, values in enumerate(self.classes)]
                 csv.writer(file).writerows([("class", "IoU", "accuracy", "pixels"), *rows])
         return metrics
@@ -172,4 +171,5 @@ class SegmentationTrainer(DensePredictionTrainer):
             (prediction,) = self._label_maps(outputs, pixel_values.shape[-2], tuple(labels.shape))
             samples.append((image, labels, prediction.cpu()))
         if self.is_world_process_zero():
-            draw_overlays(samples, model.config.id2label, Path(self.args.output_dir) / "predictions.png")
+            with self.write_file("predictions.png") as path:
+                draw_overlays(samples, model.config.id2label, path)
