@@ -69,11 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = "lora" if package == "peft" else command.extra
         print(f'pvt-hf {name}: {package} is missing; install it with: pip install "pvt_hf[{extra}]"', file=sys.stderr)
         return 1
-    except Exception as error:
-        if not type(error).__module__.startswith("pvt_hf."):  # whose messages say what to change
-            raise
-        print(f"pvt-hf {name}: {error}", file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":

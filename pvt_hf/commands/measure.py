@@ -18,11 +18,15 @@ from transformers import (
     TrainingArguments,
 )
 
+import pvt_hf
+
 from ..data.class_names import ClassNameError, match_class_names, read_class_names
 from ..data.classification import EvaluationImages, check_images_and_labels, collate, find_labels, load_images
 from ..data.detection import EvaluationDetections, read_coco
 from ..data.digits import write_scenes
+from ..data.label_maps import read_palette
 from ..data.segmentation import EvaluationMaps, read_segmentation_dataset, read_segmentation_folders
+from ..data.segmentation_checks import check_classes, select_rows, survey_maps
 from ..evaluation.metrics import COCO_METRICS, classification_metrics, classification_statistics
 from ..models.backbone import get_backbone_config
 from ..models.image_processing_segmentation import IGNORE_INDEX
@@ -56,21 +60,18 @@ def match_classes(
     """The names of the data's classes, and the label of each of them in the model.
 
     Raises:
-        SystemExit: If the classes are not the same.
+        ClassNameError: If the classes are not the same, with both lists.
     """
     known = [model.config.id2label[label] for label in range(model.config.num_labels)]
     names = read_class_names(options.class_names) if options.class_names else found
     for count in (len(names), len(found)):
         if len(known) != count:
-            raise SystemExit(f"{checkpoint} has {len(known)} classes and the data {count}: {known} and {names}")
+            raise ClassNameError(f"{checkpoint} has {len(known)} classes and the data {count}: {known} and {names}.")
     for owner, given in ((checkpoint, known), ("the data", names)):
         if _is_numbered(given):
             print(f"{owner} has no class names: labels are compared as numbers. --class_names names those of the data")
             return known, list(range(len(known)))
-    try:
-        places = match_class_names(known, names, (checkpoint, "the data"))
-    except ClassNameError as error:
-        raise SystemExit(str(error)) from error
+    places = match_class_names(known, names, (checkpoint, "the data"))
     if places != sorted(places):
         print(f"the data has the classes of {checkpoint} in another order: they are mapped by their names")
     return names, places
@@ -157,8 +158,16 @@ def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments)
 
 def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
     model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
-    image_processor = AutoImageProcessor.from_pretrained(checkpoint)
-    settings = {"num_labels": model.config.num_labels, "reduce_labels": image_processor.do_reduce_labels}
+    image_processor, known = AutoImageProcessor.from_pretrained(checkpoint), list(model.config.id2label.values())
+    names, places = match_classes(model, checkpoint, known, options)
+    scales = options.tta_scales or ()
+    reduce_labels = getattr(image_processor, "do_reduce_labels", False)
+    settings = {
+        "num_labels": model.config.num_labels,
+        "reduce_labels": reduce_labels if options.reduce_labels is None else options.reduce_labels,
+        "binary_masks": options.binary_masks,
+        "palette": read_palette(options.palette, names) if options.palette else None,
+    }
     if options.maps and options.images:
         data = read_segmentation_folders(options.images, options.maps, **settings)
     elif options.dataset_name:
@@ -167,16 +176,23 @@ def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments
     else:
         scenes = draw_validation_scenes(options)
         data = read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
+    args = build_evaluation_arguments(options, batch_size=1)
+    data = select_rows(data, range(len(data))[: options.max_eval_samples])
+    with args.main_process_first(desc="checking the data"):
+        data, survey = survey_maps(data, "the data", options.dataloader_num_workers, options.skip_corrupt)
+    check_classes(None, survey, names)
     trainer = SegmentationTrainer(
         model,
-        build_evaluation_arguments(options, batch_size=1),
+        args,
         recipe=SEGMENTATION_RECIPES[recipe],
         processing_class=image_processor,
+        window=options.window,
+        stride=options.stride,
+        tta_scales=scales,
+        tta_flip=options.tta_flip,
     )
-    rows = [data.rows[index] for index in range(len(data))[: options.max_eval_samples]]
-    maps = _MappedMaps(replace(data, rows=rows), image_processor)
-    names = list(model.config.id2label.values())
-    maps.places = torch.tensor(match_classes(model, checkpoint, names, options)[1])
+    maps = _MappedMaps(data, image_processor, scales)
+    maps.places = torch.tensor(places)
     return trainer, trainer.evaluate(maps)
 
 
@@ -199,7 +215,8 @@ class Task:
 
 _MASK_METRICS = tuple(f"mask_{name}" for name in COCO_METRICS)
 CLASSIFIER = Task(measure_classifier, "imagenet", ("accuracy", "top5_accuracy"), 1000)
-SEGMENTER = Task(measure_segmenter, "semantic_fpn_40k", ("mIoU", "mAcc", "aAcc"), 150)
+_FOREGROUND_METRICS = ("dice_images", "dice_set", "iou_images", "iou_set")  # of two classes
+SEGMENTER = Task(measure_segmenter, "semantic_fpn_40k", ("mIoU", "mAcc", "aAcc", *_FOREGROUND_METRICS), 150)
 # By model type; every other model is a segmenter.
 TASKS = {
     "pvt": CLASSIFIER,
@@ -226,6 +243,8 @@ def published_metrics(config: PreTrainedConfig, recipe: str | None = None) -> di
     """
     task, variant = task_of(config), find_variant(get_backbone_config(config))
     if variant is None or config.num_labels != task.num_labels:
+        return {}
+    if task is SEGMENTER and config.model_type != pvt_hf.SemanticFPNConfig.model_type:
         return {}
     if task is CLASSIFIER:
         return {"accuracy": variant.paper_top1}

@@ -159,11 +159,11 @@ def build_training_set(
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), recipe, args = parse(argv)
     set_seed(args.seed)
-    train, validation = load_splits(data_args, args)
-    column, names = images.find_labels(train, data_args.label_column, data_args.num_labels)
-    found, places = match_labels(validation, (column, names), data_args)
-    train, validation, left_out = check_splits(train, validation, (column, names), found, data_args, args)
-
+    with shared.exit_on_bad_data():
+        train, validation = load_splits(data_args, args)
+        column, names = images.find_labels(train, data_args.label_column, data_args.num_labels)
+        found, places = match_labels(validation, (column, names), data_args)
+        train, validation, left_out = check_splits(train, validation, (column, names), found, data_args, args)
     image_processor = pvt_hf.PvtImageProcessorPil(crop_size=model_args.image_size)
     transform = build_training_transform(recipe, model_args.image_size)
     trainer = ImageClassificationTrainer(
@@ -179,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         left_out=left_out,
         processing_class=image_processor,
         dataset_name=data_args.dataset_name,
+        dataset_title=options.dataset_title,
         initial_weights=model_args.model_name_or_path,
+        license=options.license,
         settings={name: getattr(model_args, name) for name in ("variant", "image_size", "freeze_stages", "lora_rank")},
     )
     trainer.train(args.resume_from_checkpoint)

@@ -157,10 +157,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), backbone, recipe, args = parse(argv)
     set_seed(args.seed)
 
-    splits = load_splits(data_args, args)
+    with shared.exit_on_bad_data():
+        splits = load_splits(data_args, args)
     model = load_model(model_args, backbone, recipe, splits[0].label_names)
     max_detections = model_args.max_detections or getattr(model.config, "max_detections", 100)
-    train, validation = check_splits(splits, model, data_args, max_detections, args)
+    with shared.exit_on_bad_data():
+        train, validation = check_splits(splits, model, data_args, max_detections, args)
 
     size = {"shortest_edge": max(recipe.shortest_edges), "longest_edge": recipe.longest_edge}
     augment = DetectionAugmentation(recipe.shortest_edges, recipe.longest_edge, recipe.flip, recipe.crop_shortest_edges)
@@ -179,7 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         eval_dataset=EvaluationDetections(validation),
         processing_class=pvt_hf.PvtDetectionImageProcessor(size=size, num_labels=len(train.label_names)),
         dataset_name=data_args.dataset_name or data_args.train_annotations,
+        dataset_title=options.dataset_title,
         initial_weights=model_args.model_name_or_path or model_args.backbone_checkpoint,
+        license=options.license,
         settings={name: getattr(model_args, name) for name in ("variant", "config_overrides", "freeze_stages")},
     )
     trainer.train(args.resume_from_checkpoint)

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from transformers.utils import logging
 
 from ..models.annotations import AnnotationError, has_mask, iter_annotations, rasterize, usable_polygons
 from .box_formats import check_bbox_format, to_xywh
 from .checks import check_images, describe_problems
 from .class_names import match_class_names
-from .images import ImageError, decode
+from .images import ImageError, decode_to_fit
 
 if TYPE_CHECKING:
     import datasets
@@ -87,14 +86,13 @@ class DetectionData:
         record = self.records[index]
         name = f"{record.name} (image {record.image_id})"
         stored = self.rows[record.stored]["image"] if self.rows is not None else {"path": record.stored}
-        image = decode(stored, name)
-        turned = ImageOps.exif_transpose(image)
-        fitting = [candidate for candidate in (turned, image) if candidate.size == record.size[::-1]]
-        if not fitting:
+        image = decode_to_fit(stored, name, record.size)
+        if image.shape[1:] != record.size:
             raise ImageError(
-                f"{name} has (height, width) {image.size[::-1]}, but {record.size} according to its annotations."
+                f"{name} has (height, width) {tuple(image.shape[1:])}, turned as its EXIF says if it has one, but "
+                f"{record.size} according to its annotations."
             )
-        return torch.from_numpy(np.array(fitting[0])).permute(2, 0, 1)
+        return image
 
     def target(self, index: int) -> dict[str, Any]:
         """What the image processor takes as annotations of an image.

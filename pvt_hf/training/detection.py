@@ -1,8 +1,6 @@
 """The papers' training of a detector, and its evaluation by COCO's twelve numbers for boxes and masks."""
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,8 +13,8 @@ from ..evaluation.visualization import draw_detections
 from ..models.detr import prepare_detr_training
 from ..models.image_processing_detection import PvtDetectionImageProcessor
 from ..recipes import DetectionRecipe
+from .dense_prediction import DensePredictionTrainer
 from .optimization import detection_parameter_groups, step_multiplier
-from .trainer import DensePredictionTrainer
 
 
 class DetectionTrainer(DensePredictionTrainer):
@@ -124,17 +122,14 @@ class DetectionTrainer(DensePredictionTrainer):
             metrics |= {f"mask_{name}": value for name, value in of_masks.items()}
 
         if self.is_world_process_zero():
-            self._save_results(Path(self.args.output_dir) / "predictions.json")
+            found = [result for image in self.results.values() for result in image]
+            with self.write_file("predictions.json") as file:
+                file.write_text(json.dumps(found))
         return metrics | {"images": len(self.results)}
-
-    def _save_results(self, file: Path) -> None:
-        """In COCO's format for results; the file appears when it is complete."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        incomplete = file.with_suffix(".incomplete")
-        incomplete.write_text(json.dumps([result for image in self.results.values() for result in image]))
-        os.replace(incomplete, file)
 
     def draw_predictions(self) -> None:
         """`predictions.png` in `output_dir`: images of the last evaluation, annotations beside detections."""
         if self.is_world_process_zero():
-            draw_detections(self.evaluated, self.results).save(Path(self.args.output_dir) / "predictions.png")
+            picture = draw_detections(self.evaluated, self.results)
+            with self.write_file("predictions.png") as file:
+                picture.save(file)
