@@ -91,9 +91,7 @@ def load_splits(data_args: ClassificationDataArguments, args: TrainingArguments)
         return train, images.cache_stream(stream)
 
 
-def match_labels(
-    validation: datasets.Dataset, classes: tuple[str, list[str]], data_args: ClassificationDataArguments
-) -> tuple[list[str], list[int]]:
+def match_labels(validation: datasets.Dataset, classes: tuple[str, list[str]]) -> tuple[list[str], list[int]]:
     """The classes of the validation set, and which of the training set's each of them is. It may lack some."""
     column, names = classes
     if not isinstance(validation.features.get(column), datasets.ClassLabel):
@@ -162,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with shared.exit_on_bad_data():
         train, validation = load_splits(data_args, args)
         column, names = images.find_labels(train, data_args.label_column, data_args.num_labels)
-        found, places = match_labels(validation, (column, names), data_args)
+        found, places = match_labels(validation, (column, names))
         train, validation, left_out = check_splits(train, validation, (column, names), found, data_args, args)
     image_processor = pvt_hf.PvtImageProcessorPil(crop_size=model_args.image_size)
     transform = build_training_transform(recipe, model_args.image_size)

@@ -105,12 +105,13 @@ def test_fine_tuning_on_other_classes_keeps_the_rest(run, scenes, tmp_path, caps
     run(
         *("--smoke", "--model_name_or_path", tmp_path / "first", "--dataset_name", tmp_path / "data.parquet"),
         *("--output_dir", tmp_path / "second", "--num_train_epochs", "1", "--warmup_iterations", "0"),
-        *("--save_strategy", "no", "--skip_corrupt"),
+        *("--save_strategy", "no", "--skip_corrupt", "--max_detections", "200"),
     )
     first, second = (AutoModelForObjectDetection.from_pretrained(tmp_path / name) for name in ("first", "second"))
     assert second.config.id2label == {0: "even", 1: "odd"} and first.config.num_labels == 10
     printed = capsys.readouterr().out
     assert "on 5 images" in printed and "the validation set: 5 images" in printed
+    assert {"eval_AR10", "eval_AR200"} < json.loads((tmp_path / "second" / "eval_results.json").read_text()).keys()
     assert "2 corrupt images were left out before training:\n  row 5: row 5 cannot be read" in printed
     # One step with the recipe's small rate moves nothing far: the rest really came from the checkpoint.
     torch.testing.assert_close(second.neck.state_dict(), first.neck.state_dict(), atol=2e-3, rtol=0)
