@@ -289,7 +289,8 @@ def load_file(path: Path) -> dict[str, Any]:
     except UntrustedFileError as error:
         raise ConversionError(f"{path} {error}") from error
     except _DAMAGE as error:
-        raise ConversionError(f"{path} is truncated or damaged: {error}") from error
+        reason = str(error).partition("\n")[0]  # torch shows where in its source
+        raise ConversionError(f"{path} is truncated or damaged: {reason}") from error
     if not isinstance(loaded, dict):
         raise ConversionError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}.")
     return loaded

@@ -26,6 +26,7 @@ from ..data.samplers import EpochSampler
 from .report import plot_curves, run_settings, training_card
 from .run_checkpoints import (
     CheckpointError,
+    check_states,
     last_complete_checkpoint,
     mark_complete,
     mark_incomplete,
@@ -270,7 +271,7 @@ class VisionTrainer(Trainer):
             **kwargs: As in `Trainer`.
 
         Raises:
-            CheckpointError: If the given checkpoint is not complete, or of another run.
+            CheckpointError: If the given checkpoint is not complete, of another run, or not what a run wrote.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -280,7 +281,10 @@ class VisionTrainer(Trainer):
                 else "Training starts from scratch: no checkpoint is complete."
             )
         if resume_from_checkpoint:
+            if self.is_deepspeed_enabled:
+                raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")
             saved, now = read_run(resume_from_checkpoint), self._layout()
+            check_states(resume_from_checkpoint)
             layout = saved["layout"]
             if changed := [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
