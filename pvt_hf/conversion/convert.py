@@ -14,6 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..models.backbone import get_backbone_config
 from ..models.configuration_pvt import PvtConfig
+from ..untrusted import escape
 from ..variants import VARIANTS, differences, find_variant, get_variant
 from .architectures.base import Architecture, Outputs
 from .architectures.registry import find_architecture, find_saved_architecture
@@ -194,7 +195,8 @@ def _take_notes(source: _Source, processor_origin: str) -> tuple[str, ...]:
     if architecture.is_dense:
         origin = "the checkpoint's own" if checkpoint.class_names else "by their number, as the checkpoint has no names"
         notes.append(f"labels: {', '.join(labels[:3])}, ... ({len(labels)}; {origin})")
-    return (*notes, f"image processor: {processor_origin}")
+    notes += [f"image processor: {processor_origin}", f"sha256: {checkpoint.sha256}, {checkpoint.hash_check}"]
+    return tuple(map(escape, notes))
 
 
 @dataclass(frozen=True)

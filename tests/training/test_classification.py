@@ -2,6 +2,7 @@
 
 import errno
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForImageClassification
 
 from pvt_hf.data.images import ImageError
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
-from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
+from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint, mark_complete
 from tests.support import classification_run
 from tests.support.classification_run import build
 from tests.support.small_models import assert_close, small_config
@@ -77,6 +78,16 @@ def test_resuming_another_run_is_an_error(settings, message, tmp_path):
     build(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     with pytest.raises(CheckpointError, match=message):
         build(tmp_path, **settings).train(True)
+
+
+def test_training_resumes_from_no_forged_state(tmp_path):
+    """An array of NumPy in the optimiser's state, which torch refuses with the advice to run the file's code."""
+    trainer, folder = build(tmp_path), tmp_path / "checkpoint-1"
+    folder.mkdir()
+    torch.save({"state": np.zeros(3)}, folder / "optimizer.pt")
+    mark_complete(folder, {"layout": trainer._layout(), "skipped": 0})
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is refused: it calls `numpy\.dtype`"):
+        trainer.train(str(folder))
 
 
 def test_data_seed_changes_the_order_only(tmp_path):

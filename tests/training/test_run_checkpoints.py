@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pvt_hf.training.run_checkpoints import CheckpointError, check_states, mark_complete
-from tests.support.classification_run import build
+from pvt_hf.training.run_checkpoints import CheckpointError, check_states
 
 
 class Made:
@@ -97,9 +96,7 @@ def test_damaged_states_are_refused(tmp_path):
     flipped = content[:start] + b"\1" + content[start + 1 :]
     for damaged in (shortened, flipped, content[:-30], b"PK\3\4", b"", b"\x80\2}."):
         path.write_bytes(damaged)
-        with pytest.raises(
-            CheckpointError, match=r"optimizer\.pt is (refused|damaged|truncated or damaged): "
-        ) as error:
+        with pytest.raises(CheckpointError, match=r"optimizer\.pt is (refused|.*damaged): ") as error:
             check_states(tmp_path)
         assert len(str(error.value).splitlines()) == 1
     path.unlink()
@@ -107,12 +104,3 @@ def test_damaged_states_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or damaged"):
         check_states(tmp_path)
-
-
-def test_training_resumes_from_no_forged_state(tmp_path):
-    trainer, folder = build(tmp_path), tmp_path / "checkpoint-1"
-    folder.mkdir()
-    torch.save(FORGED["dtype"][0], folder / "rng_state.pth")
-    mark_complete(folder, {"layout": trainer._layout(), "skipped": 0})
-    with pytest.raises(CheckpointError, match=r"rng_state\.pth is refused: "):
-        trainer.train(str(folder))
