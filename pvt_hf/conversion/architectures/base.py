@@ -170,7 +170,7 @@ class DensePredictor(Architecture):
         def shape(key: str) -> tuple[int, ...]:
             if key not in official or not official[key].ndim or not official[key].numel():
                 raise ConversionError(
-                    f"The checkpoint lacks {key!r} (or it has no dimensions, or is empty) and is not a complete {self.name}. "
+                    f"The checkpoint lacks {key!r} (or it is empty, or one number) and is not a complete {self.name}. "
                     "`--backbone-only` converts its backbone."
                 )
             return tuple(official[key].shape)
