@@ -16,11 +16,11 @@ from ..untrusted import (
     Storage,
     UntrustedFileError,
     check_regular_file,
-    escape,
     parse_storage,
     read_json_object,
     read_pickle,
 )
+from ..writing.text import escape_control
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +45,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written, or cannot be resumed from. The message says what there is instead."""
 
     def __init__(self, message: object):
-        super().__init__(escape(message))
+        super().__init__(escape_control(" ".join(str(message).splitlines())))
 
 
 def incompleteness(checkpoint: str | Path) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import zipfile
 from pathlib import Path
 
@@ -258,21 +259,21 @@ def test_overwriting_deletes_conversions_only(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("occasion", ["while it is verified", "while it takes its place"])
-def test_interrupted_conversion_leaves_the_former_one(occasion, tmp_path, monkeypatch):
+def test_interrupted_conversion_leaves_the_former_one(occasion, tmp_path, monkeypatch, capsys):
     path, out = save(official_weights(TINY["v2"]), tmp_path / "a.pth"), tmp_path / "out"
     assert run(path, out) == 0
     content = {file.name: file.read_bytes() for file in out.iterdir()}
 
     def interrupt(*_):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     if occasion == "while it is verified":
         monkeypatch.setattr(convert, "render", interrupt)
     else:
         move = Path.rename
         monkeypatch.setattr(Path, "rename", lambda old, new: interrupt() if old.name == "new" else move(old, new))
-    with pytest.raises(KeyboardInterrupt):
-        run(path, out, "--overwrite")
+    assert run(path, out, "--overwrite") == 130
+    assert capsys.readouterr().err == f"error: {path}: interrupted; nothing half-written is left\n"
     assert {file.name: file.read_bytes() for file in out.iterdir()} == content
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.pth", "out"]
 
