@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = AutoConfig.from_pretrained(checkpoint)
         task = task_of(config)
         trainer, metrics = task.measure(checkpoint, task.recipe, options)
-        percentages = {name: 100 * metrics[f"eval_{name}"] for name in task.metrics}
+        percentages = {name: 100 * metrics[f"eval_{name}"] for name in task.metrics if f"eval_{name}" in metrics}
         # COCO has -1 where there are no objects.
         percentages = {name: value for name, value in percentages.items() if value >= 0}
         rows += table_rows(checkpoint, percentages, published_metrics(config, options.recipe), metrics["eval_images"])
