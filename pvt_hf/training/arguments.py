@@ -16,6 +16,7 @@ from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES, DetectionRecipe, 
 from ..variants import VARIANTS
 from ..writing.files import why_unwritable
 from .optimization import images_per_step
+from .report import check_license
 from .run_checkpoints import last_complete_checkpoint
 from .segmentation_losses import SEGMENTATION_LOSSES
 
@@ -396,7 +397,8 @@ class TrainingOptions(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        """Nothing yet: the recipe is not known."""
+        """Only what needs no recipe, which is not known yet."""
+        check_license(self.license)
 
 
 CLASSIFICATION = (

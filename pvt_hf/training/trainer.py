@@ -414,7 +414,9 @@ class VisionTrainer(Trainer):
         self.create_model_card()
         lines = []
         for prefix in ("eval", "ema") if self.ema is not None else ("eval",):
-            values = (f"{name} {metrics[f'{prefix}_{key}']:.4f}" for key, name in self.metric_names.items())
+            values = (
+                f"{escape_control(name)} {metrics[f'{prefix}_{key}']:.4f}" for key, name in self.metric_names.items()
+            )
             lines.append(f"{prefix}: {', '.join(values)} on {metrics[f'{prefix}_images']} images")
         skipped = self.skipped_images()
         if self.args.push_to_hub:

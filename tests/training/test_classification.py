@@ -16,6 +16,7 @@ from pvt_hf.data.images import ImageError
 from pvt_hf.training import trainer as training
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
 from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint, mark_complete
+from pvt_hf.writing.hub import UploadError
 from tests.support import classification_run
 from tests.support.classification_run import build
 from tests.support.disk import full_disk
@@ -245,6 +246,21 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
         with full_disk(100), pytest.raises(CheckpointError, match=r"could not be written: .* is .*checkpoint-6\.$"):
             getattr(resumed, name)(*(["eval", {"eval_x": "x" * 200}] if name == "save_metrics" else []))
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_failed_upload_of_a_finished_run_tells_where_it_is(tmp_path, monkeypatch):
+    trainer = build(tmp_path)
+    trainer.hub_model_id = "me/run"
+
+    def push():
+        raise RuntimeError("Error while uploading 'model.safetensors' to the Hub.") from ConnectionError("reset")
+
+    monkeypatch.setattr(trainer, "push_to_hub", push)
+    message = (
+        f"to me/run failed: the connection failed .* Everything is in {tmp_path}. .*: hf upload me/run {tmp_path}$"
+    )
+    with pytest.raises(UploadError, match=message):
+        trainer._upload()
 
 
 def test_only_as_many_checkpoints_as_wanted_are_kept(tmp_path):
