@@ -73,8 +73,8 @@ class SegmentationData:
         image = decode_to_fit(row["image"], name, tuple(labels.shape))
         if labels.shape != image.shape[1:]:
             raise ValueError(
-                f"{map_name} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])}, turned as "
-                "its EXIF says if it has one."
+                f"{map_name} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])} (neither "
+                "turned as its EXIF says nor as it is stored does it fit)."
             )
         labels = reduce_labels(labels) if self.reduce_labels else labels
         check_label_map(labels, self.num_labels, map_name)
