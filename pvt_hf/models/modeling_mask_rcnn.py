@@ -50,8 +50,8 @@ class MaskRCNNInstanceSegmentationOutput(ModelOutput):
         loss_dict (`dict[str, torch.Tensor]`, *optional*, returned where `labels` are given):
             `loss_objectness`, `loss_rpn_box`, `loss_class`, `loss_box` and with a mask head `loss_mask`.
         logits (`torch.Tensor` of shape `(batch, detections, num_labels + 1)`):
-            In DETR's form, for a softmax: the logit of the detection's class, last one for everything else, and -inf for
-            the other classes. Like all that follows not in a training step, which makes no detections.
+            In DETR's form, for a softmax: the logit of the detection's class, last one for everything else together, and
+            -inf for the other classes. Like all that follows not in a training step, which makes no detections.
         pred_boxes (`torch.Tensor` of shape `(batch, detections, 4)`):
             cxcywh, relative to the image's size without padding. Float32 or float64.
         scores (`torch.Tensor` of shape `(batch, detections)`):
@@ -449,8 +449,8 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
     def _predict_masks(
         self, levels: Sequence[torch.Tensor], boxes: torch.Tensor, classes: torch.Tensor
     ) -> torch.Tensor:
-        """Logits `(batch, detections, 28, 28)` of boxes `(batch, detections, 4)` of these classes `(batch, detections)`;
-        0 for the class -1."""
+        """The logits of the masks in boxes `(batch, detections, 4)` of these classes `(batch, detections)`, zeros for the
+        class -1: `(batch, detections, 28, 28)`."""
         rois, all_classes = flatten_rois(boxes), classes.flatten()  # (batch * detections, 5) and (batch * detections,)
         found = all_classes >= 0
         # In compiled code, where sizes are fixed, rows without a detection are computed too.
