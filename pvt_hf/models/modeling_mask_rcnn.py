@@ -50,8 +50,8 @@ class MaskRCNNInstanceSegmentationOutput(ModelOutput):
         loss_dict (`dict[str, torch.Tensor]`, *optional*, returned where `labels` are given):
             `loss_objectness`, `loss_rpn_box`, `loss_class`, `loss_box` and with a mask head `loss_mask`.
         logits (`torch.Tensor` of shape `(batch, detections, num_labels + 1)`):
-            In DETR's form, for a softmax: the logit of the detection's class, last one for everything else together, and
-            -inf for the other classes. Like all that follows not in a training step, which makes no detections.
+            In DETR's form, for a softmax: the logit of the detection's class, last that of everything else together,
+            and -inf for the other classes. Like all that follows not in a training step, which makes no detections.
         pred_boxes (`torch.Tensor` of shape `(batch, detections, 4)`):
             cxcywh, relative to the image's size without padding. Float32 or float64.
         scores (`torch.Tensor` of shape `(batch, detections)`):
@@ -205,7 +205,9 @@ class BoxHead(nn.Module):
         Returns:
             `loss_class` and `loss_box`, scalars.
         """
-        labels, rows, wanted, start = [], [], [], 0
+        # (They begin with nothing, which is all that an empty batch has.)
+        labels, wanted, start = [logits.new_zeros(0, dtype=torch.int64)], [deltas.new_zeros(0, 4)], 0
+        rows = labels[:]
         for rois, truth in zip(samples, truths, strict=True):
             label = torch.full((len(rois.boxes),), self.config.num_labels, device=logits.device)  # the background
             label[: len(rois.objects)] = truth.class_labels[rois.objects]
@@ -263,7 +265,8 @@ class MaskHead(nn.Module):
         """
         from torchvision.ops import roi_align
 
-        targets, labels = [], []
+        labels = [torch.zeros(0, dtype=torch.int64, device=logits.device)]
+        targets = [torch.zeros(0, *logits.shape[2:], dtype=torch.bool, device=logits.device)]
         for rois, truth in zip(samples, truths, strict=True):
             boxes = clip_boxes(rois.positive_boxes, rois.objects.new_tensor(truth.masks.shape[1:]))
             boxes = torch.cat((rois.objects[:, None].to(boxes), boxes), dim=1)  # (positive RoIs, 5)
@@ -397,12 +400,13 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             sample_rois(image_proposals[has_area(image_proposals)], truth, self.config, shuffle=self.training)
             for image_proposals, truth in zip(proposals, truths, strict=True)
         ]
-        rois = to_rois([rois.boxes for rois in samples])
+        nothing = proposals.new_zeros(0, 4)  # all that an empty batch has
+        rois = to_rois([*(rois.boxes for rois in samples), nothing])
         features = pool_rois(levels, rois, strides, _BOX_SIZE)  # (all RoIs, channels, 7, 7)
         logits, deltas = self.box_head(features)
         losses = self.box_head.loss(logits, deltas, samples, truths)
         if self.mask_head is not None:
-            rois = to_rois([rois.positive_boxes for rois in samples])
+            rois = to_rois([*(rois.positive_boxes for rois in samples), nothing])
             features = pool_rois(levels, rois, strides, _MASK_SIZE)
             losses |= self.mask_head.loss(self.mask_head(features), samples, truths)
         return losses
@@ -449,8 +453,8 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
     def _predict_masks(
         self, levels: Sequence[torch.Tensor], boxes: torch.Tensor, classes: torch.Tensor
     ) -> torch.Tensor:
-        """The logits of the masks in boxes `(batch, detections, 4)` of these classes `(batch, detections)`, zeros for the
-        class -1: `(batch, detections, 28, 28)`."""
+        """The logits of the masks in boxes `(batch, detections, 4)` of these classes `(batch, detections)`, zeros for
+        the class -1: `(batch, detections, 28, 28)`."""
         rois, all_classes = flatten_rois(boxes), classes.flatten()  # (batch * detections, 5) and (batch * detections,)
         found = all_classes >= 0
         # In compiled code, where sizes are fixed, rows without a detection are computed too.
