@@ -253,7 +253,8 @@ class MaskHead(nn.Module):
     def loss(
         self, logits: torch.Tensor, samples: Sequence[SampledRoIs], truths: Sequence[GroundTruth]
     ) -> dict[str, torch.Tensor]:
-        """Cross-entropy of the maps of the objects' classes, averaged over their cells; 0 without a positive RoI.
+        """Cross-entropy of the maps of the objects' classes, averaged over their cells; 0 without a positive RoI. That
+        of an object without a mask does not count.
 
         Args:
             logits: `(all positive RoIs, num_labels, 28, 28)`, image by image.
@@ -267,14 +268,18 @@ class MaskHead(nn.Module):
 
         labels = [torch.zeros(0, dtype=torch.int64, device=logits.device)]
         targets = [torch.zeros(0, *logits.shape[2:], dtype=torch.bool, device=logits.device)]
+        counted = [labels[0].bool()]  # (nothing, as all that an empty batch has)
         for rois, truth in zip(samples, truths, strict=True):
             boxes = clip_boxes(rois.positive_boxes, rois.objects.new_tensor(truth.masks.shape[1:]))
             boxes = torch.cat((rois.objects[:, None].to(boxes), boxes), dim=1)  # (positive RoIs, 5)
             masks = truth.masks[:, None].to(boxes.dtype)  # (objects, 1, height, width)
             targets.append(roi_align(masks, boxes, logits.shape[-1], 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5)
             labels.append(truth.class_labels[rois.objects])
-        targets, labels = torch.cat(targets).to(logits.dtype), torch.cat(labels)
+            has_masks = torch.ones_like(truth.class_labels).bool() if truth.has_masks is None else truth.has_masks
+            counted.append(has_masks[rois.objects])
+        targets, labels, counted = torch.cat(targets).to(logits.dtype), torch.cat(labels), torch.cat(counted)
         own_class = logits[torch.arange(len(labels), device=labels.device), labels]  # (all positive RoIs, 28, 28)
+        own_class, targets = own_class[counted], targets[counted]
         loss = F.binary_cross_entropy_with_logits(own_class, targets, reduction="sum")
         return {"loss_mask": loss / max(targets.numel(), 1)}
 
@@ -334,7 +339,8 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 For each image `class_labels` int64 `(objects,)`, `boxes` `(objects, 4)`, cxcywh relative to the image's
                 size without padding, and with a mask head `masks` `(objects, height, width)`, bool or integers, of the
-                size of `pixel_values`.
+                size of `pixel_values`, and perhaps `has_masks`, bool `(objects,)`: an object without one trains its box
+                only.
             output_attentions (`bool`, *optional*):
                 As in the backbone.
             output_hidden_states (`bool`, *optional*):
@@ -427,13 +433,13 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         config, strides = self.config, self.config.strides[: len(levels)]
         batch_size, num_proposals, _ = proposals.shape
         logits, deltas = self.box_head(pool_rois(levels, flatten_rois(proposals), strides, _BOX_SIZE))
-        logits = logits.reshape(batch_size, num_proposals, -1)
-        deltas = deltas.reshape(batch_size, num_proposals, -1, 4)
-        boxes = decode_boxes(proposals[:, :, None], deltas, _BOX_STDS)  # (batch, proposals, num_labels, 4)
+        logits = logits.reshape(batch_size, num_proposals, logits.shape[-1])  # (batch, proposals, num_labels + 1)
+        deltas = deltas.reshape(batch_size, num_proposals, *deltas.shape[1:])  # (batch, proposals, num_labels, 4)
+        boxes = decode_boxes(proposals[:, :, None], deltas, _BOX_STDS)
         boxes = clip_boxes(boxes, image_sizes[:, None, None]).flatten(1, 2)  # (batch, proposals * num_labels, 4)
-        scores = logits.softmax(dim=-1)[..., :-1]  # (batch, proposals, num_labels)
+        scores, num_labels = logits.softmax(dim=-1)[..., :-1], deltas.shape[2]
         candidates = (scores > config.score_threshold) & has_area(proposals)[..., None]
-        scores, classes = scores.flatten(1), torch.arange(config.num_labels, device=boxes.device).repeat(num_proposals)
+        scores, classes = scores.flatten(1), torch.arange(num_labels, device=boxes.device).repeat(num_proposals)
         kept = suppress(
             boxes, scores, classes, candidates.flatten(1), config.nms_threshold, config.max_detections
         )  # (batch, detections)
@@ -441,7 +447,7 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         classes = classes[kept].where(found, -1)
         boxes = take_rows(boxes, kept).where(found[..., None], 0)  # (batch, detections, 4)
         fields = {
-            "logits": separate_class(take_rows(logits, kept // config.num_labels), classes),
+            "logits": separate_class(take_rows(logits, kept // num_labels), classes),
             "pred_boxes": normalize_boxes(boxes, image_sizes[:, None]),
             "scores": take_rows(scores, kept).where(found, 0),
             "class_labels": classes,

@@ -23,11 +23,13 @@ class GroundTruth:
         boxes: xyxy in pixels, `(objects, 4)`.
         class_labels: Int64 `(objects,)`.
         masks: Bool `(objects, height, width)` of the network's input, or None.
+        has_masks: Bool `(objects,)`, or None where all objects have a mask, or none is needed.
     """
 
     boxes: torch.Tensor
     class_labels: torch.Tensor
     masks: torch.Tensor | None
+    has_masks: torch.Tensor | None = None
 
 
 def read_images(
@@ -120,11 +122,12 @@ def read_ground_truths(
     for label, (height, width) in zip(labels, image_sizes.tolist(), strict=True):
         scale = torch.tensor([width, height, width, height], dtype=dtype, device=image_sizes.device)
         boxes = center_to_corners_format(label["boxes"].to(scale).reshape(-1, 4)) * scale
-        masks = None
+        masks = has_masks = None
         if mask_size is not None:
             rows, columns = input_size or mask_size
             masks = label["masks"].to(scale.device).reshape(-1, *mask_size)[:, :rows, :columns] != 0
-        truths.append(GroundTruth(boxes, label["class_labels"].to(scale.device, torch.int64), masks))
+            has_masks = label["has_masks"].to(scale.device) if "has_masks" in label else None
+        truths.append(GroundTruth(boxes, label["class_labels"].to(scale.device, torch.int64), masks, has_masks))
     return truths
 
 
@@ -139,7 +142,8 @@ def check_labels(
     Args:
         labels: For each image `class_labels`, integers `(objects,)` in `[0, num_labels)`, `boxes`, floats
             `(objects, 4)`, cxcywh relative to the image's own size without padding, and with a `mask_size` also `masks`
-            `(objects, *mask_size)`, bool or integers. Tensors without elements may have any shape.
+            `(objects, *mask_size)`, bool or integers, and perhaps `has_masks`, bool `(objects,)`, without which all of
+            them count. Tensors without elements may have any shape.
         batch_size: Number of images.
         num_labels: Number of classes.
         mask_size: Height and width of the batch in pixels, where masks are needed.
@@ -200,6 +204,12 @@ def _check_tensors(name: str, label: Any, mask_size: tuple[int, int] | None) -> 
         # An image without objects may have an empty tensor of any shape.
         if (len(classes) or label[key].numel()) and label[key].shape != wanted:
             raise ValueError(f"`{name}[{key!r}]` must have shape {wanted}, got {tuple(label[key].shape)}.")
+    has_masks = label.get("has_masks") if mask_size is not None else None
+    if has_masks is not None and (has_masks.dtype != torch.bool or has_masks.shape != (len(classes),)):
+        raise ValueError(
+            f"`{name}['has_masks']` must be bool of shape {(len(classes),)}, got {has_masks.dtype} of shape "
+            f"{tuple(has_masks.shape)}."
+        )
     if not boxes.is_floating_point() and boxes.numel():
         raise ValueError(f"`{name}['boxes']` must be floating point, relative to the image's size, got {boxes.dtype}.")
 

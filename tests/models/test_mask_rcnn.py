@@ -415,6 +415,34 @@ def test_images_without_objects_have_a_loss():
     assert all(image["segmentation"].eq(-1).all() for image in segment_instances(outputs))
 
 
+def test_object_without_a_mask_trains_its_box_only():
+    """The gradient of its mask's pixels' class is that of the other objects; all without one leave the mask head."""
+    model = small_model().eval()
+    pixels = torch.rand(2, 3, *INPUT_SIZE)
+    losses = {}
+    for name, has_masks in (("all", None), ("same", [True] * 3), ("two", [True, True, False]), ("none", [False] * 3)):
+        labels = labels_of(OBJECTS)
+        if has_masks is not None:
+            labels[0]["has_masks"] = torch.tensor(has_masks)
+            labels[0]["masks"][~labels[0]["has_masks"]] = False
+        if name == "none":
+            labels[1]["has_masks"] = torch.tensor([False])
+        torch.manual_seed(0)
+        model.zero_grad()
+        outputs = model(pixels, labels=labels)
+        losses[name] = outputs.loss_dict
+        outputs.loss_dict["loss_mask"].backward()
+        gradient = model.mask_head.predictor.bias.grad
+        # the third object is the only one of class 0
+        assert (gradient[0] == 0) == (name in ("two", "none")) and (gradient[1] == 0) == (name == "none")
+    assert losses["same"] == losses["all"] and losses["none"]["loss_mask"] == 0
+    assert all(losses["none"][name] == losses["all"][name] for name in losses["all"] if name != "loss_mask")
+    labels = labels_of(OBJECTS)
+    labels[0]["has_masks"] = torch.ones(2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"`labels\[0\]\['has_masks'\]` must be bool of shape \(3,\)"):
+        model(pixels, labels=labels)
+
+
 def test_wrong_masks_are_refused():
     model, pixels = small_model(), torch.randn(1, 3, 64, 64)
     label = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}
