@@ -17,10 +17,14 @@ from transformers import (
     TrainingArguments,
 )
 
+import pvt_hf
+
 from ..data.classification import EvaluationImages, collate, find_labels, load_images
 from ..data.detection import EvaluationDetections, read_coco, read_detection_dataset
 from ..data.digits import write_scenes
+from ..data.label_maps import read_palette
 from ..data.segmentation import EvaluationMaps, read_segmentation_dataset, read_segmentation_folders
+from ..data.segmentation_checks import check_classes, select_rows, survey_maps
 from ..evaluation.metrics import COCO_METRICS, classification_metrics, classification_statistics
 from ..models.backbone import get_backbone_config
 from ..paper_results import PUBLISHED
@@ -99,8 +103,15 @@ def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments)
 
 def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
     model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
-    image_processor = AutoImageProcessor.from_pretrained(checkpoint)
-    settings = {"num_labels": model.config.num_labels, "reduce_labels": image_processor.do_reduce_labels}
+    image_processor, names = AutoImageProcessor.from_pretrained(checkpoint), list(model.config.id2label.values())
+    scales = options.tta_scales or ()
+    reduce_labels = getattr(image_processor, "do_reduce_labels", False)
+    settings = {
+        "num_labels": model.config.num_labels,
+        "reduce_labels": reduce_labels if options.reduce_labels is None else options.reduce_labels,
+        "binary_masks": options.binary_masks,
+        "palette": read_palette(options.palette, names) if options.palette else None,
+    }
     if options.maps and options.images:
         data = read_segmentation_folders(options.images, options.maps, **settings)
     elif options.dataset_name:
@@ -109,14 +120,22 @@ def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments
     else:
         scenes = draw_validation_scenes(options)
         data = read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
+    args = build_evaluation_arguments(options, batch_size=1)
+    data = select_rows(data, range(len(data))[: options.max_eval_samples])
+    with args.main_process_first(desc="checking the data"):
+        data, survey = survey_maps(data, "the data", options.dataloader_num_workers)
+    check_classes(None, survey, names)
     trainer = SegmentationTrainer(
         model,
-        build_evaluation_arguments(options, batch_size=1),
+        args,
         recipe=SEGMENTATION_RECIPES[recipe],
         processing_class=image_processor,
+        window=options.window,
+        stride=options.stride,
+        tta_scales=scales,
+        tta_flip=options.tta_flip,
     )
-    rows = [data.rows[index] for index in range(len(data))[: options.max_eval_samples]]
-    return trainer, trainer.evaluate(EvaluationMaps(replace(data, rows=rows), image_processor))
+    return trainer, trainer.evaluate(EvaluationMaps(data, image_processor, scales))
 
 
 @dataclass(frozen=True)
@@ -138,7 +157,8 @@ class Task:
 
 _MASK_METRICS = tuple(f"mask_{name}" for name in COCO_METRICS)
 CLASSIFIER = Task(measure_classifier, "imagenet", ("accuracy", "top5_accuracy"), 1000)
-SEGMENTER = Task(measure_segmenter, "semantic_fpn_40k", ("mIoU", "mAcc", "aAcc"), 150)
+_FOREGROUND_METRICS = ("dice_images", "dice_set", "iou_images", "iou_set")  # of two classes
+SEGMENTER = Task(measure_segmenter, "semantic_fpn_40k", ("mIoU", "mAcc", "aAcc", *_FOREGROUND_METRICS), 150)
 # By model type; every other model is a segmenter.
 TASKS = {
     "pvt": CLASSIFIER,
@@ -165,6 +185,8 @@ def published_metrics(config: PreTrainedConfig, recipe: str | None = None) -> di
     """
     task, variant = task_of(config), find_variant(get_backbone_config(config))
     if variant is None or config.num_labels != task.num_labels:
+        return {}
+    if task is SEGMENTER and config.model_type != pvt_hf.SemanticFPNConfig.model_type:
         return {}
     if task is CLASSIFIER:
         return {"accuracy": variant.paper_top1}

@@ -1,11 +1,14 @@
 """What several commands do alike: the variant of a checkpoint, a backbone's weights, the bundled scenes, the end."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
 from ..data.digits import write_scenes
+from ..data.images import ImageError
 from ..models.backbone import get_backbone_config, load_pretrained_backbone
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
@@ -48,6 +51,15 @@ def draw_scenes(args: TrainingArguments, num_scenes: int) -> Path:
     folder = Path(args.output_dir).parent / f"scenes-{num_scenes}"
     with args.main_process_first(desc="drawing scenes"):
         return write_scenes(folder, num_scenes, validation=max(8, num_scenes // 5))
+
+
+@contextmanager
+def exit_on_bad_data() -> Iterator[None]:
+    """What is wrong with the data ends the program with a message instead of a traceback."""
+    try:
+        yield
+    except (ImageError, ValueError) as error:
+        raise SystemExit(str(error)) from error
 
 
 def finish(trainer: VisionTrainer) -> int:

@@ -210,8 +210,8 @@ class ConfusionMatrix:
             not part of the means.
         """
         counts = self.counts.double()
-        hits, labelled, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)  # each (num_labels,)
-        iou, accuracy = hits / (labelled + predicted - hits), hits / labelled
+        hits, (_, iou) = counts.diagonal(), overlap_scores(counts)  # each (num_labels,)
+        accuracy = hits / counts.sum(dim=1)
         return {
             "mean_iou": float(iou.nanmean()),
             "mean_accuracy": float(accuracy.nanmean()),
@@ -219,6 +219,20 @@ class ConfusionMatrix:
             "per_category_iou": iou.numpy(),
             "per_category_accuracy": accuracy.numpy(),
         }
+
+
+def overlap_scores(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dice, 2 |A and B| / (|A| + |B|), and IoU, |A and B| / |A or B|, of each class.
+
+    Args:
+        counts: Pixels by label and prediction, `(num_labels, num_labels)`, as of a [`ConfusionMatrix`].
+
+    Returns:
+        Dice and IoU, float64 `(num_labels,)` each, in [0, 1]; NaN where neither labels nor predictions have the class.
+    """
+    counts = counts.double()
+    hits, total = counts.diagonal(), counts.sum(dim=0) + counts.sum(dim=1)  # each (num_labels,)
+    return 2 * hits / total, hits / (total - hits)
 
 
 def mean_iou_metric(
