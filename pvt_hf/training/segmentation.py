@@ -18,9 +18,9 @@ from ..models.image_processing_segmentation import IGNORE_INDEX
 from ..models.modeling_semantic_fpn import semantic_loss
 from ..models.resize import resize_nearest
 from ..recipes import SegmentationRecipe
+from .dense_prediction import DensePredictionTrainer
 from .optimization import polynomial_multiplier, segmentation_parameter_groups
 from .segmentation_losses import IGNORED, SegmentationLoss
-from .trainer import DensePredictionTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -56,8 +56,8 @@ class SegmentationTrainer(DensePredictionTrainer):
         train_dataset: [`~pvt_hf.data.segmentation.TrainingMaps`].
         eval_dataset: [`~pvt_hf.data.segmentation.EvaluationMaps`].
         processing_class: The image processor of both.
-        *args: As of [`~pvt_hf.training.trainer.DensePredictionTrainer`].
-        **kwargs: As of [`~pvt_hf.training.trainer.DensePredictionTrainer`], as are the errors.
+        *args: As of [`~pvt_hf.training.dense_prediction.DensePredictionTrainer`].
+        **kwargs: As of [`~pvt_hf.training.dense_prediction.DensePredictionTrainer`], as are the errors.
 
     Raises:
         ValueError: If only one of `window` and `stride` is given, or a scale is not positive.
