@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
 
 from .digits import load_digits_dataset
-from .images import ImageError, decode, drop_skipped, seed_random_state
+from .images import ImageError, decode, drop_skipped, prepare, seed_random_state
 
 if TYPE_CHECKING:
     import datasets
@@ -355,6 +355,6 @@ class EvaluationImages(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.data[index]
         name = (row["image"] or {}).get("path") or f"image {index}"
-        pixel_values = self.image_processor(decode(row["image"], name), return_tensors="pt").pixel_values[0]
+        pixel_values = prepare(decode(row["image"], name), self.image_processor, name)
         label = check_class_index(row[self.label_column], self.num_labels, name)
         return {"pixel_values": pixel_values, "labels": label}

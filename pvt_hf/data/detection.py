@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..models.annotations import AnnotationError, iter_annotations, read_objects
-from .images import ImageError, decode, drop_skipped
+from .images import ImageError, decode, decode_to_fit, drop_skipped
 
 if TYPE_CHECKING:
     import datasets
@@ -82,14 +81,13 @@ class DetectionData:
         record = self.records[index]
         name = f"{record.name} (image {record.image_id})"
         stored = self.rows[record.stored]["image"] if self.rows is not None else {"path": record.stored}
-        image = decode(stored, name)
-        turned = ImageOps.exif_transpose(image)
-        fitting = [candidate for candidate in (turned, image) if candidate.size == record.size[::-1]]
-        if not fitting:
+        image = decode_to_fit(stored, name, record.size)
+        if image.shape[1:] != record.size:
             raise ImageError(
-                f"{name} has (height, width) {image.size[::-1]}, but {record.size} according to its annotations."
+                f"{name} has (height, width) {tuple(image.shape[1:])}, turned as its EXIF says if it has one, but "
+                f"{record.size} according to its annotations."
             )
-        return torch.from_numpy(np.array(fitting[0])).permute(2, 0, 1)
+        return image
 
     def target(self, index: int) -> dict[str, Any]:
         """What the image processor takes as annotations of an image.
@@ -297,7 +295,7 @@ def _name_classes(feature: Any, records: Sequence[ImageRecord]) -> list[str]:
 
 
 def _read_size(rows: datasets.Dataset, index: int) -> tuple[int, int]:
-    image: Image.Image = ImageOps.exif_transpose(decode(rows[index]["image"], f"row {index}"))
+    image = decode(rows[index]["image"], f"row {index}")
     return image.height, image.width
 
 

@@ -6,11 +6,16 @@ import io
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from ..models.pixels import PixelError, read_file
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
 
 
 class ImageError(RuntimeError):
@@ -46,23 +51,69 @@ def seed_random_state(*numbers: int) -> Iterator[None]:
         yield
 
 
-def decode(image: Mapping[str, Any] | None, name: str, mode: str | None = "RGB") -> Image.Image:
+def decode(image: Mapping[str, Any] | None, name: str, mode: str | None = "RGB", turn: bool = True) -> Image.Image:
     """Decodes an image as `datasets.Image(decode=False)` stores it.
 
     Args:
         image: `{"bytes": ..., "path": ...}`, of which one may be `None` or missing.
         name: For the message of an error.
-        mode: Pillow's mode of the result (default: `"RGB"`); `None` leaves the mode of the file.
+        mode: `"RGB"` (default), by the same rule as the image processors read pixels; or `None`, which leaves the mode
+            of the file, for label maps.
+        turn: Whether the image is turned as its EXIF says, which is how it is seen everywhere else (default: `True`).
 
     Raises:
-        ImageError: If the image is corrupt or missing; the message has `name`.
+        ImageError: If the image is corrupt or missing, or has pixels that cannot become RGB; the message has `name`.
     """
     image = image or {}
     try:
-        with Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"]) as opened:
-            return opened.convert(mode) if mode else opened.copy()
+        return read_file(
+            io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"], name, mode, turn
+        )
+    except PixelError as error:
+        raise ImageError(str(error)) from error
     except Exception as error:  # Pillow's decoders raise whatever a corrupt file leads them to
         raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
+
+
+def decode_to_fit(image: Mapping[str, Any] | None, name: str, size: tuple[int, int]) -> torch.Tensor:
+    """Decodes an image to which annotations or a map belong: turned as its EXIF says, unless they have the size of the
+    pixels as they are stored. Where neither fits, it is turned.
+
+    Args:
+        image: As [`decode`] takes it.
+        name: For the message of an error.
+        size: (height, width) in pixels of what belongs to it.
+
+    Returns:
+        uint8 `(3, height, width)`, RGB.
+
+    Raises:
+        ImageError: If it cannot be read, see [`decode`].
+    """
+    turned = decode(image, name)
+    stored = turned if turned.size == size[::-1] else decode(image, name, turn=False)
+    fitting = stored if stored.size == size[::-1] else turned
+    return torch.from_numpy(np.array(fitting)).permute(2, 0, 1)
+
+
+def prepare(
+    image: Image.Image | torch.Tensor, image_processor: BaseImageProcessor, name: str, **settings: Any
+) -> torch.Tensor:
+    """`pixel_values` `(3, height, width)` of one image.
+
+    Args:
+        image: As [`decode`] or [`decode_to_fit`] gives it.
+        image_processor: Of the model.
+        name: For the message of an error.
+        **settings: Of the image processor, for this image only.
+
+    Raises:
+        ImageError: If the processor refuses the image; the message has `name`.
+    """
+    try:
+        return image_processor(image, return_tensors="pt", **settings).pixel_values[0]
+    except ValueError as error:
+        raise ImageError(f"{name} cannot be prepared: {error}") from error
 
 
 def drop_skipped(rows: Iterable[dict[str, Any] | None]) -> tuple[list[dict[str, Any]], int]:

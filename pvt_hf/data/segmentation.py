@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..models.image_processing_segmentation import IGNORE_INDEX, check_label_map, read_label_map, reduce_labels
-from .images import ImageError, decode, drop_skipped
+from .images import ImageError, decode, decode_to_fit, drop_skipped, prepare
 from .label_maps import Palette, is_jpeg, label_colors, read_binary_mask, read_color_codes
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ class SegmentationData:
         return (self.rows[index]["image"] or {}).get("path") or f"image {index}"
 
     def read(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reads an image and its label map.
+        """Reads an image, turned as its EXIF orientation says unless the map has the size of the stored pixels, and its
+        label map.
 
         Args:
             index: Of its row.
@@ -84,11 +85,12 @@ class SegmentationData:
             ValueError: If the map is of colours, of another size, or has labels that are not classes.
         """
         row, name = self.rows[index], self.name(index)
-        image = torch.from_numpy(np.array(decode(row["image"], name))).permute(2, 0, 1)
         labels = self.read_labels(index)
+        image = decode_to_fit(row["image"], name, tuple(labels.shape))
         if labels.shape != image.shape[1:]:
             raise ValueError(
-                f"{self.map_name(index)} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])}."
+                f"{self.map_name(index)} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])} "
+                "(neither turned as its EXIF says nor as it is stored does it fit)."
             )
         return image, labels
 
@@ -304,12 +306,12 @@ class EvaluationMaps(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, labels = self.data.read(index)
-        first, *scaled = prepare_scales(image, self.image_processor, (1, *self.scales))
+        first, *scaled = prepare_scales(image, self.image_processor, (1, *self.scales), self.data.name(index))
         return {"pixel_values": first, "labels": labels} | ({"scaled": scaled} if scaled else {})
 
 
 def prepare_scales(
-    image: torch.Tensor, image_processor: PvtSegmentationImageProcessor, scales: Sequence[float]
+    image: torch.Tensor, image_processor: PvtSegmentationImageProcessor, scales: Sequence[float], name: str
 ) -> list[torch.Tensor]:
     """An image as the network gets it, at several scales.
 
@@ -317,13 +319,17 @@ def prepare_scales(
         image: uint8 `(3, height, width)`, RGB.
         image_processor: Of the model.
         scales: Factors of its size.
+        name: Of the image, for the message of an error.
 
     Returns:
         float32 `(3, height, width)` each.
+
+    Raises:
+        ImageError: If the processor refuses the image.
     """
     size = {side: pixels for side, pixels in dict(image_processor.size).items() if pixels}
     sizes = [{side: round(scale * pixels) for side, pixels in size.items()} for scale in scales]
-    return [image_processor(image, size=scaled, return_tensors="pt").pixel_values[0] for scaled in sizes]
+    return [prepare(image, image_processor, name, size=scaled) for scaled in sizes]
 
 
 @dataclass(frozen=True)

@@ -51,16 +51,17 @@ class LabelMapPredictor:
         if not all(scale > 0 for scale in self.scales):
             raise ValueError(f"`scales` must be positive, got {list(self.scales)}.")
 
-    def prepare(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def prepare(self, image: torch.Tensor, name: str = "The image") -> list[torch.Tensor]:
         """The image as the network gets it, at the scale 1 and then at the others.
 
         Args:
             image: uint8 `(3, height, width)`, RGB.
+            name: Of the image, for the message of an error.
 
         Returns:
             float32 `(1, 3, height, width)` each.
         """
-        return [view[None] for view in prepare_scales(image, self.image_processor, (1, *self.scales))]
+        return [view[None] for view in prepare_scales(image, self.image_processor, (1, *self.scales), name)]
 
     def __call__(
         self, model: nn.Module, views: Sequence[torch.Tensor], size: tuple[int, int]

@@ -3,18 +3,17 @@
 import math
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 
-from .resize import keep_ratio_size
+from .image_processing_common import ImagePreprocessing
+from .resize import keep_ratio_size, scale_sides
 
 
-class DensePreprocessing:
+class DensePreprocessing(ImagePreprocessing):
     """Mixin of image processors that keep the aspect ratio and resize as OpenCV does, before a backend of transformers.
 
-    The backends only decode: what they decode becomes a tensor, and all the rest is the same for both.
+    Nothing of the backends is used that changes a pixel: both give the same values.
     """
 
     resample = PILImageResampling.BILINEAR
@@ -26,23 +25,10 @@ class DensePreprocessing:
     do_rescale = True
     do_normalize = True
 
-    def process_image(self, image: Any, **kwargs: Any) -> torch.Tensor:
-        """One image as transformers' backend decodes it, but with 16 bits cut to 8: `(3, height, width)`."""
-        return torch.as_tensor(super().process_image(to_uint8(image), **kwargs))
-
     def _validate_preprocess_kwargs(self, resample: Any = None, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(resample=resample, **kwargs)
         if resample != PILImageResampling.BILINEAR:
             raise ValueError(f"`resample` must be bilinear ({int(PILImageResampling.BILINEAR)}), got {resample}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = super().to_dict()
-        if self._auto_class is not None and "auto_map" in fields:  # saved with its file, which has both backends
-            module = type(self).__module__.rsplit(".", 1)[-1]
-            name = type(self).__name__.removesuffix("Pil")
-            backends = {"torchvision": f"{module}.{name}", "pil": f"{module}.{name}Pil"}
-            fields["auto_map"]["AutoImageProcessor"] = backends
-        return fields
 
 
 def compute_resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
@@ -51,23 +37,14 @@ def compute_resized_size(height: int, width: int, size: SizeDict) -> tuple[int, 
     Args:
         height: In pixels.
         width: In pixels.
-        size: `{"shortest_edge", "longest_edge"}` (the second may be left out), which keep the aspect ratio, or
-            `{"height", "width"}`, which do not, in pixels.
-
-    Raises:
-        ValueError: If `size` is anything else.
+        size: `{"shortest_edge", "longest_edge"}` (the second may be left out) or `{"max_height", "max_width"}`, which
+            keep the aspect ratio, or `{"height", "width"}`, which do not, in pixels.
     """
-    if size.height and size.width:
+    if size.height:
         return size.height, size.width
-    if size.shortest_edge:
-        return keep_ratio_size(height, width, size.shortest_edge, size.longest_edge or math.inf)
-    raise ValueError(f"`size` must have `shortest_edge` and `longest_edge`, or `height` and `width`, got {dict(size)}.")
-
-
-def check_finite(image: torch.Tensor, name: str) -> None:
-    """Raises a `ValueError` with the image's name if it has pixels that are NaN or infinite."""
-    if image.is_floating_point() and not image.isfinite().all():
-        raise ValueError(f"{name} has pixels that are NaN or infinite.")
+    if size.max_height:
+        return scale_sides(height, width, min(size.max_height / height, size.max_width / width))
+    return keep_ratio_size(height, width, size.shortest_edge, size.longest_edge or math.inf)
 
 
 def compute_padded_size(sizes: list[tuple[int, int]], pad_size: SizeDict | None, divisor: int) -> tuple[int, int]:
@@ -85,7 +62,10 @@ def compute_padded_size(sizes: list[tuple[int, int]], pad_size: SizeDict | None,
     if pad_size is None:
         return tuple(math.ceil(side / divisor) * divisor for side in largest)
     if largest[0] > pad_size.height or largest[1] > pad_size.width:
-        raise ValueError(f"`pad_size` is {dict(pad_size)}, but the largest sides of the images are {list(largest)}.")
+        raise ValueError(
+            f"`pad_size` is {dict(pad_size)}, but the largest sides of the images are {list(largest)}. With "
+            f"`size={{'max_height': {pad_size.height}, 'max_width': {pad_size.width}}}` they fit."
+        )
     return pad_size.height, pad_size.width
 
 
@@ -101,33 +81,6 @@ def pad(image: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
     padded = image.new_zeros((*image.shape[:-2], *size))
     padded[..., : image.shape[-2], : image.shape[-1]] = image
     return padded
-
-
-def to_uint8(image: Any) -> Any:
-    """Images of 16 bits (PIL's modes `I;16` and `I`, uint16 arrays and tensors) keep the upper eight, as OpenCV reads
-    them; other images are returned as they are.
-
-    Raises:
-        ValueError: If the pixels have another range than 8 or 16 bits.
-    """
-    if isinstance(image, Image.Image):
-        if image.mode == "F":
-            raise ValueError("An image of PIL's mode 'F' has no range of values: convert it to 8 bits.")
-        return image if not image.mode.startswith("I") else Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if isinstance(image, np.ndarray) and image.dtype == np.uint16:
-        return (image >> 8).astype(np.uint8)
-    if not isinstance(image, np.ndarray | torch.Tensor):
-        return image
-    pixels = torch.as_tensor(np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image)
-    if pixels.dtype == torch.uint16:
-        return (pixels.int() >> 8).to(torch.uint8)
-    if not pixels.is_floating_point() and pixels.dtype not in (torch.uint8, torch.bool):
-        if pixels.min() < 0 or pixels.max() > 255:
-            raise ValueError(
-                f"The image has values in [{pixels.min()}, {pixels.max()}], it must have them in [0, 255]."
-            )
-        return image.astype(np.uint8) if isinstance(image, np.ndarray) else image.to(torch.uint8)
-    return image
 
 
 def normalize(

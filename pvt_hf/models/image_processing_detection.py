@@ -1,5 +1,6 @@
 """Images, annotations and detections of the detectors, as mmdetection 2.13 treats them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -10,9 +11,9 @@ from transformers.image_utils import ImageInput, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
 from .annotations import Objects, read_objects
+from .image_processing_common import SIZE_FORMS, read_size
 from .image_processing_dense import (
     DensePreprocessing,
-    check_finite,
     compute_padded_size,
     compute_resized_size,
     normalize,
@@ -32,6 +33,9 @@ _BATCH_SETTINGS = (
     "pad_size",
     "pad_size_divisor",
 )
+
+# Settings of DETR's processor that have one value here.
+_ONLY = {"format": "coco_detection", "do_convert_annotations": True, "masks_path": None}
 
 TargetSizes: TypeAlias = torch.Tensor | Sequence[tuple[int, int]] | None
 
@@ -54,6 +58,35 @@ class _DetectionPreprocessing(DensePreprocessing):
     num_labels = None
     model_input_names = ["pixel_values", "pixel_mask"]
 
+    @classmethod
+    def complete_settings(cls, settings: dict[str, Any], size: Mapping[str, int] | SizeDict) -> dict[str, Any]:
+        """Sizes as DETR's processor takes them, and images that are made to fit a `pad_size` that is given alone."""
+        settings = dict(settings)
+        for name, only in _ONLY.items():
+            if (value := settings.pop(name, only)) not in (only, None):
+                raise ValueError(f"`{name}` must be {only!r}, got {value!r}.")
+        if "pad_and_return_pixel_mask" in settings:
+            settings.setdefault("do_pad", settings.pop("pad_and_return_pixel_mask"))
+        max_size = settings.pop("max_size", None)
+        given = read_size(settings.get("size"), "size", SIZE_FORMS, settings.get("default_to_square") is True)
+        pad_size = read_size(settings.get("pad_size"), "pad_size")
+        if isinstance(settings.get("size"), int) and "shortest_edge" in given:
+            given["longest_edge"] = max_size or 1333
+        elif given is None and pad_size is not None and settings.get("do_pad") is not False:
+            given = _fit_size(dict(size), pad_size)
+        return settings | {
+            name: value for name, value in (("size", given), ("pad_size", pad_size)) if value is not None
+        }
+
+    def name_images(self, count: int, *args: Any) -> list[str]:
+        annotations = _list_annotations(args[0])
+        if annotations is None:
+            return super().name_images(count)
+        if len(annotations) != count:
+            raise ValueError(f"Got `annotations` of {len(annotations)} images for {count} images.")
+        ids = (annotation.get("image_id") if isinstance(annotation, Mapping) else None for annotation in annotations)
+        return [f"Image {f'number {index}' if given is None else given}" for index, given in enumerate(ids)]
+
     def preprocess(
         self,
         images: ImageInput,
@@ -63,9 +96,10 @@ class _DetectionPreprocessing(DensePreprocessing):
     ) -> BatchFeature:
         """
         Args:
-            images: One image or a list of images of any sizes: PIL of any mode (16 bits are cut to 8), or arrays and
-                tensors with values in [0, 255]. They are taken as they are stored: apply the orientation of EXIF
-                before (`PIL.ImageOps.exif_transpose`), as mmdetection does when it reads a file.
+            images: One image or a list of images of any sizes: PIL of any mode, or arrays and tensors, see
+                [`~pvt_hf.models.pixels.read_pixels`]. They are taken as they are stored: apply the orientation of EXIF
+                before (`PIL.ImageOps.exif_transpose`), as mmdetection does when it reads a file. Paths and URLs are
+                read, and turned.
             annotations: For each image `{"image_id": int, "annotations": [...]}` in COCO's format, see
                 [`~pvt_hf.models.annotations.read_objects`], which also says which annotations are skipped.
             return_segmentation_masks: Whether the labels have `masks` (default: False).
@@ -82,7 +116,8 @@ class _DetectionPreprocessing(DensePreprocessing):
 
         Raises:
             AnnotationError: If an annotation cannot be used; it names the image and the annotation.
-            ValueError: If an image has pixels that are not finite, or there are not as many annotations as images.
+            ValueError: If an image has pixels that cannot be right (not finite, out of range, none), or there are not
+                as many annotations as images.
         """
         return super().preprocess(images, annotations, return_segmentation_masks, **kwargs)
 
@@ -96,12 +131,7 @@ class _DetectionPreprocessing(DensePreprocessing):
         num_labels: int | None,
         **kwargs: Any,
     ) -> BatchFeature:
-        annotations = [annotations] if isinstance(annotations, dict) else annotations
-        if annotations is not None and len(annotations) != len(images):
-            raise ValueError(f"Got `annotations` of {len(annotations)} images for {len(images)} images.")
-        for index, image in enumerate(images):
-            image_id = annotations[index].get("image_id") if annotations is not None else f"number {index}"
-            check_finite(image, f"Image {image_id}")
+        annotations = _list_annotations(annotations)
         original = [tuple(image.shape[-2:]) for image in images]
         sizes = [
             compute_resized_size(height, width, size) if do_resize else (height, width) for height, width in original
@@ -216,6 +246,17 @@ class _DetectionPreprocessing(DensePreprocessing):
         return segment_instances(outputs, threshold, mask_threshold, target_sizes, return_binary_maps)
 
 
+def _list_annotations(annotations: dict[str, Any] | list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    return [annotations] if isinstance(annotations, dict) else annotations
+
+
+def _fit_size(size: dict[str, int], pad_size: dict[str, int]) -> dict[str, int]:
+    """The size itself, if all that it gives fits into the padding, or else the size that does."""
+    if size.get("longest_edge", math.inf) <= min(pad_size.values()) or "shortest_edge" not in size:
+        return size
+    return {"max_height": pad_size["height"], "max_width": pad_size["width"]}
+
+
 def _build_labels(
     objects: Objects,
     image_id: int,
@@ -247,12 +288,15 @@ class PvtDetectionImageProcessor(_DetectionPreprocessing, TorchvisionBackend):
     the last bit, and the padding is zero after the normalisation. Both backends give the same values.
 
     Args:
-        size (`dict`, *optional*, defaults to `{"shortest_edge": 800, "longest_edge": 1333}`):
-            Limits in pixels, the aspect ratio is kept. `{"height": ..., "width": ...}` resizes to exactly that.
+        size (`int` or `dict`, *optional*, defaults to `{"shortest_edge": 800, "longest_edge": 1333}`):
+            Limits in pixels, the aspect ratio is kept, also with `{"max_height": ..., "max_width": ...}`.
+            `{"height": ..., "width": ...}` resizes to exactly that. An integer is the shortest edge, as for DETR's
+            processor, and the longest is 1333 (or `max_size`).
         pad_size_divisor (`int`, *optional*, defaults to 32):
             Height and width of the batch are padded to multiples of it, in pixels.
-        pad_size (`dict`, *optional*):
-            `{"height": ..., "width": ...}` in pixels, to pad to instead.
+        pad_size (`int` or `dict`, *optional*):
+            `{"height": ..., "width": ...}` in pixels, to pad to instead. Given without `size`, images are resized to
+            fit into it, unless all of them do anyway.
         num_labels (`int`, *optional*):
             Where it is given, annotations of classes beyond it are an error.
         resample (`int`, *optional*, defaults to 2):

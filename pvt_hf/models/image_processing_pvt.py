@@ -1,7 +1,8 @@
 """The papers' evaluation transform: shorter edge to 256 (bicubic), centre crop 224, ImageNet normalisation."""
 
 import math
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,39 +16,31 @@ from transformers.image_utils import (
     SizeDict,
 )
 
-# An image has no more pixels after its resize: at 256 pixels of the shortest edge, an aspect ratio of about 1000.
-_MAX_RESIZED_PIXELS = 2**26
+from .image_processing_common import SIDES, SIZE_FORMS, ImagePreprocessing, read_size
 
 
-def _scale_together(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Where only one of `size` and `crop_size` is given, the other follows in the papers' ratio of 256 to 224."""
-    size, crop_size = (
-        dict(value) if isinstance(value, SizeDict) else value for value in map(kwargs.get, ("size", "crop_size"))
-    )
-    if (size is None) == (crop_size is None):
-        return kwargs
-    crops = True
-    if size is None:
-        sides = crop_size.values() if isinstance(crop_size, dict) else np.atleast_1d(crop_size)
-        size = {"shortest_edge": int(256 / 224 * int(max(sides)))}
-    else:
-        shortest_edge = size.get("shortest_edge") if isinstance(size, dict) else size
-        crops = isinstance(shortest_edge, int)
-        # A size that fixes both sides leaves nothing to crop.
-        crop_size = math.ceil(224 / 256 * shortest_edge) if crops else size
-    if kwargs.get("do_center_crop") is not None:
-        crops = kwargs["do_center_crop"]
-    return kwargs | {"size": size, "crop_size": crop_size, "do_center_crop": crops}
+def _enlarge(crop_size: Mapping[str, int], crop_pct: float) -> dict[str, int]:
+    """The size of which a crop is this share, rounded down as timm does."""
+    return {"shortest_edge": int(max(crop_size.values()) / crop_pct)}
 
 
-class _PvtPreprocessing:
+def _find_crop(size: Mapping[str, int] | None, crop_pct: Any) -> dict[str, int]:
+    """The crop of a file with `crop_pct`, in which `size` is what the model sees."""
+    if not isinstance(crop_pct, int | float) or not 0 < crop_pct <= 1:
+        raise ValueError(f"`crop_pct` must be in (0, 1], got {crop_pct!r}.")
+    if size is None or set(size) not in ({*SIDES}, {"shortest_edge"}):
+        raise ValueError(f"With `crop_pct`, `size` or `crop_size` must say the size of the crop, got {size}.")
+    return dict.fromkeys(SIDES, size["shortest_edge"]) if "shortest_edge" in size else dict(size)
+
+
+class _PvtPreprocessing(ImagePreprocessing):
     """The settings and what the two backends share."""
 
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
     size = {"shortest_edge": 256}
-    default_to_square = False
+    default_to_square = True
     crop_size = {"height": 224, "width": 224}
     do_convert_rgb = True
     do_resize = True
@@ -55,47 +48,36 @@ class _PvtPreprocessing:
     do_rescale = True
     do_normalize = True
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(**_scale_together(kwargs))
-
     @classmethod
-    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Self:
-        # What the caller overrides is scaled together, before it is merged with a file that has both.
-        return super().from_dict(image_processor_dict, **_scale_together(kwargs))
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = super().to_dict()
-        if self._auto_class is not None and "auto_map" in fields:  # saved with this file, which has both backends
-            module = type(self).__module__.rsplit(".", 1)[-1]
-            backends = {"torchvision": f"{module}.PvtImageProcessor", "pil": f"{module}.PvtImageProcessorPil"}
-            fields["auto_map"]["AutoImageProcessor"] = backends
-        return fields
-
-    def resize(self, image: Any, size: SizeDict, **kwargs: Any) -> Any:
-        """As that of the backend, but not of a thin image, which would become very long before most of it is cut off.
-
-        Args:
-            image: `(..., height, width)`, an array or a tensor.
-            size: Sides in pixels.
-            **kwargs: As of the backend.
-
-        Raises:
-            ValueError: If the image would get more than 2^26 pixels.
-        """
-        if size.shortest_edge and not size.longest_edge:
-            height, width = image.shape[-2:]
-            resized = [round(side * size.shortest_edge / min(height, width)) for side in (height, width)]
-            if math.prod(resized) > _MAX_RESIZED_PIXELS:
-                raise ValueError(
-                    f"An image of {height} x {width} pixels (height x width) would become {resized[0]} x {resized[1]} "
-                    f"by `size` {dict(size)}, more than {_MAX_RESIZED_PIXELS} pixels: cut it before."
-                )
-        return super().resize(image=image, size=size, **kwargs)
+    def complete_settings(cls, settings: dict[str, Any], size: Mapping[str, int] | SizeDict) -> dict[str, Any]:
+        """Where only one of `size` and `crop_size` is given, the other follows in the papers' ratio of 256 to 224, or
+        in `crop_pct`; a size that fixes both sides leaves nothing to crop."""
+        settings = dict(settings)
+        crop_pct = settings.pop("crop_pct", None)
+        given = read_size(settings.get("size"), "size", SIZE_FORMS, settings.get("default_to_square") is not False)
+        crop_size = read_size(settings.get("crop_size"), "crop_size")
+        if crop_pct is not None:
+            crop_size = _find_crop(crop_size or given, crop_pct)
+            return settings | {"size": _enlarge(crop_size, crop_pct), "crop_size": crop_size, "do_center_crop": True}
+        if (given is None) == (crop_size is None):
+            return settings | ({"size": given, "crop_size": crop_size} if given else {})
+        crops = True
+        if given is None:
+            given = _enlarge(crop_size, 224 / 256)
+        elif "shortest_edge" in given:
+            crop_size = dict.fromkeys(SIDES, math.ceil(224 / 256 * given["shortest_edge"]))
+        else:
+            crop_size, crops = given if "height" in given else None, False
+        if settings.get("do_center_crop") is not None:
+            crops = settings["do_center_crop"]
+        return settings | {"size": given, "crop_size": crop_size, "do_center_crop": crops}
 
     def preprocess(self, images: ImageInput, *args: Any, **kwargs: Any) -> BatchFeature:
         """
         Args:
-            images: One image or a list of images: PIL of any mode, or arrays and tensors with values in [0, 255].
+            images: One image or a list of images: PIL of any mode, or arrays and tensors, see
+                [`~pvt_hf.models.pixels.read_pixels`]. They are taken as they are stored: apply the orientation of EXIF
+                before (`PIL.ImageOps.exif_transpose`). Paths and URLs are read, and turned.
             **kwargs: Any of the processor's settings, for this call only.
 
         Returns:
@@ -103,9 +85,10 @@ class _PvtPreprocessing:
             standard deviation taken out.
 
         Raises:
-            ValueError: If an image is so thin that it would be resized to more than 2^26 pixels.
+            ValueError: If an image has pixels that cannot be right (not finite, out of range, none), or is so thin that
+                it would be resized to more than 2^26 pixels.
         """
-        return super().preprocess(images, *args, **_scale_together(kwargs))
+        return super().preprocess(images, *args, **kwargs)
 
 
 class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
@@ -115,10 +98,15 @@ class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
 
     Args:
         size (`int` or `dict`, *optional*, defaults to `{"shortest_edge": 256}`):
-            In pixels. `{"height": ..., "width": ...}` resizes to exactly that and turns the centre crop off, which is
-            what the `preprocessor_config.json` of the PVT checkpoints on the Hub asks for.
+            In pixels. An integer, `(height, width)` or `{"height": ..., "width": ...}` resizes to exactly that and
+            turns the centre crop off, as the `preprocessor_config.json` of the PVT checkpoints on the Hub asks for.
+            `{"shortest_edge": ...}`, with `longest_edge` or not, and `{"max_height": ..., "max_width": ...}` keep the
+            aspect ratio; the last turns the centre crop off.
         crop_size (`int` or `dict`, *optional*, defaults to `{"height": 224, "width": 224}`):
-            In pixels. If only one of `size` and `crop_size` is given, the other is scaled with it (384 and 438, say).
+            In pixels. If only `crop_size` or the shortest edge is given, the other is scaled with it (384 and 438).
+        crop_pct (`float`, *optional*):
+            Share of the shortest edge that the crop keeps, in (0, 1], with `size` or `crop_size` as that of the crop,
+            in pixels: `size=224, crop_pct=0.875` is the default. Settings are saved without it.
         resample (`int`, *optional*, defaults to 3):
             PIL's number of the interpolation: bicubic.
         image_mean (`list[float]`, *optional*, defaults to `[0.485, 0.456, 0.406]`):
@@ -148,6 +136,12 @@ class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
 class PvtImageProcessorPil(_PvtPreprocessing, PilBackend):
     """[`PvtImageProcessor`] on the PIL backend: exactly torchvision's `Resize(256, BICUBIC)` and `CenterCrop(224)` of
     PIL images. The arguments are the same."""
+
+    def process_image(self, image: Any, **kwargs: Any) -> np.ndarray:
+        pixels = super().process_image(image, **kwargs).cpu()
+        # PIL resizes three channels of 8 bits only; fractions of 1 are left to the backend.
+        whole = pixels.is_floating_point() and 1 < pixels.max() <= 255 and pixels.min() >= 0
+        return (pixels.round().to(torch.uint8) if whole else pixels).numpy()
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
         # As torchvision: a missing odd pixel is added behind, and an odd pixel too many is split by rounding to even.

@@ -1,6 +1,7 @@
 """Images, label maps and predictions of Semantic FPN, as mmsegmentation 0.13 treats them."""
 
 import math
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
@@ -13,9 +14,9 @@ from transformers.image_processing_backends import PilBackend, TorchvisionBacken
 from transformers.image_utils import ImageInput, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from .image_processing_common import SIZE_FORMS, read_size
 from .image_processing_dense import (
     DensePreprocessing,
-    check_finite,
     compute_padded_size,
     compute_resized_size,
     normalize,
@@ -46,11 +47,21 @@ class _SegmentationPreprocessing(DensePreprocessing):
     num_labels = None
     logits_stride = 4
 
+    @classmethod
+    def complete_settings(cls, settings: dict[str, Any], size: Mapping[str, int] | SizeDict) -> dict[str, Any]:
+        """`size` in any form, and `reduce_labels`, as SegFormer's files once called it."""
+        settings = dict(settings)
+        if "reduce_labels" in settings:
+            settings.setdefault("do_reduce_labels", settings.pop("reduce_labels"))
+        given = read_size(settings.get("size"), "size", SIZE_FORMS, settings.get("default_to_square") is True)
+        return settings if given is None else settings | {"size": given}
+
     def preprocess(self, images: ImageInput, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
         """
         Args:
-            images: One image or a list of images: PIL of any mode (16 bits are cut to 8), or arrays and tensors with
-                values in [0, 255].
+            images: One image or a list of images: PIL of any mode, or arrays and tensors, see
+                [`~pvt_hf.models.pixels.read_pixels`]. They are taken as they are stored, like their maps: apply the
+                orientation of EXIF to both before (`PIL.ImageOps.exif_transpose`). Paths and URLs are read, and turned.
             segmentation_maps: The label map of each image, `(height, width)` of the image, as integer arrays or tensors
                 or PIL images of one channel. Palette images give their indices, whatever the colours.
             **kwargs: Any of the processor's settings, for this call only.
@@ -63,9 +74,10 @@ class _SegmentationPreprocessing(DensePreprocessing):
 
         Raises:
             ValueError: If a map is of colours or of fractions, has another size than its image, or has labels that are
-                not classes (with `num_labels`; the labels found are listed); if an image has pixels that are not
-                finite; or if images of a batch have different sizes after the resize, since padding them would change
-                the predictions: process them one by one, or fix both sides with `size={"height": ..., "width": ...}`.
+                not classes (with `num_labels`; the labels found are listed); if an image has pixels that cannot be
+                right (not finite, out of range, none); or if images of a batch have different sizes after the resize,
+                since padding them would change the predictions: process them one by one, or fix both sides with
+                `size={"height": ..., "width": ...}`.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
@@ -86,8 +98,6 @@ class _SegmentationPreprocessing(DensePreprocessing):
         return_tensors: str | None,
         **kwargs: Any,
     ) -> BatchFeature:
-        for index, image in enumerate(images):
-            check_finite(image, f"Image number {index}")
         steps = [_plan_resizes(image, size, size_divisor) if do_resize else [] for image in images]
         finals = {(step or [tuple(image.shape[-2:])])[-1] for image, step in zip(images, steps, strict=True)}
         if return_tensors is not None and len(finals) > 1:
@@ -251,8 +261,9 @@ class PvtSegmentationImageProcessor(_SegmentationPreprocessing, TorchvisionBacke
     both have the bits of OpenCV's bilinear (no antialiasing). Both backends give the same values.
 
     Args:
-        size (`dict`, *optional*, defaults to `{"shortest_edge": 512, "longest_edge": 2048}`):
-            Limits in pixels, the aspect ratio is kept. `{"height": ..., "width": ...}` resizes to exactly that.
+        size (`int` or `dict`, *optional*, defaults to `{"shortest_edge": 512, "longest_edge": 2048}`):
+            Limits in pixels, the aspect ratio is kept, also with `{"max_height": ..., "max_width": ...}`.
+            `{"height": ..., "width": ...}` resizes to exactly that. An integer is the shortest edge.
         size_divisor (`int`, *optional*, defaults to 32):
             Sides are then enlarged to multiples of it, in pixels, without padding.
         do_reduce_labels (`bool`, *optional*, defaults to `False`):

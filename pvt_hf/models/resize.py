@@ -16,6 +16,17 @@ def keep_ratio_size(
         longest_edge: Limit of the longer side in pixels (default: none).
     """
     factor = min(longest_edge / max(height, width), shortest_edge / min(height, width))
+    return scale_sides(height, width, factor)
+
+
+def scale_sides(height: int, width: int, factor: float) -> tuple[int, int]:
+    """Both sides times the factor, rounded to the nearest pixel, at least one.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        factor: Of both.
+    """
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 

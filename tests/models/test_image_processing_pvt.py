@@ -65,7 +65,7 @@ def test_equals_the_papers_pipeline(processor_class, height, width):
 @BACKENDS
 @pytest.mark.parametrize(
     ("arguments", "resize", "crop"),
-    [({"crop_size": 384}, 438, 384), ({"size": 438}, 438, 384), ({"size": {"shortest_edge": 512}}, 512, 448)],
+    [({"crop_size": 384}, 438, 384), ({"size": {"shortest_edge": 512}}, 512, 448)],
     ids=str,
 )
 def test_size_and_crop_scale_together(processor_class, arguments, resize, crop, tmp_path):
@@ -83,7 +83,8 @@ def test_size_and_crop_scale_together(processor_class, arguments, resize, crop, 
     ("arguments", "size", "crop_size", "crops"),
     [
         ({"crop_size": 448}, {"shortest_edge": 512}, {"height": 448, "width": 448}, True),
-        ({"size": 438}, {"shortest_edge": 438}, {"height": 384, "width": 384}, True),
+        ({"size": {"shortest_edge": 438}}, {"shortest_edge": 438}, {"height": 384, "width": 384}, True),
+        ({"size": 384}, {"height": 384, "width": 384}, {"height": 384, "width": 384}, False),
         ({"size": {"height": 384, "width": 384}}, {"height": 384, "width": 384}, {"height": 384, "width": 384}, False),
         ({"crop_size": (192, 224)}, {"shortest_edge": 256}, {"height": 192, "width": 224}, True),
         ({"crop_size": 192, "do_center_crop": False}, {"shortest_edge": 219}, {"height": 192, "width": 192}, False),
