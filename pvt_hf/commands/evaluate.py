@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from ..training.arguments import EvaluationArguments
 from ..variants import VARIANTS
+from ..writing.files import atomic_file
 from .measure import published_metrics, task_of
 from .parser import parse_arguments
 from .presets import EVALUATION
@@ -62,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += table_rows(checkpoint, percentages, published_metrics(config, options.recipe), metrics["eval_images"])
         results[checkpoint] = percentages | {"images": metrics["eval_images"]}
         if trainer.is_world_process_zero():  # after each checkpoint: all of them take hours
-            partial = output_dir / "results.json.partial"
-            partial.write_text(json.dumps(results, indent=2))
-            partial.replace(output_dir / "results.json")
+            with atomic_file(output_dir / "results.json") as file:
+                file.write_text(json.dumps(results, indent=2))
     if trainer.is_world_process_zero():
         print("\n".join(rows))
     trainer.accelerator.end_training()

@@ -131,7 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         eval_dataset=images.EvaluationImages(validation, column, len(names), image_processor),
         processing_class=image_processor,
         dataset_name=data_args.dataset_name,
+        dataset_title=options.dataset_title,
         initial_weights=model_args.model_name_or_path,
+        license=options.license,
         settings={name: getattr(model_args, name) for name in ("variant", "image_size", "freeze_stages", "lora_rank")},
     )
     trainer.train(args.resume_from_checkpoint)

@@ -149,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         eval_dataset=data.EvaluationDetections(validation),
         processing_class=pvt_hf.PvtDetectionImageProcessor(size=size, num_labels=len(train.label_names)),
         dataset_name=data_args.dataset_name or data_args.train_annotations,
+        dataset_title=options.dataset_title,
         initial_weights=model_args.model_name_or_path or model_args.backbone_checkpoint,
+        license=options.license,
         settings={name: getattr(model_args, name) for name in ("variant", "config_overrides", "freeze_stages")},
     )
     trainer.train(args.resume_from_checkpoint)

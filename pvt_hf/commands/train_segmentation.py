@@ -234,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         eval_dataset=data.EvaluationMaps(validation, image_processor),
         processing_class=image_processor,
         dataset_name=data_args.dataset_name or data_args.train_images,
+        dataset_title=options.dataset_title,
         initial_weights=model_args.model_name_or_path or model_args.backbone_checkpoint,
+        license=options.license,
         settings={name: getattr(model_args, name) for name in ("variant", "backbone_checkpoint", "freeze_stages")}
         | ({"loss": loss.name, "class weights": loss.class_weights} if loss else {}),
     )

@@ -105,7 +105,7 @@ def prepare(
         image: As [`decode`] or [`decode_to_fit`] gives it.
         image_processor: Of the model.
         name: For the message of an error.
-        **settings: Of the image processor, for this image only.
+        **settings: Of the processor, in place of its own.
 
     Raises:
         ImageError: If the processor refuses the image; the message has `name`.

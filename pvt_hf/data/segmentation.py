@@ -89,8 +89,8 @@ class SegmentationData:
         image = decode_to_fit(row["image"], name, tuple(labels.shape))
         if labels.shape != image.shape[1:]:
             raise ValueError(
-                f"{self.map_name(index)} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])} "
-                "(neither turned as its EXIF says nor as it is stored does it fit)."
+                f"{self.map_name(index)} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])}, "
+                "turned as its EXIF says if it has one."
             )
         return image, labels
 
@@ -319,13 +319,13 @@ def prepare_scales(
         image: uint8 `(3, height, width)`, RGB.
         image_processor: Of the model.
         scales: Factors of its size.
-        name: Of the image, for the message of an error.
+        name: For the message of an error.
 
     Returns:
         float32 `(3, height, width)` each.
 
     Raises:
-        ImageError: If the processor refuses the image.
+        ImageError: If the processor refuses the image; the message has `name`.
     """
     size = {side: pixels for side, pixels in dict(image_processor.size).items() if pixels}
     sizes = [{side: round(scale * pixels) for side, pixels in size.items()} for scale in scales]

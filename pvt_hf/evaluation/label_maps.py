@@ -51,12 +51,12 @@ class LabelMapPredictor:
         if not all(scale > 0 for scale in self.scales):
             raise ValueError(f"`scales` must be positive, got {list(self.scales)}.")
 
-    def prepare(self, image: torch.Tensor, name: str = "The image") -> list[torch.Tensor]:
+    def prepare(self, image: torch.Tensor, name: str = "the image") -> list[torch.Tensor]:
         """The image as the network gets it, at the scale 1 and then at the others.
 
         Args:
             image: uint8 `(3, height, width)`, RGB.
-            name: Of the image, for the message of an error.
+            name: For the message of an error (default: "the image").
 
         Returns:
             float32 `(1, 3, height, width)` each.

@@ -16,8 +16,12 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..models.annotations import rasterize, read_objects
 from ..models.image_processing_segmentation import IGNORE_INDEX
+from ..writing.text import escape_control
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
     from ..data.detection import DetectionData
 
     Color: TypeAlias = tuple[int, int, int]
@@ -78,7 +82,7 @@ def draw_objects(
     picture = to_pil_image(pixels)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
     for index in reversed(range(len(colors))):
-        name = label_names[int(class_labels[index])]
+        name = shorten_name(label_names[int(class_labels[index])])
         text = name if scores is None else f"{name} {float(scores[index]):.2f}"
         _write_name(draw, corners[index].tolist(), text, font, colors[index], picture.size)
     return picture
@@ -215,6 +219,29 @@ def find_errors(truth: torch.Tensor, prediction: torch.Tensor, names: Mapping[in
     return {f"false {names[1]}": wrong & (prediction == 1), f"missed {names[1]}": wrong & (truth == 1)}
 
 
+def draw_legend(axes: Axes, handles: Sequence[Artist], names: Sequence[str], **options: Any) -> None:
+    """Draws a legend that shows the names as they are: neither `$` nor a leading underscore means anything in it.
+
+    Args:
+        axes: Of matplotlib.
+        handles: What is named.
+        names: Of anybody, one for each.
+        **options: Of [`~matplotlib.axes.Axes.legend`].
+    """
+    places = [str(number) for number in range(len(names))]
+    legend = axes.legend(handles, places, ncols=1 + len(handles) // 13, **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(shorten_name(name))
+
+
+def shorten_name(name: str, longest: int = 40) -> str:
+    """The name for a picture, in a line, its middle left out if it is longer than so many characters."""
+    name = escape_control(name)
+    half = (longest - 1) // 2
+    return name if len(name) <= longest else f"{name[:half]}\u2026{name[-half:]}"
+
+
 def draw_overlays(
     samples: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], names: Mapping[int, str], file: str | Path
 ) -> None:
@@ -249,15 +276,15 @@ def draw_overlays(
         valid = truth != IGNORE_INDEX
         axes[2].set_title(f"{100 * (truth == prediction)[valid].float().mean():.1f} % of the pixels right", fontsize=8)
         present = torch.cat([truth[valid], prediction.flatten()]).unique().tolist()
-        handles = [Patch(color=np.divide(colors[label], 255), label=names[label]) for label in present]
+        entries = [(Patch(color=np.divide(colors[label], 255)), names[label]) for label in present]
         if not valid.all():
-            handles.append(Patch(color="black", label="ignored"))
-        handles += [
-            Patch(color=np.divide(color, 255), label=name)
+            entries.append((Patch(color="black"), "ignored"))
+        entries += [
+            (Patch(color=np.divide(color, 255)), name)
             for color, (name, mask) in zip(error_colors, errors.items(), strict=True)
             if mask.any()
         ]
-        axes[4].legend(handles=handles, loc="center left", frameon=False, fontsize=9, ncols=1 + len(handles) // 13)
+        draw_legend(axes[4], *zip(*entries, strict=True), loc="center left", frameon=False, fontsize=9)
     for axis, title in zip(grid[0], ("image", "truth", "prediction", "errors"), strict=False):
         axis.set_title("\n".join(filter(None, (title, axis.get_title()))), fontsize=9)
     figure.savefig(file, dpi=100)

@@ -112,7 +112,7 @@ class _DetectionPreprocessing(DensePreprocessing):
             int64 `(objects,)`, `boxes` float32 `(objects, 4)`, cxcywh divided by the size of the resized image
             *without* its padding, `area` in pixels of the resized image, `iscrowd`, `image_id` `(1,)`, `orig_size` and
             `size` `(2,)`, (height, width) before and after the resize, and `masks` bool `(objects, height, width)` of
-            the padded size.
+            the padded size, with `has_masks` bool `(objects,)` where an annotation has none.
 
         Raises:
             AnnotationError: If an annotation cannot be used; it names the image and the annotation.
@@ -278,6 +278,8 @@ def _build_labels(
     }
     if objects.masks is not None:
         labels["masks"] = pad(objects.masks, padded)
+    if objects.has_masks is not None and not objects.has_masks.all():
+        labels["has_masks"] = objects.has_masks
     return labels
 
 

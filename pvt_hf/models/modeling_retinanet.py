@@ -28,7 +28,7 @@ from .boxes import (
 from .configuration_retinanet import RetinaNetConfig
 from .fpn import FeaturePyramid
 from .pretrained import PretrainedMixin
-from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_image_sizes
+from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_images
 
 
 @dataclass
@@ -216,7 +216,8 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
             TypeError: For `labels` of another type.
             ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the annotation.
         """
-        image_sizes, truths = read_image_sizes(pixel_values, pixel_mask), None
+        pixel_values, image_sizes = read_images(pixel_values, pixel_mask, self.backbone.config.num_channels)
+        truths = None
         if labels is not None:
             dtype = torch.promote_types(self.dtype, torch.float32)
             truths = read_ground_truths(labels, image_sizes, self.config.num_labels, dtype)
@@ -233,7 +234,7 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
         boxes = clip_boxes(decode_boxes(anchors, deltas.detach()), image_sizes[:, None])  # (batch, anchors, 4)
         loss_dict = None
         if truths is not None:
-            sizes = pad_image_sizes(image_sizes, pixel_values.shape[2:])
+            sizes = pad_image_sizes(image_sizes.tolist(), pixel_values.shape[2:])
             valid = [grid.find_valid(level_shapes, size, deltas.device) for size in sizes]
             loss_dict = self.head.loss(logits, deltas, anchors, valid, truths)
         level_sizes = [height * width * grid.num_per_cell for height, width in level_shapes]

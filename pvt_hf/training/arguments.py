@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES, DetectionRecipe, ImageNetRecipe, SegmentationRecipe
 from ..variants import VARIANTS
+from ..writing.files import why_unwritable
 from .optimization import images_per_step
 from .run_checkpoints import last_complete_checkpoint
 from .segmentation_losses import SEGMENTATION_LOSSES
@@ -383,6 +384,12 @@ class TrainingOptions(TrainingArguments):
     resume_from_checkpoint: str | None = option(
         None, "`true` to resume from the last complete checkpoint of --output_dir, or a checkpoint (default: none)"
     )
+    dataset_title: str | None = option(
+        None, "what the model card calls the data (default: their name on the Hub, or the last part of their path)"
+    )
+    license: str | None = option(
+        None, "licence of the weights in the model card, as the Hub writes it: apache-2.0 (default: none is chosen)"
+    )
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available,
         metadata={"help": "copy batches by way of pinned memory (default: true where there is a GPU)"},
@@ -424,13 +431,16 @@ def build_training_arguments(options: TrainingOptions, recipe: Any, **recipe_val
             is a GPU and the user chose no other precision, here or for accelerate.
 
     Raises:
-        SystemExit: If `output_dir` has checkpoints, and `resume_from_checkpoint` does not say what to do with them.
+        SystemExit: If `output_dir` cannot be written, or has checkpoints and `resume_from_checkpoint` does not say what
+            to do with them.
     """
     given = {entry.name: getattr(options, entry.name) for entry in fields(TrainingArguments) if entry.init}
     given = {name: value for name, value in given.items() if value is not None}
     elsewhere = options.bf16 or options.use_cpu or "ACCELERATE_MIXED_PRECISION" in os.environ
     recipe_values |= {"fp16": recipe_values.get("fp16", False) and torch.cuda.is_available() and not elsewhere}
     recipe_values |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm}
+    if options.output_dir and (reason := why_unwritable(options.output_dir)):
+        raise SystemExit(f"--output_dir {options.output_dir} cannot be written: {reason}")
     args = TrainingArguments(**recipe_values | given)
     if str(args.resume_from_checkpoint).lower() in ("true", "false"):
         args.resume_from_checkpoint = args.resume_from_checkpoint.lower() == "true"

@@ -1,8 +1,6 @@
 """The papers' training of a detector, and its evaluation by COCO's twelve numbers for boxes and masks."""
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -109,17 +107,14 @@ class DetectionTrainer(DensePredictionTrainer):
         if self.masks:
             metrics |= {f"mask_{name}": value for name, value in coco_metrics(self.results, truth, masks=True).items()}
         if self.is_world_process_zero():
-            self._save_results(Path(self.args.output_dir) / "predictions.json")
+            found = [result for image in self.results.values() for result in image]
+            with self.write_file("predictions.json") as file:
+                file.write_text(json.dumps(found))
         return metrics | {"images": len(self.results)}
-
-    def _save_results(self, file: Path) -> None:
-        """In COCO's format for results; the file appears when it is complete."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        incomplete = file.with_suffix(".incomplete")
-        incomplete.write_text(json.dumps([result for image in self.results.values() for result in image]))
-        os.replace(incomplete, file)
 
     def draw_predictions(self) -> None:
         """`predictions.png` in `output_dir`: images of the last evaluation, annotations beside detections."""
         if self.is_world_process_zero():
-            draw_detections(self.evaluated, self.results).save(Path(self.args.output_dir) / "predictions.png")
+            picture = draw_detections(self.evaluated, self.results)
+            with self.write_file("predictions.png") as file:
+                picture.save(file)

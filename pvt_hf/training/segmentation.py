@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,7 +172,7 @@ class SegmentationTrainer(DensePredictionTrainer):
         """As in `Trainer`; and writes a table of the classes, `{metric_key_prefix}_classes.csv`."""
         metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.is_world_process_zero():
-            with (Path(self.args.output_dir) / f"{metric_key_prefix}_classes.csv").open("w", newline="") as file:
+            with self.write_file(f"{metric_key_prefix}_classes.csv") as path, path.open("w", newline="") as file:
                 rows = [(name, *values) for name, values in zip(self._names(), self.classes, strict=True)]
                 csv.writer(file).writerows([("class", "IoU", "Dice", "accuracy", "pixels"), *rows])
             if warning := self._describe_missing():
@@ -209,8 +208,9 @@ class SegmentationTrainer(DensePredictionTrainer):
         samples = []
         for index in indices:
             image, labels = dataset.data.read(index)
-            views = [view.to(self.args.device) for view in self.predictor.prepare(image)]
+            views = [view.to(self.args.device) for view in self.predictor.prepare(image, dataset.data.name(index))]
             prediction, _ = self._predict(model, {"pixel_values": views[0], "scaled": views[1:], "labels": labels})
             samples.append((image, labels, prediction.cpu()))
         if self.is_world_process_zero():
-            draw_overlays(samples, model.config.id2label, Path(self.args.output_dir) / "predictions.png")
+            with self.write_file("predictions.png") as path:
+                draw_overlays(samples, model.config.id2label, path)

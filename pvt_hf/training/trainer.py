@@ -8,11 +8,16 @@ special about a task is in `classification`, `detection` and `segmentation` besi
 
 import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,7 +28,10 @@ from transformers.utils import logging
 
 from ..data.images import keep_random_state
 from ..data.samplers import EpochSampler
-from .report import plot_curves, run_settings, training_card
+from ..writing.files import atomic_file, explain_write_error, hidden_folder
+from ..writing.hub import UploadError, explain_upload_error
+from ..writing.text import escape_control
+from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
 from .run_checkpoints import (
     CheckpointError,
     last_complete_checkpoint,
@@ -69,8 +77,11 @@ class VisionTrainer(Trainer):
 
     Args:
         recipe: Hyper-parameters, a dataclass, for the model card; a subclass may use it.
-        dataset_name: For the model card: where the images came from, `None` for the bundled data.
-        initial_weights: For the model card: where the weights came from, `None` for random ones.
+        dataset_name: For the model card: where the images came from, `None` for the bundled data. Of a path, the card
+            has the last part only.
+        dataset_title: For the model card: what it calls the data (default: their name on the Hub, or that last part).
+        initial_weights: For the model card: where the weights came from, `None` for random ones. As `dataset_name`.
+        license: For the model card: the Hub's identifier of a licence (default: none is chosen, and the card says so).
         settings: For the model card: what else was chosen.
         schedule: From `(step, steps per epoch, steps of the run)` to the multiplier of every learning rate; by default
             the schedule is that of `args.lr_scheduler_type`.
@@ -88,6 +99,7 @@ class VisionTrainer(Trainer):
     Raises:
         ValueError: If arguments contradict each other, or would be ignored.
         CheckpointError: If a checkpoint cannot be written, or is of another run.
+        UploadError: If `finish` cannot push to the Hub.
         FloatingPointError: If a loss is not finite, with step, learning rate and images.
     """
 
@@ -100,7 +112,9 @@ class VisionTrainer(Trainer):
         *args,
         recipe: Any,
         dataset_name: str | None = None,
+        dataset_title: str | None = None,
         initial_weights: str | None = None,
+        license: str | None = None,
         settings: dict[str, Any] | None = None,
         schedule: Schedule | None = None,
         parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
@@ -111,7 +125,9 @@ class VisionTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.recipe, self.settings = recipe, settings or {}
-        self.dataset_name, self.initial_weights = dataset_name, initial_weights
+        self.facts = RunFacts(
+            Path(self.args.output_dir).resolve().name, self.task, dataset_name, dataset_title, initial_weights, license
+        )
         self.schedule, self.parameter_groups, self.repeats = schedule, parameter_groups, repeats
         self.ema_decay, self.channels_last = ema_decay, channels_last
         self.ema, self.skipped, self.skipped_before = None, 0, 0
@@ -226,10 +242,55 @@ class VisionTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1} (process {self.args.process_index}), "
-                f"with a learning rate of {self._get_learning_rate():.3g} and the images {', '.join(names)}. Training "
+                f"with a learning rate of {self._get_learning_rate():.3g} and the images "
+                f"{escape_control(', '.join(names))}. Training "
                 f"stops; the last good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
             )
         return loss
+
+    @contextmanager
+    def _name_last_checkpoint(self, what: str | Path) -> Iterator[None]:
+        """Makes of what fails in writing a `CheckpointError` that names the last good checkpoint."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them: torch's is the second
+            if isinstance(error, CheckpointError):
+                raise
+            reason, last = explain_write_error(error, what), last_complete_checkpoint(self.args.output_dir)
+            raise CheckpointError(
+                f"{what} could not be written: {reason}. The last good checkpoint is {last}."
+            ) from error
+
+    @contextmanager
+    def write_file(self, name: str) -> Iterator[Path]:
+        """A path to write to, whose content becomes a file of `output_dir` when it is complete.
+
+        Args:
+            name: Of the file.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        file = Path(self.args.output_dir) / name
+        with self._name_last_checkpoint(file), atomic_file(file) as path:
+            yield path
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As in `Trainer`, where a killed program leaves a part of a file under the name of the model."""
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        target = Path(output_dir or self.args.output_dir)
+        with self._name_last_checkpoint(target), hidden_folder(target) as folder:
+            super()._save(str(folder), state_dict)
+            for file in (path for path in folder.rglob("*") if path.is_file()):
+                place = target / file.relative_to(folder)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+
+    def save_metrics(self, *args, **kwargs) -> None:
+        """As in `Trainer`. A full disk is a `CheckpointError`."""
+        with self._name_last_checkpoint(self.args.output_dir):
+            super().save_metrics(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
         """As in `Trainer`, and in the end a list of the files, without which it is not taken for a good checkpoint."""
@@ -239,20 +300,19 @@ class VisionTrainer(Trainer):
         # Older checkpoints go, and the Hub gets this one, when it is complete.
         args.save_total_limit, push, args.push_to_hub = None, args.push_to_hub, False
         try:
-            if args.should_save:
-                mark_incomplete(folder)
-            super()._save_checkpoint(model, trial)
-            if args.should_save and self.ema is not None:
-                weights = {key: value.contiguous() for key, value in self.ema.module.state_dict().items()}
-                save_file(weights, folder / _EMA_WEIGHTS)
-            self.accelerator.wait_for_everyone()
-            if args.should_save:
-                mark_complete(folder, {"layout": self._layout(), "skipped": skipped})
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # what torch.save raises
-                raise
-            last = last_complete_checkpoint(run_dir)
-            raise CheckpointError(f"{folder} could not be written: {error}. The last good one is {last}.") from error
+            with self._name_last_checkpoint(folder):
+                if args.should_save:
+                    mark_incomplete(folder)
+                super()._save_checkpoint(model, trial)
+                if args.should_save and self.ema is not None:
+                    weights = {key: value.contiguous() for key, value in self.ema.module.state_dict().items()}
+                    save_file(weights, folder / _EMA_WEIGHTS)
+                self.accelerator.wait_for_everyone()
+                if args.should_save:
+                    mark_complete(folder, {"layout": self._layout(), "skipped": skipped})
+        except CheckpointError:
+            shutil.rmtree(folder, ignore_errors=True)  # of no use, and the disk may be full
+            raise
         finally:
             args.save_total_limit, args.push_to_hub = limit, push
         if push:
@@ -272,6 +332,9 @@ class VisionTrainer(Trainer):
         Raises:
             CheckpointError: If the given checkpoint is not complete, or of another run.
         """
+        self._build_card(
+            [{"epoch": 0, "eval_images": 0} | {f"eval_{key}": 0.0 for key in self.metric_names}]
+        )  # it can be
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             logger.warning(
@@ -351,7 +414,7 @@ class VisionTrainer(Trainer):
             lines.append(f"{prefix}: {', '.join(values)} on {metrics[f'{prefix}_images']} images")
         skipped = self.skipped_images()
         if self.args.push_to_hub:
-            self.push_to_hub()
+            self._upload()
         lines.append(f"{skipped} corrupt images were skipped; everything is in {self.args.output_dir}")
         self.accelerator.end_training()
         return "\n".join(lines)
@@ -363,19 +426,28 @@ class VisionTrainer(Trainer):
         """Curves and a card with the numbers of the run, in place of `Trainer`'s with its gaps to fill in."""
         if not self.is_world_process_zero():
             return
-        output, log = Path(self.args.output_dir), self.state.log_history
-        plot_curves(log, output / "curves.png", self.metric_names)
-        training_card(
-            output.name,
-            self.accelerator.unwrap_model(self.model).config,
-            log,
-            run_settings(self.recipe, self.args, self.state.epoch, self.schedule is not None) | self.settings,
-            self.dataset_name,
-            self.initial_weights,
-            self.task,
-            self.metric_names,
-            [picture for picture in self.pictures if (output / picture).exists()],
-        ).save(output / "README.md")
+        with self.write_file("curves.png") as path:
+            plot_curves(self.state.log_history, path, self.metric_names)
+        card = self._build_card(self.state.log_history)
+        with self.write_file("README.md") as path:
+            card.save(path)
+
+    def _build_card(self, log_history: LogHistory) -> ModelCard:
+        config = self.accelerator.unwrap_model(self.model).config
+        settings = run_settings(self.recipe, self.args, config, self.state, self.schedule is not None) | self.settings
+        pictures = [picture for picture in self.pictures if (Path(self.args.output_dir) / picture).exists()]
+        facts = replace(self.facts, settings=settings)
+        return training_card(facts, config, log_history, self.metric_names, pictures)
+
+    def _upload(self) -> None:
+        try:
+            self.push_to_hub()
+        except Exception as error:  # the run is over, and everything is here
+            reason, _ = explain_upload_error(error)
+            raise UploadError(
+                f"The upload to {self.hub_model_id} failed: {reason}. Everything is in {self.args.output_dir}. To try "
+                f"again: hf upload {self.hub_model_id} {quote(self.args.output_dir)}"
+            ) from error
 
 
 class DensePredictionTrainer(VisionTrainer):

@@ -45,6 +45,8 @@ def test_smoke_run_and_fine_tuning_of_its_result(data, tmp_path, capsys):
     shown = re.search(r"\*\*([\d.]+) %\*\* mIoU", card.content)[1]
     assert float(shown) == pytest.approx(100 * float(miou), abs=0.011)
     assert card.data.pipeline_tag == "image-segmentation"
+    assert "| steps | 4 |" in card.content and "| steps of the recipe | 40000 |" in card.content
+    assert "from\n`classifier`. On the 9" in card.content and str(tmp_path) not in card.content
     assert "![predictions](predictions.png)" in card.content and "scikit-learn digits" in card.content
     for picture in ("predictions.png", "curves.png"):
         with Image.open(tmp_path / "run" / picture) as opened:

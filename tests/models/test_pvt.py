@@ -48,6 +48,10 @@ class ModelChecks:
     def is_backbone(self) -> bool:
         return self.model_class.__name__.endswith("Backbone")
 
+    @property
+    def is_encoder(self) -> bool:
+        return self.model_class.__name__.endswith("Model")
+
     @torch.no_grad()
     def test_saved_model_loads_unchanged(self, tmp_path):
         model, pixels = self.build(), self.pixels()
@@ -91,12 +95,13 @@ class ModelChecks:
     def test_tuples_equal_the_outputs(self):
         model, pixels = self.build(), self.pixels()
         expected = model(pixels, output_hidden_states=True).to_tuple()
-        assert len(expected) == 2
+        count = 3 if self.is_encoder else 2
+        assert len(expected) == count
         for output in (
             model(pixels, output_hidden_states=True, return_dict=False),
             self.with_config(model, return_dict=False)(pixels, output_hidden_states=True),
         ):
-            assert isinstance(output, tuple) and len(output) == 2
+            assert isinstance(output, tuple) and len(output) == count
             first = [(x if isinstance(x, tuple) else (x,)) for x in (output[0], expected[0])]
             assert_close(*first, atol=0)
 

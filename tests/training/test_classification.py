@@ -1,6 +1,8 @@
 """Training: the same result however it is split, interrupted or computed, and a clear end where it cannot continue."""
 
 import errno
+import re
+from unittest import mock
 
 import peft
 import pytest
@@ -10,10 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from pvt_hf.data.images import ImageError
+from pvt_hf.training import trainer as training
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
 from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
 from tests.support import classification_run
 from tests.support.classification_run import build
+from tests.support.disk import full_disk
 from tests.support.small_models import assert_close, small_config
 from tests.support.training_processes import kill_after, read_result
 
@@ -196,27 +200,40 @@ def test_incomplete_checkpoint_is_never_used(tmp_path, caplog, monkeypatch):
     assert last_complete_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize("kind", ["full disk while the optimizer is written", "full disk while the model is written"])
-def test_full_disk_leaves_the_last_checkpoint(kind, tmp_path, monkeypatch):
-    """A clear error, and the last checkpoint is untouched even when only one may be kept."""
-    trainer = build(tmp_path, save_strategy="steps", save_steps=3, save_total_limit=1)
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    save = trainer._save_checkpoint
+def test_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """Whatever is written when it is full: the error names the last checkpoint, which is untouched even when only one
+    may be kept, and training resumes from it."""
+    arguments = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1, "max_steps": 6}
+    trainer = build(tmp_path, trainer={"ema_decay": 0.9}, **arguments | {"max_steps": 3})
+    trainer.train()
+    trainer.state.global_step = 6
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint-3").iterdir()}
+    no_room = sizes["model.safetensors"] // 2, (sizes["model.safetensors"] + sizes["optimizer.pt"]) // 2
+    places = [
+        *(full_disk(room) for room in no_room),
+        mock.patch.object(trainer, "_save_rng_state", full),
+        mock.patch.object(transformers.TrainerState, "save_to_json", full),
+        mock.patch.object(training, "save_file", full),  # of the EMA weights
+        mock.patch.object(training, "mark_complete", full),
+    ]
+    for place in places:
+        with place, pytest.raises(CheckpointError) as raised:
+            trainer._save_checkpoint(trainer.model, None)
+        pattern = r"checkpoint-6 could not be written: .*MiB are free there\)\. The last good .* is .*checkpoint-3\.$"
+        assert re.search(pattern, str(raised.value)), raised.value
+        assert incompleteness(tmp_path / "checkpoint-3") is None and not (tmp_path / "checkpoint-6").exists()
+    resumed = build(tmp_path, trainer={"ema_decay": 0.9}, **arguments)
+    resumed.train(True)
+    assert resumed.state.global_step == 6 and last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
 
-    def save_checkpoint(*args):
-        if trainer.state.global_step == 6:
-            place = (transformers.trainer.torch, "save") if "optimizer" in kind else (trainer, "save_model")
-            monkeypatch.setattr(*place, full)
-        save(*args)
-
-    trainer._save_checkpoint = save_checkpoint
-    with pytest.raises(CheckpointError, match=r"checkpoint-6 could not be written: .*No space left.*checkpoint-3\."):
-        trainer.train()
-    assert incompleteness(tmp_path / "checkpoint-3") is None
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    for name in ("save_model", "save_metrics", "create_model_card"):
+        with full_disk(100), pytest.raises(CheckpointError, match=r"could not be written: .* is .*checkpoint-6\.$"):
+            getattr(resumed, name)(*(["eval", {"eval_x": "x" * 200}] if name == "save_metrics" else []))
+    assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.safetensors"))
 
 
 def test_only_as_many_checkpoints_as_wanted_are_kept(tmp_path):
