@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -23,8 +24,9 @@ from ..data.classification import EvaluationImages, collate, find_labels, load_i
 from ..data.detection import EvaluationDetections, read_coco, read_detection_dataset
 from ..data.digits import write_scenes
 from ..data.label_maps import read_palette
-from ..data.segmentation import EvaluationMaps, read_segmentation_dataset, read_segmentation_folders
+from ..data.segmentation import EvaluationMaps, SegmentationData, read_segmentation_dataset, read_segmentation_folders
 from ..data.segmentation_checks import check_classes, select_rows, survey_maps
+from ..evaluation.classifier_views import ClassifierViews
 from ..evaluation.metrics import COCO_METRICS, classification_metrics, classification_statistics
 from ..models.backbone import get_backbone_config
 from ..paper_results import PUBLISHED
@@ -33,6 +35,7 @@ from ..training.arguments import EvaluationArguments
 from ..training.detection import DetectionTrainer
 from ..training.segmentation import SegmentationTrainer
 from ..variants import find_variant
+from . import shared
 
 Measured = tuple[Trainer, dict[str, float]]
 # How many scenes of a split are drawn where there are no other images.
@@ -68,8 +71,9 @@ def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArgument
     column, names = find_labels(rows, options.label_column)
     check_num_labels(model, checkpoint, len(names))
     image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # exactly as torchvision on PIL
+    augmented = options.tta_scales or options.tta_flip
     trainer = Trainer(
-        model,
+        ClassifierViews(model, options.tta_scales or (), options.tta_flip) if augmented else model,
         build_evaluation_arguments(options, batch_size=64),
         data_collator=collate,
         preprocess_logits_for_metrics=classification_statistics,
@@ -101,30 +105,35 @@ def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments)
     return trainer, trainer.evaluate(EvaluationDetections(data))
 
 
-def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
-    model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
-    image_processor, names = AutoImageProcessor.from_pretrained(checkpoint), list(model.config.id2label.values())
-    scales = options.tta_scales or ()
-    reduce_labels = getattr(image_processor, "do_reduce_labels", False)
-    settings = {
-        "num_labels": model.config.num_labels,
+def read_label_maps(names: list[str], reduce_labels: bool, options: EvaluationArguments) -> SegmentationData:
+    """The images and maps of the options, for a segmenter with classes of these names."""
+    settings: dict[str, Any] = {
+        "num_labels": len(names),
         "reduce_labels": reduce_labels if options.reduce_labels is None else options.reduce_labels,
         "binary_masks": options.binary_masks,
         "palette": read_palette(options.palette, names) if options.palette else None,
     }
     if options.maps and options.images:
-        data = read_segmentation_folders(options.images, options.maps, **settings)
-    elif options.dataset_name:
+        return read_segmentation_folders(options.images, options.maps, **settings)
+    if options.dataset_name:
         rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.eval_split)
-        data = read_segmentation_dataset(rows, options.map_column, **settings)
-    else:
-        scenes = draw_validation_scenes(options)
-        data = read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
-    args = build_evaluation_arguments(options, batch_size=1)
-    data = select_rows(data, range(len(data))[: options.max_eval_samples])
-    with args.main_process_first(desc="checking the data"):
-        data, survey = survey_maps(data, "the data", options.dataloader_num_workers)
-    check_classes(None, survey, names)
+        return read_segmentation_dataset(rows, options.map_column, **settings)
+    scenes = draw_validation_scenes(options)
+    return read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
+
+
+def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
+    model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
+    image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+    names = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    scales, args = options.tta_scales or (), build_evaluation_arguments(options, batch_size=1)
+    with shared.exit_on_bad_data():
+        reduce_labels = getattr(image_processor, "do_reduce_labels", False)
+        data = read_label_maps(names, reduce_labels, options)
+        data = select_rows(data, range(len(data))[: options.max_eval_samples])
+        with args.main_process_first(desc="checking the data"):
+            data, survey = survey_maps(data, "the data", options.dataloader_num_workers)
+        check_classes(None, survey, names)
     trainer = SegmentationTrainer(
         model,
         args,
