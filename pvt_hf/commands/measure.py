@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -25,8 +26,9 @@ from ..data.classification import EvaluationImages, check_images_and_labels, col
 from ..data.detection import EvaluationDetections, read_coco
 from ..data.digits import write_scenes
 from ..data.label_maps import read_palette
-from ..data.segmentation import EvaluationMaps, read_segmentation_dataset, read_segmentation_folders
+from ..data.segmentation import EvaluationMaps, SegmentationData, read_segmentation_dataset, read_segmentation_folders
 from ..data.segmentation_checks import check_classes, select_rows, survey_maps
+from ..evaluation.classifier_views import ClassifierViews
 from ..evaluation.metrics import COCO_METRICS, classification_metrics, classification_statistics
 from ..models.backbone import get_backbone_config
 from ..models.image_processing_segmentation import IGNORE_INDEX
@@ -120,8 +122,9 @@ def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArgument
     names, places = match_classes(model, checkpoint, names, options)
 
     image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # exactly as torchvision on PIL
+    augmented = options.tta_scales or options.tta_flip
     trainer = Trainer(
-        model,
+        ClassifierViews(model, options.tta_scales or (), options.tta_flip) if augmented else model,
         build_evaluation_arguments(options, batch_size=64),
         data_collator=collate,
         preprocess_logits_for_metrics=classification_statistics,
@@ -163,27 +166,30 @@ def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments)
     return trainer, trainer.evaluate(EvaluationDetections(data))
 
 
-def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
-    model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
-    image_processor, known = AutoImageProcessor.from_pretrained(checkpoint), list(model.config.id2label.values())
-    names, places = match_classes(model, checkpoint, known, options)
-    scales = options.tta_scales or ()
-    reduce_labels = getattr(image_processor, "do_reduce_labels", False)
-    settings = {
-        "num_labels": model.config.num_labels,
+def read_label_maps(names: list[str], reduce_labels: bool, options: EvaluationArguments) -> SegmentationData:
+    """The images and maps of the options, with classes of these names."""
+    settings: dict[str, Any] = {
+        "num_labels": len(names),
         "reduce_labels": reduce_labels if options.reduce_labels is None else options.reduce_labels,
         "binary_masks": options.binary_masks,
         "palette": read_palette(options.palette, names) if options.palette else None,
     }
     if options.maps and options.images:
-        data = read_segmentation_folders(options.images, options.maps, **settings)
-    elif options.dataset_name:
+        return read_segmentation_folders(options.images, options.maps, **settings)
+    if options.dataset_name:
         rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.eval_split)
-        data = read_segmentation_dataset(rows, options.map_column, **settings)
-    else:
-        scenes = draw_validation_scenes(options)
-        data = read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
-    args = build_evaluation_arguments(options, batch_size=1)
+        return read_segmentation_dataset(rows, options.map_column, **settings)
+    scenes = draw_validation_scenes(options)
+    return read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
+
+
+def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
+    model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
+    image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+    known = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    names, places = match_classes(model, checkpoint, known, options)
+    scales, args = options.tta_scales or (), build_evaluation_arguments(options, batch_size=1)
+    data = read_label_maps(names, getattr(image_processor, "do_reduce_labels", False), options)
     data = select_rows(data, range(len(data))[: options.max_eval_samples])
     with args.main_process_first(desc="checking the data"):
         data, survey = survey_maps(data, "the data", options.dataloader_num_workers, options.skip_corrupt)

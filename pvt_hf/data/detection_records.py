@@ -89,8 +89,8 @@ class DetectionData:
         image = decode_to_fit(stored, name, record.size)
         if image.shape[1:] != record.size:
             raise ImageError(
-                f"{name} has (height, width) {tuple(image.shape[1:])}, turned as its EXIF says if it has one, but "
-                f"{record.size} according to its annotations."
+                f"{name} has (height, width) {tuple(image.shape[1:])}, but {record.size} according to its annotations "
+                "(neither turned as its EXIF says nor as it is stored do they fit)."
             )
         return image
 

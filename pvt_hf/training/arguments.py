@@ -17,6 +17,7 @@ from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES, DetectionRecipe, 
 from ..variants import VARIANTS
 from ..writing.files import why_unwritable
 from .optimization import images_per_step
+from .report import check_license
 from .run_checkpoints import last_complete_checkpoint
 from .segmentation_losses import SEGMENTATION_LOSSES
 
@@ -94,8 +95,7 @@ class DetectionModelArguments(ModelArguments):
 WINDOW = "segment in windows of this many pixels of the network's input (default: the whole image)"
 STRIDE = "pixels from one window to the next (default: none; it goes with --window)"
 TTA_SCALES = (
-    "test-time augmentation: predict at these scales beside 1, and average (default: none; mmsegmentation's are 0.5 "
-    "0.75 1.25 1.5 1.75)"
+    "test-time augmentation: predict at these scales too (default: none; mmsegmentation's: 0.5 0.75 1.25 1.5 1.75)"
 )
 TTA_FLIP = "test-time augmentation: predict mirrored images too, and average (default: false)"
 
@@ -108,9 +108,7 @@ class SegmentationModelArguments(ModelArguments):
         None, "classifier, detector or segmenter from whose weights the backbone starts (default: random weights)"
     )
     head: str | None = option(
-        None,
-        "what a new model has on its backbone; UperNet is transformers' (default: semantic_fpn, the paper's)",
-        choices=["semantic_fpn", "upernet"],
+        None, "head of a new model (default: semantic_fpn, the paper's)", choices=["semantic_fpn", "upernet"]
     )
     neck_channels: int | None = option(
         None, "channels of the FPN of a new Semantic FPN; UperNet has none of its own (default: 256, the paper's)"
@@ -213,9 +211,7 @@ class DetectionDataArguments(DataArguments):
 
 
 REDUCE_LABELS = "label 0 is no class, and the others count from 0 (default: false)"
-BINARY_MASKS = (
-    "maps are masks of 0 and 255, also as JPEG: values from 128 on are the second of two classes (default: false)"
-)
+BINARY_MASKS = "maps are masks of 0 and 255, also JPEG: from 128 on it is the second of two classes (default: false)"
 PALETTE = (
     "maps are of colours: JSON file of a list of colours in the order of the classes, of an object from class names to "
     "colours, or from colours to classes; a colour is [128, 64, 0], '128,64,0' or '#804000' (default: none)"
@@ -295,9 +291,7 @@ class SegmentationRecipeArguments(RecipeArguments):
     )
     demo: bool = option(False, "a small segmenter that learns the digit scenes in minutes (default: false)")
     loss: str | None = option(
-        None,
-        "the loss (default: the model's own, which is a cross-entropy)",
-        choices=list(SEGMENTATION_LOSSES),
+        None, "the loss (default: the model's own, a cross-entropy)", choices=list(SEGMENTATION_LOSSES)
     )
     class_weights: list[str] | None = option(
         None,
@@ -380,10 +374,7 @@ class EvaluationArguments:
     annotations: str | None = option(None, "of detectors: COCO json of --images (default: none)")
     maps: str | None = option(None, "of segmenters: folder of the label maps of --images (default: none)")
     reduce_labels: bool | None = option(
-        None,
-        "of segmenters: label 0 is no class, and the others count from 0 (default: as the image processor)",
-        nargs="?",
-        const=True,
+        None, "of segmenters: label 0 is no class, as in training (default: as the checkpoint)", nargs="?", const=True
     )
     binary_masks: bool = option(False, f"of segmenters: {BINARY_MASKS}")
     palette: str | None = option(None, f"of segmenters: {PALETTE}")
@@ -448,7 +439,8 @@ class TrainingOptions(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        """Nothing yet: the recipe is not known."""
+        """Only what needs no recipe, which is not known yet."""
+        check_license(self.license)
 
 
 CLASSIFICATION = (

@@ -35,6 +35,7 @@ from ..writing.text import escape_control
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
 from .run_checkpoints import (
     CheckpointError,
+    check_states,
     last_complete_checkpoint,
     mark_complete,
     mark_incomplete,
@@ -358,7 +359,7 @@ class VisionTrainer(Trainer):
             **kwargs: As in `Trainer`.
 
         Raises:
-            CheckpointError: If the given checkpoint is not complete, or of another run.
+            CheckpointError: If the given checkpoint is not complete, of another run, or not what a run wrote.
         """
         self._build_card(
             [{"epoch": 0, "eval_images": 0} | {f"eval_{key}": 0.0 for key in self.metric_names}]
@@ -371,7 +372,10 @@ class VisionTrainer(Trainer):
                 else "Training starts from scratch: no checkpoint is complete."
             )
         if resume_from_checkpoint:
+            if self.is_deepspeed_enabled:
+                raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")
             saved, now = read_run(resume_from_checkpoint), self._layout()
+            check_states(resume_from_checkpoint)
             layout = saved["layout"]
             if changed := [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
@@ -438,7 +442,7 @@ class VisionTrainer(Trainer):
         self.create_model_card()
         lines = []
         for prefix in ("eval", "ema") if self.ema is not None else ("eval",):
-            found = ((name, metrics[f"{prefix}_{key}"]) for key, name in self.metric_names.items())
+            found = ((escape_control(name), metrics[f"{prefix}_{key}"]) for key, name in self.metric_names.items())
             # COCO has -1 where there are no objects.
             values = (f"{name} {value:.4f}" if value >= 0 else f"no ground truth for {name}" for name, value in found)
             lines.append(f"{prefix}: {', '.join(values)} on {metrics[f'{prefix}_images']} images")

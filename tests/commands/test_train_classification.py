@@ -69,6 +69,9 @@ def test_output_folder_with_checkpoints_is_not_overwritten(tmp_path):
     ("arguments", "message"),
     [
         (["--variant", "pvt_small", "--model_name_or_path", "checkpoint"], "checkpoint is not a pvt_small"),
+        (["--output_dir", "x" * 300], "--output_dir x* cannot be written: a name of 300 bytes is longer"),
+        (["--output_dir", "checkpoint/config.json/run"], "cannot be written: Not a directory"),
+        (["--license", "Apache 2"], "2"),  # the exit status of a wrong option; what is wrong is printed
         (["--resume_from_checkpoint", "nowhere"], "nowhere is not a complete checkpoint: there is no such folder"),
     ],
 )

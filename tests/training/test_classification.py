@@ -5,6 +5,7 @@ import json
 import re
 from unittest import mock
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -15,7 +16,8 @@ from transformers import AutoModelForImageClassification
 from pvt_hf.data.images import ImageError
 from pvt_hf.training import trainer as training
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
-from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
+from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint, mark_complete
+from pvt_hf.writing.hub import UploadError
 from tests.support import classification_run
 from tests.support.classification_run import build
 from tests.support.disk import full_disk
@@ -82,6 +84,16 @@ def test_resuming_another_run_is_an_error(settings, message, tmp_path):
     build(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     with pytest.raises(CheckpointError, match=message):
         build(tmp_path, **settings).train(True)
+
+
+def test_training_resumes_from_no_forged_state(tmp_path):
+    """An array of NumPy in the optimiser's state, which torch refuses with the advice to run the file's code."""
+    trainer, folder = build(tmp_path), tmp_path / "checkpoint-1"
+    folder.mkdir()
+    torch.save({"state": np.zeros(3)}, folder / "optimizer.pt")
+    mark_complete(folder, {"layout": trainer._layout(), "skipped": 0})
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is refused: it calls `numpy\.dtype`"):
+        trainer.train(str(folder))
 
 
 def test_data_seed_changes_the_order_only(tmp_path):
@@ -235,6 +247,21 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
         with full_disk(100), pytest.raises(CheckpointError, match=r"could not be written: .* is .*checkpoint-6\.$"):
             getattr(resumed, name)(*(["eval", {"eval_x": "x" * 200}] if name == "save_metrics" else []))
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_failed_upload_of_a_finished_run_tells_where_it_is(tmp_path, monkeypatch):
+    trainer = build(tmp_path)
+    trainer.hub_model_id = "me/run"
+
+    def push():
+        raise RuntimeError("Error while uploading 'model.safetensors' to the Hub.") from ConnectionError("reset")
+
+    monkeypatch.setattr(trainer, "push_to_hub", push)
+    message = (
+        f"to me/run failed: the connection failed .* Everything is in {tmp_path}. .*: hf upload me/run {tmp_path}$"
+    )
+    with pytest.raises(UploadError, match=message):
+        trainer._upload()
 
 
 def test_evaluation_that_fails_costs_no_training(tmp_path, monkeypatch):
