@@ -209,9 +209,10 @@ class _ImageCheck:
     decoded: bool
 
     def __call__(self, item: str | int) -> dict[str, Any]:
-        name, source = (item, item) if isinstance(item, str) else self._open_row(item)
+        name = item if isinstance(item, str) else f"row {item}"
         if self.decoded:
-            decode({"path": source}, name)
+            decode({"path": self._find_source(item)}, name)
+        source = self._find_source(item)
         try:
             with Image.open(source) as image:
                 # That of the base class: PNG's own decodes the pixels. Orientations from 5 to 8 lie on their sides.
@@ -220,10 +221,13 @@ class _ImageCheck:
         except Exception as error:  # Pillow's readers raise whatever a corrupt file leads them to
             raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
 
-    def _open_row(self, index: int) -> tuple[str, Any]:
+    def _find_source(self, item: str | int) -> Any:
+        """A path, or a file of the bytes in a row."""
+        if isinstance(item, str):
+            return item
         import pyarrow
 
-        cell = self.rows[index : index + 1]["image"][0]
+        cell = self.rows[item : item + 1]["image"][0]
         if not cell.is_valid or not cell["bytes"].is_valid:
-            raise ImageError(f"row {index} has no image.")
-        return f"row {index}", pyarrow.BufferReader(cell["bytes"].as_buffer())
+            raise ImageError(f"row {item} has no image.")
+        return pyarrow.BufferReader(cell["bytes"].as_buffer())

@@ -162,8 +162,8 @@ class DetectionData:
             min_side: Least height and width in pixels (default: 32).
             empty: Whether images without annotations are kept (default: `False`).
             masks: Whether masks are trained too (default: `False`). They are read, and their errors found.
-            skip_without_mask: Whether annotations without a mask are left out; else they train their box only
-                (default: `False`).
+            skip_without_mask: Whether, with `masks`, annotations without one are left out; else they train their box
+                only (default: `False`).
 
         Raises:
             AnnotationError: If no image is left, if all annotations of a class or of all classes are left out (with
@@ -171,7 +171,7 @@ class DetectionData:
         """
         uses = self._find_uses(min_side, masks)
         large = [record for record in self.records if min(record.size) >= min_side]
-        if skip_without_mask:
+        if masks and skip_without_mask:
             uses = [use._replace(reason=use.reason or ("it has no mask" if use.is_maskless else None)) for use in uses]
             large = [replace(record, annotations=[*filter(_has_mask, record.annotations)]) for record in large]
         kept = [record for record in large if record.annotations or empty]
@@ -364,8 +364,10 @@ def check_records(data: DetectionData, source: str, bbox_format: str = "coco") -
     if bbox_format == "coco":
         return data
     converted = iter(to_xywh(boxes, of_images, bbox_format).tolist())
+    # An area beside relative boxes is hardly in pixels: that of the box is taken, as where there is none.
+    no_area = {} if bbox_format == "voc" else {"area": None}
     records = [
-        replace(record, annotations=[entry | {"bbox": next(converted)} for entry in record.annotations])
+        replace(record, annotations=[entry | {"bbox": next(converted)} | no_area for entry in record.annotations])
         for record in data.records
     ]
     return replace(data, records=records)

@@ -42,6 +42,12 @@ def check_together(arguments: Any, *names: str) -> None:
         raise ValueError(f"{', '.join(first)} and {last} go together")
 
 
+def check_max_detections(value: int | None) -> None:
+    """Raises a `ValueError` for less than COCO's numbers need."""
+    if value is not None and value < 10:
+        raise ValueError(f"--max_detections must be at least 10, got {value}")
+
+
 @dataclass
 class ModelArguments:
     """What is trained."""
@@ -88,6 +94,7 @@ class DetectionModelArguments(ModelArguments):
     )
 
     def __post_init__(self) -> None:
+        check_max_detections(self.max_detections)
         if isinstance(self.config_overrides, str):
             self.config_overrides = json.loads(self.config_overrides)
 
@@ -394,6 +401,7 @@ class EvaluationArguments:
     smoke: bool = option(False, "measure on 16 images, without workers (default: false)")
 
     def __post_init__(self) -> None:
+        check_max_detections(self.max_detections)
         if (self.variant is None) == (self.model_name_or_path is None):
             raise ValueError("pass either --variant or --model_name_or_path")
         if bool(self.annotations or self.maps) != bool(self.images):

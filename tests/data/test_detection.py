@@ -348,6 +348,7 @@ def test_annotations_without_a_mask_are_counted(coco_json, caplog):
     for record in data.records:
         for annotation in record.annotations:
             annotation["category_id"] = 0
+    assert len(data.for_training(skip_without_mask=True)) == 2  # boxes need no masks
     kept = data.for_training(masks=True, skip_without_mask=True)
     assert [[entry["id"] for entry in record.annotations] for record in kept.records] == [[2]]
     data.for_evaluation(masks=True)
