@@ -278,6 +278,11 @@ def load_file(path: Path) -> dict[str, Any]:
     if text.startswith(b"version https://git-lfs"):
         raise ConversionError(f"{path} is a Git LFS pointer, not the checkpoint: run `git lfs pull`.")
     is_safetensors, is_zip = start[8:9] == b"{", start.startswith(b"PK")
+    if text.startswith(b"{") and not is_safetensors:
+        raise ConversionError(
+            f"{path} is JSON, not weights. If it is the index of several files, save them as one: "
+            "`model.save_pretrained(folder, max_shard_size='10GB')`."
+        )
     if not (is_safetensors or is_zip or start.startswith(b"\x80")):
         raise ConversionError(f"{path} is neither a file of `torch.save` nor a `.safetensors` file.")
     if not is_safetensors and path.suffix == ".safetensors":
