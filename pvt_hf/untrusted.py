@@ -5,12 +5,13 @@ This needs the standard library only, because the converter and the training pro
 
 import json
 import math
+import mmap
 import pickletools
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 # By the name of its class: the dtype of a storage, and the bytes of an element.
 STORAGES = {
@@ -174,7 +175,7 @@ def parse_storage(identity: Any) -> Storage | None:
 
 
 def read_pickle(
-    stream: bytes | BinaryIO,
+    stream: bytes | IO[bytes] | mmap.mmap,
     find: Callable[[str], None],
     call: Callable[[str, tuple[Any, ...]], Any] = Call,
     load: Callable[[Any], Any] = parse_storage,
@@ -196,7 +197,7 @@ def read_pickle(
     """
     machine = _Machine(find, call, load)
     try:
-        for instruction, argument, _ in pickletools.genops(stream):
+        for instruction, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
             if instruction.name not in _STEPS:
                 raise UntrustedFileError(f"is refused: its pickle has {instruction.name}, which torch does not write.")
             _STEPS[instruction.name](machine, argument)
