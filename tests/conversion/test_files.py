@@ -261,6 +261,19 @@ def test_numbers_in_names_are_those_of_programs(number):
         rename.from_official({f"block1.{number}.norm1.weight": torch.ones(2)})
 
 
+@pytest.mark.parametrize("odd", [torch.tensor(1.0), torch.ones(0), torch.ones(2, 2, 2), None], ids=str)
+def test_tensors_of_odd_shapes_are_refused(odd, saved):
+    """Wherever they are: the names of transformers, whose keys and values are fused on the way."""
+    weights = safetensors.torch.load_file(saved / "model.safetensors")
+    classifier = Classifier()
+    for name in (name for name in weights if ".3." in name or "classifier" in name):
+        changed = {key: odd if key == name else tensor for key, tensor in weights.items()}
+        with pytest.raises(ConversionError):
+            official = rename.to_official({key: tensor for key, tensor in changed.items() if tensor is not None})
+            config = classifier.read_config(official, {})
+            rename.check_complete(classifier.from_official(official), classifier.build_empty(config).state_dict())
+
+
 def test_file_is_held_against_the_hash_in_its_name(tmp_path):
     content = save(WEIGHTS, tmp_path / "a.safetensors").read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
