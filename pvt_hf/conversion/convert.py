@@ -194,7 +194,7 @@ def _take_notes(source: _Source, processor_origin: str) -> tuple[str, ...]:
     if architecture.is_dense:
         origin = "the checkpoint's own" if checkpoint.class_names else "by their number, as the checkpoint has no names"
         notes.append(f"labels: {', '.join(labels[:3])}, ... ({len(labels)}; {origin})")
-    return (*notes, f"image processor: {processor_origin}")
+    return (*notes, f"image processor: {processor_origin}", f"sha256: {checkpoint.sha256}, {checkpoint.hash_check}")
 
 
 @dataclass(frozen=True)

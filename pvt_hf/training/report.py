@@ -234,9 +234,9 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _percentages(metrics: dict[str, float], prefix: str, metric_names: dict[str, str]) -> str:
-    return ", ".join(
-        f"**{100 * metrics[f'{prefix}_{key}']:.2f} %** {escape_markdown(name)}" for key, name in metric_names.items()
-    )
+    values = ((escape_markdown(name), metrics[f"{prefix}_{key}"]) for key, name in metric_names.items())
+    # COCO has -1 where there are no objects.
+    return ", ".join(f"**{100 * value:.2f} %** {name}" if value >= 0 else f"no {name}" for name, value in values)
 
 
 def run_settings(
