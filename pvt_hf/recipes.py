@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Literal
 
 from .variants import get_variant
@@ -162,7 +163,9 @@ class SegmentationRecipe:
     (`segmentation/configs/sem_fpn/PVT`), which differ from the paper's: more images per step for half as many steps.
 
     Attributes:
-        steps: Length of the run.
+        steps: Length of the run; with `epochs` the least.
+        epochs: Passes over the training set, to which [`fit_segmentation_recipe`] then fits length and sizes; `None`
+            where the recipe is what it is for any data.
         learning_rate: At the first step, for `reference_batch_size` images per step; it grows with the batch.
         reference_batch_size: Images per step.
         power: The rate falls to 0 as this power of what is left of the run, from step to step and without a warm-up.
@@ -180,6 +183,7 @@ class SegmentationRecipe:
     """
 
     steps: int = 40_000
+    epochs: int | None = None
     learning_rate: float = 2e-4
     reference_batch_size: int = 32
     power: float = 0.9
@@ -196,4 +200,43 @@ class SegmentationRecipe:
     distortion: bool = True
 
 
-SEGMENTATION_RECIPES = {"semantic_fpn_40k": SegmentationRecipe()}
+SEGMENTATION_RECIPES = {
+    "semantic_fpn_40k": SegmentationRecipe(),
+    # Nobody's paper: what people who fine-tune PVT on some hundred medical images have in common (Polyp-PVT, EMCAD).
+    "small_data": SegmentationRecipe(
+        steps=1000,
+        epochs=50,
+        learning_rate=1e-4,
+        reference_batch_size=8,
+        max_grad_norm=1.0,
+        loss_normalization="valid",
+        scales=(0.75, 1.25),
+        max_share=1.0,
+    ),
+}
+_MAX_STEPS, _MIN_SIDE, _MAX_SIDE, _SIDE_DIVISOR = 40_000, 64, 512, 32
+
+
+def fit_segmentation_recipe(
+    recipe: SegmentationRecipe, sizes: Sequence[tuple[int, int]], images_per_step: int
+) -> SegmentationRecipe:
+    """A recipe with `epochs` for a training set: its length, and sides that are those of the images to the next
+    multiple of 32, but 64 to 512 pixels. Any other recipe as it is.
+
+    Args:
+        recipe: To be fitted.
+        sizes: (height, width) of the training images in pixels.
+        images_per_step: Of the run.
+    """
+    if recipe.epochs is None:
+        return recipe
+    steps = -(-recipe.epochs * len(sizes) // images_per_step)
+    side = round(median(map(min, sizes)) / _SIDE_DIVISOR) * _SIDE_DIVISOR
+    side = min(max(side, _MIN_SIDE), _MAX_SIDE)
+    return replace(
+        recipe,
+        steps=min(max(steps, recipe.steps), _MAX_STEPS),
+        shortest_edge=side,
+        longest_edge=4 * side,  # as 2048 to 512
+        crop_size=side,
+    )

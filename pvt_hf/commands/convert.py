@@ -14,13 +14,16 @@ with an independent evaluation of the source's weights.
 
 import argparse
 import logging
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from ..conversion.convert import convert, export
@@ -29,33 +32,82 @@ from ..conversion.model_card import Conversion
 from ..conversion.publish import publish
 from ..conversion.rename import ConversionError
 from ..variants import VARIANTS
-
-# What a user's files, disks and networks can do. Anything else is a mistake of this program, and shows its traceback.
-_EXPECTED = (ConversionError, OSError, SafetensorError)
+from ..writing.text import escape_control
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the program. Returns its exit code: 0, or 1 for an error, which is printed."""
+    """Runs the program.
+
+    Returns:
+        Its exit code: 0; 1 for an error, which is printed in a line; 130 or 143 if it was interrupted (Ctrl-C) or ended
+        (SIGTERM). Whatever it is, nothing half-written is left.
+    """
     options = parse(argv)
     disable_progress_bar()  # of transformers: its bars for two small files hide the figures
-    chosen = {key: getattr(options, key) for key in ("backbone_only", "overwrite", "with_code")}
     try:
-        with print_log():
-            if options.all:
-                return 0 if convert_all(options.all, options.push_to_hub, options.private, **chosen) else 1
-            if options.to:
-                print_export(Path(options.source), options.output, options.to, options.overwrite)
-                return 0
-            done = convert(
-                options.source, options.output, variant=options.variant, card_name=options.push_to_hub, **chosen
-            )
-            print_conversion(done, options.output)
-            if options.push_to_hub:
-                print(f"  published: {publish(options.output, options.push_to_hub, options.private)}")
-    except _EXPECTED as error:
-        print(f"error: {error}", file=sys.stderr)
+        with print_log(), _end_by_sigterm():
+            return _run(options)
+    except (KeyboardInterrupt, _Ended) as reason:
+        print_error(f"{options.source or options.all}: interrupted; nothing half-written is left")
+        return 128 + (signal.SIGTERM if isinstance(reason, _Ended) else signal.SIGINT)
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        print_error(describe_error(error, options.source))
         return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    chosen = {key: getattr(options, key) for key in ("backbone_only", "overwrite", "with_code")}
+    if options.all:
+        return 0 if convert_all(options.all, options.push_to_hub, options.private, **chosen) else 1
+    if options.to:
+        print_export(Path(options.source), options.output, options.to, options.overwrite)
+        return 0
+    done = convert(options.source, options.output, variant=options.variant, card_name=options.push_to_hub, **chosen)
+    print_conversion(done, options.output)
+    if options.push_to_hub:
+        print_line(f"  published: {publish(options.output, options.push_to_hub, options.private)}")
     return 0
+
+
+class _Ended(BaseException):
+    """SIGTERM asks the program to end, as Ctrl-C does."""
+
+
+@contextmanager
+def _end_by_sigterm() -> Iterator[None]:
+    """While it lasts, SIGTERM raises `_Ended` where it would kill the program, so that the half-written is deleted."""
+
+    def end(*_: Any) -> None:
+        raise _Ended
+
+    if threading.current_thread() is not threading.main_thread():  # where signals arrive
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def describe_error(error: Exception, source: str) -> str:
+    """What went wrong, for the one who has the checkpoint `source`."""
+    if isinstance(error, ConversionError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return f"{source}: {type(error).__name__}: {error} (no error that was thought of; --debug shows where)"
+
+
+def print_error(message: str) -> None:
+    print(f"error: {escape_control(' '.join(message.split()))}", file=sys.stderr)
+
+
+def print_line(text: str) -> None:
+    """Prints what may have names of a user's file in it."""
+    print(escape_control(text))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,6 +126,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--with-code", action="store_true", help="write the code too, for trust_remote_code=True")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload it; with --all, an owner of repositories")
     parser.add_argument("--private", action="store_true", help="into a private repository")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     if options.all and (options.source or options.to or options.variant):
         parser.error("--all takes no CHECKPOINT, --to or --variant")
@@ -111,9 +164,9 @@ def convert_all(output_root: Path, repo_owner: str | None = None, private: bool 
             lines.append(
                 f"| {name} | {done.tensors} | {done.parameters / 1e6:.1f} | {done.difference:.1e} | {result} |"
             )
-        except _EXPECTED as error:
+        except Exception as error:
             failures += 1
-            lines.append(f"| {name} | | | | {error} |")
+            lines.append(f"| {name} | | | | {escape_control(describe_error(error, name))} |")
     print("\n".join(lines))
     return not failures
 
@@ -121,19 +174,19 @@ def convert_all(output_root: Path, repo_owner: str | None = None, private: bool 
 def print_conversion(done: Conversion, output_dir: Path) -> None:
     variant = done.variant.name if done.variant else "a variant of your own"
     architecture = f" + {done.architecture.name}" if done.architecture.is_dense else ""
-    print(f"{done.source}: {variant}{architecture}, {done.source_format.name} format, {done.dtype}")
+    print_line(f"{done.source}: {variant}{architecture}, {done.source_format.name} format, {done.dtype}")
     for note in done.notes:
-        print(f"  {note}")
-    print(f"  {done.tensors} tensors, {done.parameters / 1e6:.1f} M parameters, all of them used")
-    print(f"  largest difference to the source, in float64: {done.difference:.1e}")
-    print(f"  written to {output_dir}")
+        print_line(f"  {note}")
+    print_line(f"  {done.tensors} tensors, {done.parameters / 1e6:.1f} M parameters, all of them used")
+    print_line(f"  largest difference to the source, in float64: {done.difference:.1e}")
+    print_line(f"  written to {output_dir}")
 
 
 def print_export(saved_dir: Path, file: Path, to: str, overwrite: bool) -> None:
     done = export(saved_dir, file, to, overwrite)
     for note in done.notes:
-        print(f"Note: {note}")
-    print(f"{saved_dir}: {done.tensors} tensors written to {file} with the names of {to}.")
+        print_line(f"Note: {note}")
+    print_line(f"{saved_dir}: {done.tensors} tensors written to {file} with the names of {to}.")
 
 
 @contextmanager

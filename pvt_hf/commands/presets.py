@@ -74,9 +74,7 @@ SEGMENTATION: dict[str, Preset] = {
         "output_dir": "runs/segmentation",
         "per_device_train_batch_size": 4,
         "eval_strategy": "steps",
-        "eval_steps": 4000,
         "save_strategy": "steps",
-        "save_steps": 4000,
         "dataloader_num_workers": 4,
     },
     "smoke": {

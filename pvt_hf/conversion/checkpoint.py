@@ -1,75 +1,43 @@
 """Reads the tensors of a checkpoint from a file, the official release or the Hub. Nothing is ever unpickled."""
 
-import argparse
-import collections
 import difflib
 import hashlib
 import http.client
-import json
 import logging
-import pathlib
-import pickle
+import os
 import re
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 
+from ..untrusted import UntrustedFileError, check_regular_file, read_json_object
 from ..variants import VARIANTS
 from .rename import ConversionError, StateDict, add_base_prefix, quote
+from .torch_file import read_torch_file
 
 logger = logging.getLogger(__name__)
 
 _FILE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _JSON_FILES = ("config.json", "preprocessor_config.json")
-_WRAPPERS = ("state_dict", "model")  # mmcv and timm; the official training code
-_PREFIXES = ("module.", "_orig_mod.", "model.")  # DistributedDataParallel; torch.compile; Lightning
-
-
-class _StandIn:
-    """In the place of everything of NumPy and mmengine that a checkpoint may hold beside its tensors.
-
-    Nobody needs these values here. NumPy's own types must not be read: `dtype.__setstate__` believes the flags that it
-    is given, and a scalar of a dtype that claims to hold objects takes bytes of the file for an address in memory.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def _no_method(*_: Any) -> None:
-    """In the place of `getattr`, by which mmengine's history names its own methods: nothing is looked up."""
-
-
-# NumPy's dtypes, scalars and arrays by their names in version 2 and before, and mmengine's history of a logged value.
-_INERT = (
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy.dtype",
-    "numpy.ndarray",
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(f"numpy.dtypes.{name}" for name in np.dtypes.__all__),
+_WRAPPERS = ("state_dict", "model")  # mmcv, timm and Lightning; the official training code
+_PREFIXES = r"(module\.|_orig_mod\.|model\.|net\.)*"  # DistributedDataParallel; torch.compile; Lightning
+_MAX_LISTED = 20
+# The start of a file's own sha256 at the end of its name: what torch.hub, timm and the mm* libraries publish.
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+")
+# What zipfile, torch and safetensors raise for files that are not what they say.
+_DAMAGE = (
+    *(EOFError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError, ValueError),
+    *(SafetensorError, struct.error, zipfile.BadZipFile),
 )
-# What training programs put beside the weights, and what runs nothing when it is read.
-_HARMLESS = [
-    argparse.Namespace,  # the arguments of the released code
-    collections.defaultdict,
-    pathlib.PosixPath,
-    pathlib.PurePosixPath,
-    *((_StandIn, name) for name in _INERT),
-    (_no_method, "builtins.getattr"),
-    (_no_method, "__builtin__.getattr"),
-]
 
 
 @dataclass(frozen=True)
@@ -83,6 +51,8 @@ class Checkpoint:
         config: `config.json` beside the weights, empty if there is none.
         preprocessor: `preprocessor_config.json` beside the weights, empty if there is none.
         set_aside: What else the file holds: optimiser, epoch, EMA weights.
+        sha256: Of the file.
+        hash_check: What that was compared with, in words.
         class_names: Those that mmdetection and mmsegmentation put beside the weights, without blanks around them.
     """
 
@@ -92,12 +62,9 @@ class Checkpoint:
     config: dict[str, Any]
     preprocessor: dict[str, Any]
     set_aside: tuple[str, ...]
+    sha256: str
+    hash_check: str
     class_names: tuple[str, ...] = ()
-
-    @property
-    def sha256(self) -> str:
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_checkpoint(name: str) -> Checkpoint:
@@ -109,37 +76,41 @@ def read_checkpoint(name: str) -> Checkpoint:
     Raises:
         ConversionError: If there is no such checkpoint, or it is not one that can be read safely.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        is_there, is_folder = path.exists(), path.is_dir()
+        entries = [entry.name for entry in path.iterdir() if entry.suffix in _FILE_ENDINGS] if is_folder else []
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long; no such home; a closed folder
+        raise ConversionError(f"`CHECKPOINT` {name:.200} cannot be read: {error}") from error
     if name in VARIANTS and not path.is_file():
         return _read_release(name)
-    if path.is_dir():
-        files = quote(file.name for file in path.iterdir() if file.suffix in _FILE_ENDINGS) or "none"
-        raise ConversionError(f"`CHECKPOINT` must be a file, got the directory {name}. Checkpoints in it: {files}.")
-    if path.exists():
+    if is_folder:
+        raise ConversionError(
+            f"`CHECKPOINT` must be a file, got the directory {name}. Checkpoints in it: {quote(entries) or 'none'}."
+        )
+    if is_there:
         # The files of a folder saved by `save_pretrained` belong together; those around a lone `.pth` do not.
         beside = path.parent if path.name in _HUB_FILES else None
         return _read(path.name, path, *(read_json(beside and beside / file) for file in _JSON_FILES))
     if path.suffix in _FILE_ENDINGS:
         raise ConversionError(f"`CHECKPOINT` is {name}, and there is no such file.")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name, flags=re.ASCII):
         return _read_from_hub(name)
     nearest = difflib.get_close_matches(name, VARIANTS) or list(VARIANTS)
     raise ConversionError(
-        f"`CHECKPOINT` must be a file, a variant or a repo id of the Hub (`owner/name`), got {name!r}. "
+        f"`CHECKPOINT` must be a file, a variant or a repo id of the Hub (`owner/name`), got {name!r:.200}. "
         f"Nearest variants: {', '.join(nearest)}."
     )
 
 
 def read_json(path: Path | None) -> dict[str, Any]:
-    if path is None or not path.exists():
+    """The object in a JSON file, empty if there is no such file. Raises a `ConversionError` if it is something else."""
+    if path is None or not (path.exists() or path.is_symlink()):
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} must hold an object, got {content!r:.40}.")
-    return content
+        return read_json_object(path)
+    except UntrustedFileError as error:
+        raise ConversionError(f"{path} {error}") from error
 
 
 def _read_release(name: str) -> Checkpoint:
@@ -176,17 +147,75 @@ def _read_from_hub(repo: str) -> Checkpoint:
     path = next((path for path in map(fetch, _HUB_FILES) if path), None)
     if path is None:
         raise ConversionError(f"{repo} on the Hub has none of {', '.join(_HUB_FILES)}.")
-    return _read(f"{HfApi().endpoint}/{repo}", path, *(read_json(fetch(file)) for file in _JSON_FILES))
+    beside = [fetch(file) for file in _JSON_FILES]
+    for file in filter(None, beside):
+        check_hash(file, _find_hub_hash(repo, file))
+    source = f"{HfApi().endpoint}/{repo}"
+    return _read(source, path, *map(read_json, beside), hub_hash=_find_hub_hash(repo, path))
 
 
-def _read(source: str, path: Path, config: dict[str, Any], preprocessor: dict[str, Any]) -> Checkpoint:
+def _find_hub_hash(repo: str, path: Path) -> str:
+    """The hash that the Hub states for a file that was downloaded from it; empty if it states none."""
+    stored = path.resolve()
+    if stored.parent.name == "blobs":  # huggingface_hub stores files by it, wherever there are links
+        return stored.name
+    try:
+        url = hf_hub_url(repo, path.name, revision=path.parent.name, endpoint=HfApi().endpoint)
+        return HfApi().get_hf_file_metadata(url=url).etag or ""
+    except Exception:  # offline, or any answer of a server
+        return ""
+
+
+def check_hash(path: Path, hub_hash: str | None) -> tuple[str, str]:
+    """Holds a file against the hash that is known of it.
+
+    Args:
+        path: The file.
+        hub_hash: What the Hub states, if it is from there: sha256 of large files, git's own hash of small ones.
+
+    Returns:
+        Its sha256, and what that, or git's hash, was compared with, in words.
+
+    Raises:
+        ConversionError: If the file has another one.
+    """
+    stated = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", hub_hash or "")
+    named = _HASH_IN_NAME.search(path.name)
+    try:
+        with path.open("rb") as file:
+            sha256 = actual = hashlib.file_digest(file, "sha256").hexdigest()
+            if stated and len(stated[0]) == 40:
+                file.seek(0)
+                actual = hashlib.sha1(b"blob %d\0" % path.stat().st_size + file.read()).hexdigest()
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    if stated and actual != stated[0]:
+        raise ConversionError(
+            f"{path} is damaged: the Hub states the hash {stated[0]}, and it has {actual}. Delete {path.resolve()} and "
+            "run this again."
+        )
+    if stated:
+        return sha256, "as the Hub states"
+    if named and sha256.startswith(named[1]):
+        return sha256, "as its name says"
+    if named and not named[1].isdigit():  # digits may be a date
+        raise ConversionError(
+            f"{path} is damaged: by its name, its sha256 begins with {named[1]}, and it is {sha256}. Download it "
+            "again, or rename it if that is no hash."
+        )
+    return sha256, "compared with none: " + ("no other is known" if hub_hash is None else "the Hub states no hash")
+
+
+def _read(
+    source: str, path: Path, config: dict[str, Any], preprocessor: dict[str, Any], hub_hash: str | None = None
+) -> Checkpoint:
     loaded, set_aside = load_file(path), []
     class_names, unwrapped = _class_names(loaded.get("meta")), set()
     while wrapper := next((key for key in _WRAPPERS if isinstance(loaded.get(key), dict) and loaded[key]), None):
         if id(loaded) in unwrapped:
             raise ConversionError(f"{path} is refused: its {wrapper!r} holds itself.")
         unwrapped.add(id(loaded))
-        set_aside += [str(key) for key in loaded if key != wrapper]
+        set_aside += [key for key in loaded if key != wrapper]
         loaded = loaded[wrapper]
     if "n_averaged" in loaded:  # the counter of torch.optim.swa_utils.AveragedModel
         loaded = {key: value for key, value in loaded.items() if key != "n_averaged"}
@@ -196,19 +225,15 @@ def _read(source: str, path: Path, config: dict[str, Any], preprocessor: dict[st
             f"{path} holds other things than plain tensors with names, and no {' or '.join(map(repr, _WRAPPERS))} "
             f"around them: {quote(other)}."
         )
-    while loaded and (prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in loaded)), None)):
-        loaded = {key.removeprefix(prefix): value for key, value in loaded.items()}
-    return Checkpoint(source, path, add_base_prefix(loaded), config, preprocessor, tuple(set_aside), class_names)
-
-
-def _check_checksums(path: Path) -> None:
-    """Raises a `ConversionError` if a zip file claims more content than it has, or other checksums."""
-    with zipfile.ZipFile(path) as archive:
-        # `torch.save` compresses nothing. What unpacks to more than the file holds could be read for hours.
-        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-            raise ConversionError(f"{path} is refused: it claims more content than the file has.")
-        if damaged := archive.testzip():
-            raise ConversionError(f"{path} is damaged: {damaged!r} in it does not have the checksum that it states.")
+    # Tensors may share memory, but not so that a small file becomes a large model.
+    if sum(tensor.nbytes for tensor in loaded.values()) > 2 * path.stat().st_size:
+        raise ConversionError(f"{path} is refused: its tensors claim more content than the file has.")
+    start = re.match(_PREFIXES, os.path.commonprefix(list(loaded))).end()
+    weights = add_base_prefix({key[start:]: tensor for key, tensor in loaded.items()})
+    sha256, hash_check = check_hash(path, hub_hash)
+    more = [f"{len(set_aside) - _MAX_LISTED} more"] if len(set_aside) > _MAX_LISTED else []
+    listed = (f"{key!s:.80}" for key in set_aside[:_MAX_LISTED])
+    return Checkpoint(source, path, weights, config, preprocessor, (*listed, *more), sha256, hash_check, class_names)
 
 
 def _class_names(meta: Any) -> tuple[str, ...]:
@@ -238,8 +263,11 @@ def load_file(path: Path) -> dict[str, Any]:
         ConversionError: If the file is neither, is damaged, or wants to run code.
     """
     try:
+        check_regular_file(path)
         with path.open("rb") as file:
             start = file.read(256)
+    except UntrustedFileError as error:
+        raise ConversionError(f"{path} {error}") from error
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
@@ -249,31 +277,18 @@ def load_file(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path} is an HTML page, not a checkpoint: the page of a download was saved instead.")
     if text.startswith(b"version https://git-lfs"):
         raise ConversionError(f"{path} is a Git LFS pointer, not the checkpoint: run `git lfs pull`.")
+    is_safetensors, is_zip = start[8:9] == b"{", start.startswith(b"PK")
+    if not (is_safetensors or is_zip or start.startswith(b"\x80")):
+        raise ConversionError(f"{path} is neither a file of `torch.save` nor a `.safetensors` file.")
+    if not is_safetensors and path.suffix == ".safetensors":
+        raise ConversionError(f"{path} is a pickle of `torch.save` under the name of a `.safetensors` file.")
     try:
-        if start[8:9] == b"{":
-            return safetensors.torch.load_file(path)
-        is_zip = start.startswith(b"PK")
-        if not is_zip and not start.startswith(b"\x80"):
-            raise ConversionError(f"{path} is neither a file of `torch.save` nor a `.safetensors` file.")
-        if path.suffix == ".safetensors":
-            raise ConversionError(f"{path} is a pickle of `torch.save` under the name of a `.safetensors` file.")
-        if is_zip:  # torch does not look at the checksums of what it maps into memory
-            _check_checksums(path)
-        with torch.serialization.safe_globals(_HARMLESS):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ConversionError(
-                f"{path} is refused: it is a pickle that asks for `{wanted[1]}`, and reading that could run code "
-                "here. Only tensors and a few harmless types are read. Save its `state_dict()` where you trust it."
-            ) from error
-        # torch's own sentence advises to read the file in a way that runs its code.
-        reason = re.search(r"WeightsUnpickler error: (.+)", str(error))
-        raise ConversionError(f"{path} is refused or damaged: {reason[1] if reason else 'no valid pickle'}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
-        if isinstance(error, ConversionError):
-            raise
-        raise ConversionError(f"{path} is truncated or damaged: {str(error).splitlines()[0]}") from error
+        loaded = safetensors.torch.load_file(path) if is_safetensors else read_torch_file(path, is_zip)
+    except UntrustedFileError as error:
+        raise ConversionError(f"{path} {error}") from error
+    except _DAMAGE as error:
+        reason = str(error).partition("\n")[0]  # torch shows where in its source
+        raise ConversionError(f"{path} is truncated or damaged: {reason}") from error
     if not isinstance(loaded, dict):
         raise ConversionError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}.")
     return loaded

@@ -1,7 +1,6 @@
 """Converts checkpoints to verified Hugging Face folders, and back: the functions behind `pvt-hf convert`."""
 
 import functools
-import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,14 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..models.backbone import get_backbone_config
 from ..models.configuration_pvt import PvtConfig
 from ..variants import VARIANTS, differences, find_variant, get_variant
+from ..writing.files import atomic_file
 from .architectures.base import Architecture, Outputs
 from .architectures.registry import find_architecture, find_saved_architecture
 from .checkpoint import Checkpoint, load_file, read_checkpoint, read_json
 from .formats import FROM_OFFICIAL, Format, detect_format
 from .infer_config import imagenet_labels
 from .model_card import Conversion, render
-from .output_folder import atomic_folder, check_output_dir
+from .output_folder import atomic_folder, check_output_dir, check_writable, name_what_fails
 from .publish import register_code
 from .rename import ConversionError, StateDict, check_complete, quote
 from .verify import largest_difference, reference_outputs
@@ -67,7 +67,7 @@ def convert(
     model_class, facts = type(model), _collect_facts(source, model)
     processor, processor_origin = architecture.image_processor(source.checkpoint, source.config)
     facts |= {"has_image_processor": processor is not None, "has_code": with_code}
-    with atomic_folder(output_dir, overwrite) as folder:
+    with name_what_fails(output_dir), atomic_folder(output_dir, overwrite) as folder:
         _save(folder, model, processor, architecture.auto_class.__name__ if with_code else None)
         del model  # the comparison needs its memory
         expected = _evaluate(source)
@@ -194,7 +194,7 @@ def _take_notes(source: _Source, processor_origin: str) -> tuple[str, ...]:
     if architecture.is_dense:
         origin = "the checkpoint's own" if checkpoint.class_names else "by their number, as the checkpoint has no names"
         notes.append(f"labels: {', '.join(labels[:3])}, ... ({len(labels)}; {origin})")
-    return (*notes, f"image processor: {processor_origin}")
+    return (*notes, f"image processor: {processor_origin}", f"sha256: {checkpoint.sha256}, {checkpoint.hash_check}")
 
 
 @dataclass(frozen=True)
@@ -233,23 +233,24 @@ def export(saved_dir: Path, file: Path, to: str, overwrite: bool = False) -> Exp
 
 
 def _check_export(saved_dir: Path, file: Path, overwrite: bool) -> None:
-    if file.resolve().is_relative_to(saved_dir.resolve()):
-        raise ConversionError(f"`FILE` {file} would lie in `SAVED_DIR` {saved_dir}; choose another place.")
-    if file.is_dir() or (file.exists() and not overwrite):
-        raise ConversionError(
-            f"`FILE` {file} exists" + (": it is a directory." if file.is_dir() else "; use --overwrite.")
-        )
+    check_writable(file, "FILE")
     if missing := [name for name in ("config.json", "model.safetensors") if not (saved_dir / name).is_file()]:
         raise ConversionError(f"`SAVED_DIR` must be a folder of `save_pretrained`, but {saved_dir} has no {missing}.")
+    if file.resolve().is_relative_to(saved_dir.resolve()):
+        raise ConversionError(f"`FILE` {file} would lie in `SAVED_DIR` {saved_dir}; choose another place.")
+    if file.exists() and not file.is_file():  # a directory, a device
+        raise ConversionError(f"`FILE` {file} exists, and is no regular file.")
+    if file.exists() and not overwrite:
+        raise ConversionError(f"`FILE` {file} exists; use --overwrite.")
 
 
 def _write_state_dict(tensors: StateDict, file: Path) -> None:
     """Atomically, in the format that the ending of `file` says."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-") as temporary:
-        partial = Path(temporary) / file.name
+    with name_what_fails(file), atomic_file(file) as partial:
         if file.suffix == ".safetensors":
             safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
-        else:
+            return
+        try:
             torch.save(tensors, partial)
-        partial.replace(file)
+        except RuntimeError as error:  # of a full disk too, without a word of it
+            raise OSError(f"torch's writer failed ({error})") from error

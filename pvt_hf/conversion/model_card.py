@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from ..models.backbone import get_backbone_config
 from ..variants import Variant
+from ..writing.text import code_span, escape_control, python_string
 from .architectures.base import Architecture
 from .formats import Format
 from .verify import TOLERANCE
@@ -69,7 +70,7 @@ def render(conversion: Conversion, name: str) -> ModelCard:
         pipeline_tag=architecture.pipeline_tag,
         tags=["vision", model_type, *architecture.tags],
         conversion={
-            "source": conversion.source,
+            "source": escape_control(conversion.source),
             "source_format": conversion.source_format.name,
             "source_sha256": conversion.sha256,
             "max_abs_difference_float64": conversion.difference,
@@ -83,7 +84,8 @@ def render(conversion: Conversion, name: str) -> ModelCard:
         architecture=architecture,
         config=conversion.config,
         variant=conversion.variant,
-        name=name,
+        name=python_string(name),
+        source=code_span(conversion.source),
         auto_class=architecture.auto_class.__name__,
         is_v1=model_type == "pvt",
         prefix="Pvt" if model_type == "pvt" else "PvtV2",

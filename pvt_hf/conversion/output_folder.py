@@ -1,12 +1,13 @@
 """The folder that a conversion writes: it appears when it is complete, and nothing of others is deleted for it."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 
+from ..writing.files import FORMER, explain_write_error, hidden_folder, why_unwritable
 from .publish import CODE
 from .rename import ConversionError, quote
 
@@ -24,8 +25,25 @@ def _is_former_conversion(folder: Path) -> bool:
         return False
 
 
+def check_writable(path: Path, argument: str) -> None:
+    """Raises a `ConversionError` that names the argument if nothing can be written there."""
+    if reason := why_unwritable(path):
+        raise ConversionError(f"`{argument}` {path} cannot be written: {reason}.")
+
+
+@contextmanager
+def name_what_fails(path: Path) -> Iterator[None]:
+    """Makes of what a writer raises a `ConversionError` that names what was to be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = explain_write_error(error, path.parent)
+        raise ConversionError(f"{path} could not be written: {reason}. Nothing is left there.") from error
+
+
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
-    """Raises a `ConversionError` if `output_dir` holds what a conversion must not replace."""
+    """Raises a `ConversionError` if `output_dir` cannot be written, or holds what a conversion must not replace."""
+    check_writable(output_dir, "OUTPUT_DIR")
     if not output_dir.exists():
         return
     if not output_dir.is_dir() or output_dir.resolve() == Path.cwd():
@@ -46,15 +64,14 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
 def atomic_folder(output_dir: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write to. If all goes well it takes the place of `output_dir`, else it disappears."""
     target = output_dir.resolve()  # through links
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        folder, former = Path(temporary) / "new", Path(temporary) / "former"
+    with hidden_folder(target.parent) as hidden:
+        folder, former = hidden / "new", hidden / FORMER
         folder.mkdir()
         yield folder
         check_output_dir(output_dir, overwrite)  # again: this took a while
-        if target.exists():
-            target.rename(former)
         try:
+            if target.exists():
+                target.rename(former)
             folder.rename(target)
         except BaseException:
             if former.exists():

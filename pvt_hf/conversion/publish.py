@@ -7,17 +7,12 @@ from shlex import quote
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from .. import models
+from ..writing.hub import explain_upload_error
 from .rename import ConversionError
 
 CODE = frozenset(path.name for path in Path(models.__file__).parent.glob("*.py"))  # what --with-code may write
-_REASONS = {
-    401: "the Hub does not know you: run `hf auth login`, or set HF_TOKEN",
-    403: "your token may not write there",
-    409: "the repository is in conflict with this upload: somebody changes it at this moment, or the name is taken",
-}
 
 
 def publish(folder: Path, repo: str, private: bool) -> str:
@@ -49,12 +44,8 @@ def publish(folder: Path, repo: str, private: bool) -> str:
     except ConversionError:
         raise
     except Exception as error:  # HTTP errors, cut connections, offline mode: whatever it is, the folder is complete
-        if isinstance(error, HfHubHTTPError):
-            reason = _REASONS.get(error.response.status_code, str(error))
-            outcome = "Nothing was committed there"
-        else:
-            reason = f"the connection failed ({type(error).__name__}: {error})"
-            outcome = "Whether the commit arrived is not known"
+        reason, may_have_arrived = explain_upload_error(error)
+        outcome = "Whether the commit arrived is not known" if may_have_arrived else "Nothing was committed there"
         raise ConversionError(
             f"The upload to {repo} at {api.endpoint} failed: {reason}. {outcome}; everything is in {folder}. To try "
             f"again: hf upload {repo} {quote(str(folder))}"

@@ -9,11 +9,16 @@ from collections.abc import Iterable
 
 import torch
 
+from ..writing.text import escape_control
+
 StateDict = dict[str, torch.Tensor]
 
 
 class ConversionError(ValueError):
-    """What is wrong with a checkpoint, or with where it should go, in words for the one who has it."""
+    """What is wrong with a checkpoint, or with where it should go, on one line for the one who has it."""
+
+    def __init__(self, message: object):
+        super().__init__(escape_control(" ".join(str(message).splitlines())))
 
 
 # (official, other). `{n}` is a number and `{s}` a stage, which the official code counts from 1, everybody else from 0.
@@ -53,14 +58,15 @@ _V2_RULES = (
     ("norm{s}.", "pvt_v2.encoder.layers.{s}.layer_norm."),
     ("head.", "classifier."),
 )
-_KEY_VALUE = re.compile(r"(block\d+\.\d+\.attn\.)(k|v)\.(weight|bias)")
+_KEY_VALUE = re.compile(r"(block\d+\.\d+\.attn\.)(k|v)\.(weight|bias)", re.ASCII)
+_NUMBER = "0|[1-9][0-9]{0,3}"  # as programs write them: `int` reads digits of other scripts too
 
 
 def quote(names: Iterable[str], limit: int = 8) -> str:
     """The first of these names for a message, and how many more there are."""
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more
+    return ", ".join(f"{name!r:.200}" for name in names[:limit]) + more
 
 
 def add_base_prefix(tensors: StateDict) -> StateDict:
@@ -81,7 +87,10 @@ def rename_keys(
 ) -> dict[str, str]:
     """The new name of every key. Raises a `ConversionError` for keys without a rule or with the same new name."""
     compiled = [
-        (re.compile(re.escape(source).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{n\}", r"(?P<n>\d+)")), target)
+        (
+            re.compile(re.escape(source).replace(r"\{s\}", f"(?P<s>{_NUMBER})").replace(r"\{n\}", f"(?P<n>{_NUMBER})")),
+            target,
+        )
         for source, target in rules
     ]
     renamed, unknown = {}, []

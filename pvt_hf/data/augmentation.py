@@ -164,7 +164,10 @@ class SegmentationAugmentation:
             return slice(top, top + self.crop[0]), slice(left, left + self.crop[1])
 
         window = draw()
-        for _ in range(10):
+        smaller = all(
+            side <= cut for side, cut in zip(labels.shape, self.crop, strict=True)
+        )  # all windows are the same
+        for _ in range(0 if smaller else 10):
             values, counts = labels[window].unique(return_counts=True)
             counts = counts[values != self.ignore_index]
             if len(counts) > 1 and counts.max() / counts.sum() < self.max_share:

@@ -14,8 +14,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..models.annotations import AnnotationError, iter_annotations, read_objects
-from .images import ImageError, decode, decode_to_fit, drop_skipped
+from ..models.annotations import AnnotationError, is_integer, read_objects
+from .checks import check_images, describe_problems
+from .detection_records import DetectionData, ImageRecord, check_records
+from .images import ImageError, drop_skipped
 
 if TYPE_CHECKING:
     import datasets
@@ -28,136 +30,23 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class ImageRecord:
-    """An image without its pixels.
-
-    Args:
-        image_id: As in the annotations; results name it.
-        name: For messages: the file, or the place in the data set.
-        size: (height, width) in pixels.
-        annotations: In COCO's format (`bbox` is absolute xywh), with `category_id` already a class label in 0..n-1.
-        stored: Where the pixels are: a path, or the number of a row of a data set.
-    """
-
-    image_id: int
-    name: str
-    size: tuple[int, int]
-    annotations: list[dict[str, Any]]
-    stored: str | int
-
-
-@dataclass(frozen=True)
-class DetectionData:
-    """Images with boxes, masks and classes.
-
-    Args:
-        label_names: The name of each class label.
-        category_ids: The id of each class label in the annotations, ascending.
-        records: Of the images.
-        rows: The data set of the Hub that has the pixels (default: `None`, they are in files).
-    """
-
-    label_names: list[str]
-    category_ids: list[int]
-    records: list[ImageRecord]
-    rows: datasets.Dataset | None = None
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def image(self, index: int) -> torch.Tensor:
-        """Reads an image, turned as its EXIF orientation says unless the record has the size of the stored pixels.
-
-        Args:
-            index: Of its record.
-
-        Returns:
-            uint8 `(3, height, width)`, RGB.
-
-        Raises:
-            ImageError: If the image cannot be read or has another size than its record; it names file and id.
-        """
-        record = self.records[index]
-        name = f"{record.name} (image {record.image_id})"
-        stored = self.rows[record.stored]["image"] if self.rows is not None else {"path": record.stored}
-        image = decode_to_fit(stored, name, record.size)
-        if image.shape[1:] != record.size:
-            raise ImageError(
-                f"{name} has (height, width) {tuple(image.shape[1:])}, but {record.size} according to its annotations "
-                "(neither turned as its EXIF says nor as it is stored do they fit)."
-            )
-        return image
-
-    def target(self, index: int) -> dict[str, Any]:
-        """What the image processor takes as annotations of an image.
-
-        Args:
-            index: Of its record.
-        """
-        return {"image_id": self.records[index].image_id, "annotations": self.records[index].annotations}
-
-    def for_training(self, min_side: int = 32, empty: bool = False) -> DetectionData:
-        """The images on which mmdetection trains: those with annotations and with sides of at least 32 pixels. How many
-        others there are is logged, and how many annotations will not be used.
-
-        Args:
-            min_side: Least height and width in pixels (default: 32).
-            empty: Whether images without annotations are kept (default: `False`).
-
-        Raises:
-            AnnotationError: If no image is left, or an annotation cannot be used; it names image and annotation.
-        """
-        large = [record for record in self.records if min(record.size) >= min_side]
-        kept = [record for record in large if record.annotations or empty]
-        if len(kept) < len(self):
-            logger.warning(
-                f"Training skips {len(self) - len(kept)} of {len(self)} images: {len(self) - len(large)} have a "
-                f"side of less than {min_side} pixels, {len(large) - len(kept)} others have no annotations."
-            )
-        if not kept:
-            raise AnnotationError(f"No image of {len(self)} is left to train on.")
-        reasons = Counter(
-            reason
-            for record in kept
-            for *_, reason in iter_annotations(record.annotations, record.image_id, record.size, len(self.label_names))
-        )
-        if skipped := {reason: count for reason, count in reasons.items() if reason}:
-            logger.warning(f"Training skips {sum(skipped.values())} of {reasons.total()} annotations: {skipped}.")
-        return replace(self, records=kept)
-
-    def ground_truth(self) -> dict[str, list[dict[str, Any]]]:
-        """The annotations as one COCO json, with their category ids again, for the evaluation."""
-        annotations = [
-            {"area": float(np.prod(annotation["bbox"][2:])), "iscrowd": 0}
-            | {name: value for name, value in annotation.items() if value is not None}
-            | {"image_id": record.image_id, "category_id": self.category_ids[annotation["category_id"]]}
-            for record in self.records
-            for annotation in record.annotations
-        ]
-        return {
-            "images": [
-                {"id": record.image_id, "file_name": record.name, "height": record.size[0], "width": record.size[1]}
-                for record in self.records
-            ],
-            # Numbered from 1: COCO's own code takes an annotation with the id 0 for none.
-            "annotations": [annotation | {"id": number} for number, annotation in enumerate(annotations, start=1)],
-            "categories": [
-                {"id": category_id, "name": name}
-                for category_id, name in zip(self.category_ids, self.label_names, strict=True)
-            ],
-        }
-
-
-# Lists of COCO json, and the fields that each of their entries must have.
-_COCO_FIELDS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
+# Lists of COCO json, and what the fields that each of their entries must have are.
+_INTEGER = (lambda value: type(value) is int, "an integer")
+_SIDE = (lambda value: type(value) is int and 0 < value < 10**6, "a positive integer, in pixels")
+_NAME = (lambda value: isinstance(value, str) and value.strip() != "", "a string that is not empty")
+_COCO_FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "images": {"id": _INTEGER, "file_name": _NAME, "height": _SIDE, "width": _SIDE},
+    "annotations": {"image_id": _INTEGER, "category_id": _INTEGER, "bbox": (lambda value: True, "")},
+    "categories": {"id": _INTEGER, "name": _NAME},
 }
 
 
-def read_coco(annotation_file: str | Path, image_folder: str | Path, allow_outside: bool = False) -> DetectionData:
+def read_coco(
+    annotation_file: str | Path,
+    image_folder: str | Path,
+    allow_outside: bool = False,
+    bbox_format: str = "coco",
+) -> DetectionData:
     """Reads and checks a COCO json. Class labels are the positions of the categories in the order of their ids.
 
     Args:
@@ -165,14 +54,17 @@ def read_coco(annotation_file: str | Path, image_folder: str | Path, allow_outsi
         image_folder: With the files that it names.
         allow_outside: Whether a `file_name` may be absolute or lead out of `image_folder` (default: `False`, since
             images of it appear in pictures that may be published).
+        bbox_format: What the boxes really are, one of [`~pvt_hf.data.box_formats.BBOX_FORMATS`] (default: `"coco"`,
+            absolute xywh).
 
     Raises:
-        AnnotationError: If the file is not COCO json, an annotation is of an image or a category that it does not list,
-            or a `file_name` leads out of the folder; the message names the file and the ids.
+        AnnotationError: If the file is not COCO json, a field is missing or of another type, an annotation is of an
+            image or a category that it does not list, or a `file_name` leads out of the folder; the message names the
+            file, the ids and the field. Also if the boxes are in another format.
     """
     content = _load_coco(annotation_file)
     for image in content["images"]:
-        name = PurePath(str(image["file_name"]))
+        name = PurePath(image["file_name"])
         if not allow_outside and (name.is_absolute() or ".." in name.parts):
             raise AnnotationError(
                 f"{annotation_file}: image {image['id']} has `file_name` {str(name)!r}, which is outside of "
@@ -199,14 +91,15 @@ def read_coco(annotation_file: str | Path, image_folder: str | Path, allow_outsi
         )
         for image in content["images"]
     ]
-    return DetectionData([category["name"] for category in categories], sorted(labels), records)
+    data = DetectionData([category["name"] for category in categories], sorted(labels), records)
+    return check_records(data, str(annotation_file), bbox_format)
 
 
 def _load_coco(annotation_file: str | Path) -> dict[str, list[dict[str, Any]]]:
     """The content of a COCO json in which each entry has the fields that are needed, and ids are different integers."""
     try:
-        content = json.loads(Path(annotation_file).read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(Path(annotation_file).read_text(encoding="utf-8-sig"), object_pairs_hook=_make_object)
+    except (OSError, ValueError, RecursionError) as error:
         raise AnnotationError(f"{annotation_file} cannot be read: {error}") from error
     lists = content if isinstance(content, dict) else {}
     if missing := [part for part in _COCO_FIELDS if not isinstance(lists.get(part), list)]:
@@ -214,59 +107,96 @@ def _load_coco(annotation_file: str | Path) -> dict[str, list[dict[str, Any]]]:
         raise AnnotationError(f"{annotation_file} is not COCO json: it has no list {missing}, but {found}.")
     for part, fields in _COCO_FIELDS.items():
         for number, entry in enumerate(content[part]):
-            if lacking := [field for field in fields if field not in entry]:
-                raise AnnotationError(f"{annotation_file}: number {number} of `{part}` has no {lacking}: {entry}.")
+            _check_entry(entry, fields, f"{annotation_file}: number {number} of `{part}`")
         if "id" in fields:
             counts = Counter(entry["id"] for entry in content[part])
-            if wrong := [entry for entry, count in counts.items() if count > 1 or not isinstance(entry, int)]:
-                raise AnnotationError(
-                    f"{annotation_file} has `{part}` whose ids are not different integers: {wrong[:5]}."
-                )
+            if twice := [entry for entry, count in counts.items() if count > 1]:
+                raise AnnotationError(f"{annotation_file} has `{part}` with the same ids: {twice[:5]}.")
     return content
 
 
-def read_detection_dataset(data: datasets.Dataset) -> DetectionData:
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of json, in which no key may be twice: the first value would be lost."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"an object has keys twice: {[key for key, count in counts.items() if count > 1]}")
+    return content
+
+
+def _check_entry(entry: Any, fields: Mapping[str, tuple[Callable[[Any], bool], str]], name: str) -> None:
+    if not isinstance(entry, dict):
+        raise AnnotationError(f"{name} is no object: {entry!r:.200}.")
+    if lacking := [field for field in fields if field not in entry]:
+        raise AnnotationError(f"{name} has no {lacking}: {entry!r:.200}.")
+    for field, (is_valid, wanted) in fields.items():
+        if not is_valid(entry[field]):
+            name += f" (id {entry['id']!r})" if "id" in entry else ""
+            raise AnnotationError(f"{name} has `{field}` {entry[field]!r:.200}, it must be {wanted}.")
+
+
+# What the columns of `objects` are called.
+_BOX_COLUMNS = ("bbox", "bboxes", "boxes")
+_CLASS_COLUMNS = ("category", "category_id", "label", "labels", "categories", "class", "class_id")
+
+
+def read_detection_dataset(
+    data: datasets.Dataset,
+    label_names: Sequence[str] | None = None,
+    objects_column: str = "objects",
+    bbox_format: str = "coco",
+    skip_corrupt: bool = False,
+    workers: int = 0,
+) -> DetectionData:
     """Reads a data set with the columns `image` and `objects`, as those of the Hub for object detection (`cppe-5`).
 
-    `objects` has for each image lists `bbox` (absolute xywh) and `category` (or `category_id`, `label`), and optionally
-    `id`, `area`, `iscrowd`, `segmentation`. Columns `image_id`, `height` and `width` are used where they exist.
+    `objects` has for each image lists `bbox` and `category` (or `category_id`, `label`), and optionally `id`, `area`,
+    `iscrowd`, `segmentation`; an image without it has no objects. Categories are class labels, integers or names.
+    Columns `image_id`, `height` and `width` are used where they exist.
 
     Args:
         data: One split.
+        label_names: The name of each class, where the data set does not say them (default: names in the order of the
+            alphabet, and of integers the integers up to the largest). Of a validation set: those of the training set.
+        objects_column: The column of the objects (default: `"objects"`).
+        bbox_format: What the boxes are, one of [`~pvt_hf.data.box_formats.BBOX_FORMATS`] (default: `"coco"`, absolute
+            xywh).
+        skip_corrupt: Whether images that cannot be opened are left out, where their sizes are not columns (default:
+            `False`, an error).
+        workers: Processes that read sizes (default: 0, this one).
 
     Raises:
-        AnnotationError: If there are no such columns, if the lists of an image differ in length, or if a category is
-            not a class; the message names the image.
+        AnnotationError: If there are no such columns, if the lists of an image differ in length, if a category is not a
+            class, or as [`read_coco`]; the message names the image.
+        ImageError: If an image cannot be opened.
     """
     import datasets
 
-    if not {"image", "objects"} <= data.features.keys():
-        raise AnnotationError(f"The data set must have columns `image` and `objects`, got {list(data.features)}.")
-    features = _unwrap_list(data.features["objects"])
-    column = next((name for name in ("category", "category_id", "label") if name in features), None)
-    if column is None or "bbox" not in features:
-        raise AnnotationError(f"`objects` must have `bbox` and `category`, got {list(features)}.")
+    if not {"image", objects_column} <= data.features.keys():
+        raise AnnotationError(
+            f"The data set must have columns `image` and `{objects_column}`, got {list(data.features)}. "
+            "`--image_column` and `--objects_column` name others."
+        )
+    features = _unwrap_list(data.features[objects_column])
+    names = features if isinstance(features, Mapping) else {}
+    columns = [next((name for name in known if name in names), None) for known in (_BOX_COLUMNS, _CLASS_COLUMNS)]
+    if None in columns:
+        raise AnnotationError(f"`{objects_column}` must have `bbox` and `category`, got {list(names) or features}.")
     rows = data.cast_column("image", datasets.Image(decode=False))
-    used = [name for name in ("objects", "image_id", "height", "width") if name in data.features]
+    used = [name for name in (objects_column, "image_id", "height", "width") if name in data.features]
     records = []
     for index, row in enumerate(rows.select_columns(used)):
-        image_id = row["image_id"] if isinstance(row.get("image_id"), int) else index
-        size = (row.get("height"), row.get("width"))
-        size = size if None not in size else _read_size(rows, index)
-        annotations = _list_annotations(row["objects"], features, column, image_id)
+        image_id = row["image_id"] if type(row.get("image_id")) is int else index
+        annotations = _list_annotations(row[objects_column], names, columns, f"image {image_id}")
+        size = row.get("height"), row.get("width")
         records.append(ImageRecord(image_id, f"row {index}", size, annotations, stored=index))
     if len({record.image_id for record in records}) < len(records):
         logger.warning("The column `image_id` has numbers twice: images are numbered in their order instead.")
         records = [replace(record, image_id=index) for index, record in enumerate(records)]
-    names = _name_classes(_unwrap_list(features[column]), records)
-    for record in records:
-        for annotation in record.annotations:
-            if not 0 <= annotation["category_id"] < len(names):
-                raise AnnotationError(
-                    f"An object of image {record.image_id} has `{column}` {annotation['category_id']}, the classes are "
-                    f"0 to {len(names) - 1}."
-                )
-    return DetectionData(names, list(range(len(names))), records, rows)
+    records, label_names = _label_objects(records, _unwrap_list(names[columns[1]]), label_names, columns[1])
+    records, left_out = _read_sizes(records, rows, skip_corrupt, workers)
+    found = DetectionData(label_names, list(range(len(label_names))), records, rows, left_out)
+    return check_records(found, "The data set", bbox_format)
 
 
 def _unwrap_list(feature: Any) -> Any:
@@ -274,29 +204,79 @@ def _unwrap_list(feature: Any) -> Any:
     return getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
 
 
-def _list_annotations(objects: Any, features: Mapping[str, Any], column: str, image_id: int) -> list[dict[str, Any]]:
-    """The objects of an image, a list of dictionaries or a dictionary of lists, as annotations in COCO's format."""
+def _list_annotations(
+    objects: Any, features: Mapping[str, Any], columns: Sequence[str | None], image: str
+) -> list[dict[str, Any]]:
+    """The objects of an image, a list of dictionaries or a dictionary of lists or nothing, as annotations in COCO's
+    format, but for the classes."""
     if not isinstance(objects, Mapping):
-        objects = {name: [entry[name] for entry in objects] for name in features}
+        objects = {name: [(entry or {}).get(name) for entry in objects or ()] for name in features}
     objects = {name: values for name, values in objects.items() if values is not None}
     lengths = {name: len(values) for name, values in objects.items()}
     if len(set(lengths.values())) > 1:
-        raise AnnotationError(f"`objects` of image {image_id} has lists of different lengths: {lengths}.")
+        raise AnnotationError(f"`objects` of {image} has lists of different lengths: {lengths}.")
     annotations = [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]
-    return [annotation | {"category_id": annotation[column]} for annotation in annotations]
+    for annotation in annotations:
+        for given, name in zip(columns, ("bbox", "category_id"), strict=True):
+            annotation[name] = annotation.get(given)
+    return annotations
 
 
-def _name_classes(feature: Any, records: Sequence[ImageRecord]) -> list[str]:
-    """The names that the data set has for its classes, or else their numbers."""
+def _label_objects(
+    records: Sequence[ImageRecord], feature: Any, label_names: Sequence[str] | None, column: str | None
+) -> tuple[list[ImageRecord], list[str]]:
+    """Records with class labels for what the data set has, and the names of the classes."""
+
+    kind = str(getattr(feature, "dtype", feature))
+    if not hasattr(feature, "names") and not kind.strip("u").startswith(("int", "string", "large_string")):
+        raise AnnotationError(f"`{column}` must hold class labels, integers or names, got {kind}.")
+    given = {annotation["category_id"] for record in records for annotation in record.annotations}
     if hasattr(feature, "names"):
-        return list(feature.names)
-    labels = [annotation["category_id"] for record in records for annotation in record.annotations]
-    return [str(label) for label in range(max(labels, default=-1) + 1)]
+        label_names = feature.names
+    elif label_names is None:
+        is_named = any(isinstance(value, str) for value in given)
+        largest = max((value for value in given if is_integer(value)), default=-1)
+        label_names = sorted(map(str, given - {None})) if is_named else list(map(str, range(largest + 1)))
+    labels = {key: label for label, name in enumerate(label_names) for key in (name, label)}
+    for record in records:
+        for annotation in record.annotations:
+            value = annotation["category_id"]
+            if value not in labels:
+                raise AnnotationError(
+                    f"{record.name}: an object of image {record.image_id} has `{column}` {value!r}, the classes are 0 "
+                    f"to {len(label_names) - 1}: {list(label_names)}."
+                )
+            annotation["category_id"] = labels[value]
+    return list(records), list(label_names)
 
 
-def _read_size(rows: datasets.Dataset, index: int) -> tuple[int, int]:
-    image = decode(rows[index]["image"], f"row {index}")
-    return image.height, image.width
+def _read_sizes(
+    records: Sequence[ImageRecord], rows: datasets.Dataset, skip_corrupt: bool, workers: int
+) -> tuple[list[ImageRecord], list[str]]:
+    """Records with the sizes that are not columns, and the problems of images that cannot be opened."""
+
+    for record in records:
+        if not all(side is None or (is_integer(side) and side > 0) for side in record.size):
+            raise AnnotationError(
+                f"{record.name} has `height` and `width` {record.size}, they must be positive integers."
+            )
+    unknown = [index for index, record in enumerate(records) if None in record.size]
+    checked = dict(zip(unknown, check_images(rows.select(unknown), workers=workers), strict=True)) if unknown else {}
+    problems = [f"{records[index].name}: {found.problem}" for index, found in checked.items() if found.problem]
+    if problems:
+        message = describe_problems(problems, len(records), "images")
+        if not skip_corrupt or len(problems) == len(records):
+            raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
+        logger.warning(f"{message}\nThey are left out.")
+    kept = []
+    for index, record in enumerate(records):
+        found = checked.get(index)
+        if found is None:
+            kept.append(record)
+        elif found.value:
+            size = found.value["height"], found.value["width"]
+            kept.append(replace(record, size=size[::-1] if found.value["turned"] else size))
+    return kept, problems
 
 
 class TrainingDetections(Dataset):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..models.annotations import encode_mask
+from ..writing.files import hidden_folder
 
 if TYPE_CHECKING:
     import datasets
@@ -104,9 +104,8 @@ def write_scenes(folder: str | Path, images: int = 1000, validation: int = 200, 
         return folder
     if folder.exists():
         raise FileExistsError(f"`folder` ({folder}) exists and does not hold the scenes {contents}.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        complete = Path(temporary) / folder.name
+    with hidden_folder(folder.parent) as hidden:
+        complete = hidden / folder.name
         for split, count in (("train", images), ("validation", validation)):
             _write_split(complete / split, split, count, seed)
         (complete / about.name).write_text(json.dumps(contents))

@@ -96,19 +96,22 @@ def decode_to_fit(image: Mapping[str, Any] | None, name: str, size: tuple[int, i
     return torch.from_numpy(np.array(fitting)).permute(2, 0, 1)
 
 
-def prepare(image: Image.Image | torch.Tensor, image_processor: BaseImageProcessor, name: str) -> torch.Tensor:
+def prepare(
+    image: Image.Image | torch.Tensor, image_processor: BaseImageProcessor, name: str, **settings: Any
+) -> torch.Tensor:
     """`pixel_values` `(3, height, width)` of one image.
 
     Args:
         image: As [`decode`] or [`decode_to_fit`] gives it.
         image_processor: Of the model.
         name: For the message of an error.
+        **settings: Of the processor, in place of its own.
 
     Raises:
         ImageError: If the processor refuses the image; the message has `name`.
     """
     try:
-        return image_processor(image, return_tensors="pt").pixel_values[0]
+        return image_processor(image, return_tensors="pt", **settings).pixel_values[0]
     except ValueError as error:
         raise ImageError(f"{name} cannot be prepared: {error}") from error
 

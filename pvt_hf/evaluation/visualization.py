@@ -16,8 +16,12 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..models.annotations import rasterize, read_objects
 from ..models.image_processing_segmentation import IGNORE_INDEX
+from ..writing.text import escape_control
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
     from ..data.detection import DetectionData
 
     Color: TypeAlias = tuple[int, int, int]
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 # In pixels: around pairs of pictures, within a pair, and above them all.
 _MARGIN, _GAP, _TITLE = 8, 4, 32
 _BACKGROUND = (128, 128, 128)
+# Of wrong pixels: where the prediction has the second of two classes, where the truth has it, and any of more classes.
+_FALSE, _MISSED, _WRONG = (255, 48, 48), (255, 208, 0), (255, 48, 48)
 
 
 def pick_color(label: int) -> Color:
@@ -76,7 +82,7 @@ def draw_objects(
     picture = to_pil_image(pixels)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
     for index in reversed(range(len(colors))):
-        name = label_names[int(class_labels[index])]
+        name = shorten_name(label_names[int(class_labels[index])])
         text = name if scores is None else f"{name} {float(scores[index]):.2f}"
         _write_name(draw, corners[index].tolist(), text, font, colors[index], picture.size)
     return picture
@@ -184,20 +190,62 @@ def overlay(image: torch.Tensor, labels: torch.Tensor, colors: Sequence[Color]) 
     Returns:
         uint8 `(3, height, width)`.
     """
-    brightness = image.float().mean(0).round().to(torch.uint8).expand(3, -1, -1)
     ignored = labels == IGNORE_INDEX
-    present = labels[~ignored].unique()
-    masks = labels == present[:, None, None]  # (classes, height, width)
-    painted = brightness.masked_fill(ignored, 0)
-    if len(present):
-        painted = draw_segmentation_masks(painted, masks, 0.65, [colors[label] for label in present.tolist()])
-    return painted
+    present = labels[~ignored].unique().tolist()
+    painted = _paint_masks(image, [labels == label for label in present], [colors[label] for label in present])
+    return painted.masked_fill(ignored, 0)
+
+
+def _paint_masks(image: torch.Tensor, masks: Sequence[torch.Tensor], colors: Sequence[Color]) -> torch.Tensor:
+    """An image, uint8 `(3, height, width)`, in grey, with masks, bool `(height, width)`, in their colours."""
+    brightness = image.float().mean(0).round().to(torch.uint8).expand(3, -1, -1)
+    return draw_segmentation_masks(brightness, torch.stack(list(masks)), 0.65, list(colors)) if masks else brightness
+
+
+def find_errors(truth: torch.Tensor, prediction: torch.Tensor, names: Mapping[int, str]) -> dict[str, torch.Tensor]:
+    """Where a prediction is wrong, by what a legend calls it: of two classes apart for either side of the second.
+
+    Args:
+        truth: int64 `(height, width)`, 255 where ignored, which is never wrong.
+        prediction: int64 `(height, width)`.
+        names: Of all classes.
+
+    Returns:
+        bool `(height, width)` each.
+    """
+    wrong = (truth != prediction) & (truth != IGNORE_INDEX)
+    if len(names) != 2:
+        return {"wrong": wrong}
+    return {f"false {names[1]}": wrong & (prediction == 1), f"missed {names[1]}": wrong & (truth == 1)}
+
+
+def draw_legend(axes: Axes, handles: Sequence[Artist], names: Sequence[str], **options: Any) -> None:
+    """Draws a legend that shows the names as they are: neither `$` nor a leading underscore means anything in it.
+
+    Args:
+        axes: Of matplotlib.
+        handles: What is named.
+        names: Of anybody, one for each.
+        **options: Of [`~matplotlib.axes.Axes.legend`].
+    """
+    places = [str(number) for number in range(len(names))]
+    legend = axes.legend(handles, places, ncols=1 + len(handles) // 13, **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(shorten_name(name))
+
+
+def shorten_name(name: str, longest: int = 40) -> str:
+    """The name for a picture, in a line, its middle left out if it is longer than so many characters."""
+    name = escape_control(name)
+    half = (longest - 1) // 2
+    return name if len(name) <= longest else f"{name[:half]}\u2026{name[-half:]}"
 
 
 def draw_overlays(
     samples: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], names: Mapping[int, str], file: str | Path
 ) -> None:
-    """Writes a PNG with a row for each sample: image, truth, prediction, and a legend of the classes in either. The
+    """Writes a PNG with a row for each sample: image, truth, prediction, errors, and a legend of what they show. The
     first class, often the background, is grey.
 
     Args:
@@ -210,21 +258,33 @@ def draw_overlays(
     from matplotlib.patches import Patch
 
     colors = [_BACKGROUND, *(pick_color(label) for label in range(1, len(names)))]
-    figure = Figure(figsize=(11, 2.7 * len(samples) + 0.3), layout="constrained")
-    grid = figure.subplots(len(samples), 4, squeeze=False, width_ratios=(3, 3, 3, 2))
+    figure = Figure(figsize=(14, 2.7 * len(samples) + 0.3), layout="constrained")
+    grid = figure.subplots(len(samples), 5, squeeze=False, width_ratios=(3, 3, 3, 3, 2))
     for axes, (image, truth, prediction) in zip(grid, samples, strict=True):
         for axis in axes:
             axis.axis("off")
-        pictures = (image, overlay(image, truth, colors), overlay(image, prediction, colors))
+        errors = find_errors(truth, prediction, names)
+        error_colors = (_FALSE, _MISSED) if len(errors) == 2 else (_WRONG,)
+        pictures = (
+            image,
+            overlay(image, truth, colors),
+            overlay(image, prediction, colors),
+            _paint_masks(image, list(errors.values()), error_colors),
+        )
         for axis, picture in zip(axes, pictures, strict=False):
             axis.imshow(picture.movedim(0, -1).numpy())
         valid = truth != IGNORE_INDEX
         axes[2].set_title(f"{100 * (truth == prediction)[valid].float().mean():.1f} % of the pixels right", fontsize=8)
         present = torch.cat([truth[valid], prediction.flatten()]).unique().tolist()
-        handles = [Patch(color=np.divide(colors[label], 255), label=names[label]) for label in present]
+        entries = [(Patch(color=np.divide(colors[label], 255)), names[label]) for label in present]
         if not valid.all():
-            handles.append(Patch(color="black", label="ignored"))
-        axes[3].legend(handles=handles, loc="center left", frameon=False, fontsize=9, ncols=1 + len(handles) // 13)
-    for axis, title in zip(grid[0], ("image", "truth", "prediction"), strict=False):
+            entries.append((Patch(color="black"), "ignored"))
+        entries += [
+            (Patch(color=np.divide(color, 255)), name)
+            for color, (name, mask) in zip(error_colors, errors.items(), strict=True)
+            if mask.any()
+        ]
+        draw_legend(axes[4], *zip(*entries, strict=True), loc="center left", frameon=False, fontsize=9)
+    for axis, title in zip(grid[0], ("image", "truth", "prediction", "errors"), strict=False):
         axis.set_title("\n".join(filter(None, (title, axis.get_title()))), fontsize=9)
     figure.savefig(file, dpi=100)

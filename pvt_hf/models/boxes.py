@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+
+from .layers import runs_transformed
 
 # What `match_boxes` says of a box that has no ground truth.
 NEGATIVE = -1
@@ -99,7 +102,9 @@ def flatten_to_anchors(feature_map: torch.Tensor, num_values: int) -> torch.Tens
     Returns:
         `(batch, height * width * anchors of a cell, num_values)`.
     """
-    return feature_map.permute(0, 2, 3, 1).reshape(feature_map.shape[0], -1, num_values)
+    batch_size, channels, height, width = feature_map.shape
+    num_anchors = height * width * (channels // num_values)
+    return feature_map.permute(0, 2, 3, 1).reshape(batch_size, num_anchors, num_values)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -149,8 +154,27 @@ def clip_boxes(boxes: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         boxes: xyxy in pixels, `(..., 4)`.
         sizes: Height and width in pixels, `(..., 2)`; the leading dimensions broadcast.
     """
-    limits = sizes.to(boxes.dtype)[..., [1, 0, 1, 0]]
+    limits = sizes.to(boxes.dtype).flip(-1)  # (..., 2): width and height
+    limits = torch.cat((limits, limits), dim=-1)
     return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def has_area(boxes: torch.Tensor) -> torch.Tensor:
+    """Whether each of the boxes `(..., 4)`, xyxy, has one: bool `(...)`."""
+    return (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+
+
+def take_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """For each image some of its rows.
+
+    Args:
+        values: `(batch, rows, ...)`.
+        rows: Indices, int64 `(batch, chosen)`.
+
+    Returns:
+        `(batch, chosen, ...)`.
+    """
+    return values[torch.arange(rows.shape[0], device=rows.device)[:, None], rows]
 
 
 def pairwise_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -258,10 +282,9 @@ def batched_nms(boxes: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, io
     """
     from torchvision.ops import nms
 
-    if len(boxes) == 0:
-        return ids
-    shifted = boxes + (ids.to(boxes) * (boxes.max() + 1))[:, None]
-    if len(boxes) < _SPLIT_THRESHOLD:
+    largest = F.pad(boxes.flatten(), (0, 1), value=-math.inf).max()  # of no boxes, too
+    shifted = boxes + (ids.to(boxes) * (largest + 1))[:, None]
+    if runs_transformed() or len(boxes) < _SPLIT_THRESHOLD:
         return nms(shifted, scores, iou_threshold)
     kept = []
     for id_ in ids.unique():
@@ -269,6 +292,58 @@ def batched_nms(boxes: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, io
         kept.append(members[nms(shifted[members], scores[members], iou_threshold)])
     kept = torch.cat(kept).sort().values
     return kept[scores[kept].argsort(descending=True)]
+
+
+def suppress(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    ids: torch.Tensor,
+    candidates: torch.Tensor,
+    iou_threshold: float,
+    count: int,
+) -> torch.Tensor:
+    """[`batched_nms`] of the candidates of each image, with a result whose size does not depend on their values.
+
+    Args:
+        boxes: xyxy in pixels, `(batch, boxes, 4)`.
+        scores: `(batch, boxes)`.
+        ids: Int64 `(boxes,)`: classes or levels.
+        candidates: Which boxes take part, bool `(batch, boxes)`.
+        iou_threshold: Boxes of an id that are left do not overlap by more.
+        count: How many boxes are left in each image, at most.
+
+    Returns:
+        Int64 `(batch, count)`: the indices of the boxes that are left, best first, then -1.
+    """
+    # `torch.compile` needs results of known size inside too, so that it has to be one operator there. An exported
+    # program has those of torchvision, which other runtimes know.
+    is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    run = _suppress_as_operator if is_compiled else _suppress
+    return run(boxes.detach(), scores.detach(), ids, candidates, iou_threshold, count)
+
+
+def _suppress(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    ids: torch.Tensor,
+    candidates: torch.Tensor,
+    iou_threshold: float,
+    count: int,
+) -> torch.Tensor:
+    images = [ids.new_zeros(0, count)]
+    for image_boxes, image_scores, image_candidates in zip(boxes, scores, candidates, strict=True):
+        rows = image_candidates.nonzero().flatten()  # (candidates,)
+        kept = rows[batched_nms(image_boxes[rows], image_scores[rows], ids[rows], iou_threshold)]
+        images.append(F.pad(kept, (0, count), value=-1)[None, :count])
+    return torch.cat(images)
+
+
+_suppress_as_operator = torch.library.custom_op("pvt_hf::suppress", _suppress, mutates_args=())
+
+
+@_suppress_as_operator.register_fake
+def _suppress_nothing(boxes, scores, ids, candidates, iou_threshold, count):
+    return ids.new_empty(boxes.shape[0], count)
 
 
 def _centres_and_sizes(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

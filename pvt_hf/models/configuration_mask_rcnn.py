@@ -6,9 +6,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_pvt import LabelledConfig
+
 
 @strict
-class MaskRCNNConfig(PreTrainedConfig):
+class MaskRCNNConfig(LabelledConfig):
     r"""
     Configuration of Mask R-CNN ([arXiv 1703.06870](https://huggingface.co/papers/1703.06870)) on any backbone. The
     defaults are the PVT papers' (mmdetection 2.13), on PVT-Tiny and with the 80 classes of COCO.
@@ -67,6 +69,7 @@ class MaskRCNNConfig(PreTrainedConfig):
     """
 
     model_type = "pvt_hf_mask_rcnn"
+    default_num_labels = 80
     # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
     backbone_out_features: ClassVar[tuple[str, ...]] = ("stage1", "stage2", "stage3", "stage4")
     sub_configs_defaults = {
@@ -101,8 +104,6 @@ class MaskRCNNConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if len(self.strides) != 5:
             raise ValueError(f"`strides` must have one value for each of the 5 levels, got {list(self.strides)}.")
-        if self.id2label is None:
-            kwargs.setdefault("num_labels", 80)
         super().__post_init__(**kwargs)
 
 

@@ -1,7 +1,8 @@
 """Configuration of PVT v1."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -34,8 +35,63 @@ def label_fields(names: Sequence[str]) -> dict[str, dict]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
 
+def read_class_names(id2label: Mapping | None) -> dict[int, str] | None:
+    """`id2label` with integer keys, which a JSON file cannot have."""
+    if id2label is None:
+        return None
+    if not isinstance(id2label, Mapping):
+        raise ValueError(f"`id2label` must map class indices to names, got a {type(id2label).__name__}.")
+    for label in id2label:
+        if not isinstance(label, int) and not str(label).isdecimal():
+            raise ValueError(f"`id2label` must map class indices to names, got the key {label!r}; see `label2id`.")
+    return {int(label): name for label, name in id2label.items()}
+
+
+def read_num_labels(num_labels: int) -> int:
+    """`num_labels`, if it is a number of classes."""
+    if not isinstance(num_labels, Integral) or isinstance(num_labels, bool) or num_labels < 0:
+        raise ValueError(f"`num_labels` must be a number of classes, got {num_labels!r}.")
+    return int(num_labels)
+
+
+def read_problem_type(problem_type: str | None) -> str | None:
+    """`problem_type`, if it is one of transformers'."""
+    known = ("regression", "single_label_classification", "multi_label_classification")
+    if problem_type is not None and problem_type not in known:
+        raise ValueError(f"`problem_type` must be one of {known} or None, got {problem_type!r}.")
+    return problem_type
+
+
+_LABEL_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "id2label": read_class_names,
+    "num_labels": read_num_labels,
+    "problem_type": read_problem_type,
+}
+
+
+class LabelledConfig(PreTrainedConfig):
+    """Base of all configurations here: labels that are checked, and a number of classes that every `config.json` has.
+
+    transformers does not write two classes without names, because they are its own default.
+    """
+
+    default_num_labels: ClassVar[int] = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.id2label is None and kwargs.get("num_labels") is None:
+            kwargs["num_labels"] = self.default_num_labels
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _LABEL_FIELDS[name](value) if name in _LABEL_FIELDS else value)
+
+    def to_dict(self) -> dict[str, Any]:
+        # transformers' own PvtConfig reads the number of classes from here and ignores `id2label`.
+        return super().to_dict() | {"num_labels": self.num_labels}
+
+
 @strict
-class PvtConfig(BackboneConfigMixin, PreTrainedConfig):
+class PvtConfig(BackboneConfigMixin, LabelledConfig):
     r"""
     Configuration of the Pyramid Vision Transformer (PVT v1, [arXiv
     2102.12122](https://huggingface.co/papers/2102.12122)). The defaults are PVT-Tiny, as in
@@ -92,6 +148,7 @@ class PvtConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "pvt"
+    default_num_labels = 1000
 
     image_size: int | list[int] | tuple[int, int] = 224
     num_channels: int = 3
@@ -131,18 +188,12 @@ class PvtConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
-        if self.id2label is None:
-            kwargs.setdefault("num_labels", 1000)
         super().__post_init__(**kwargs)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """`image_size` as (height, width), in pixels."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
-
-    def to_dict(self) -> dict[str, Any]:
-        # transformers' own PvtConfig reads the number of classes from here and ignores `id2label`.
-        return super().to_dict() | {"num_labels": self.num_labels}
 
 
 __all__ = ["PvtConfig"]

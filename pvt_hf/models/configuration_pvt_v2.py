@@ -3,14 +3,13 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .configuration_pvt import check_stage_fields
+from .configuration_pvt import LabelledConfig, check_stage_fields
 
 
 @strict
-class PvtV2Config(BackboneConfigMixin, PreTrainedConfig):
+class PvtV2Config(BackboneConfigMixin, LabelledConfig):
     r"""
     Configuration of PVT v2 ([arXiv 2106.13797](https://huggingface.co/papers/2106.13797)). The defaults are PVT v2-B0,
     as in [OpenGVLab/pvt_v2_b0](https://huggingface.co/OpenGVLab/pvt_v2_b0); [`build_config`] gives every variant. The
@@ -102,9 +101,6 @@ class PvtV2Config(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"num_labels": self.num_labels}
 
 
 __all__ = ["PvtV2Config"]

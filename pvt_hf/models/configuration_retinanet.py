@@ -6,9 +6,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_pvt import LabelledConfig
+
 
 @strict
-class RetinaNetConfig(PreTrainedConfig):
+class RetinaNetConfig(LabelledConfig):
     r"""
     Configuration of RetinaNet ([arXiv 1708.02002](https://huggingface.co/papers/1708.02002)) on any backbone. The
     defaults are the PVT papers' (mmdetection 2.13), on PVT-Tiny and with the 80 classes of COCO.
@@ -44,6 +46,7 @@ class RetinaNetConfig(PreTrainedConfig):
     """
 
     model_type = "pvt_hf_retinanet"
+    default_num_labels = 80
     # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
     backbone_out_features: ClassVar[tuple[str, ...]] = ("stage2", "stage3", "stage4")
     sub_configs_defaults = {
@@ -67,8 +70,6 @@ class RetinaNetConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if len(self.strides) != 5:
             raise ValueError(f"`strides` must have one value for each of the 5 levels, got {list(self.strides)}.")
-        if self.id2label is None:
-            kwargs.setdefault("num_labels", 80)
         super().__post_init__(**kwargs)
 
 

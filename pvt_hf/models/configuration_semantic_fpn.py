@@ -6,9 +6,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_pvt import LabelledConfig
+
 
 @strict
-class SemanticFPNConfig(PreTrainedConfig):
+class SemanticFPNConfig(LabelledConfig):
     r"""
     Configuration of Semantic FPN ([arXiv 1901.02446](https://huggingface.co/papers/1901.02446)) on any backbone. The
     defaults are the PVT papers' (mmsegmentation 0.13), on PVT-Tiny and with the 150 classes of
@@ -33,6 +35,7 @@ class SemanticFPNConfig(PreTrainedConfig):
     """
 
     model_type = "pvt_hf_semantic_fpn"
+    default_num_labels = 150
     # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
     backbone_out_features: ClassVar[tuple[str, ...]] = ("stage1", "stage2", "stage3", "stage4")
     sub_configs_defaults = {
@@ -47,11 +50,6 @@ class SemanticFPNConfig(PreTrainedConfig):
     classifier_dropout: float | int = 0.1
     semantic_loss_ignore_index: int = 255
     loss_normalization: Literal["valid", "all"] = "valid"
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.id2label is None:
-            kwargs.setdefault("num_labels", 150)
-        super().__post_init__(**kwargs)
 
 
 __all__ = ["SemanticFPNConfig"]

@@ -237,15 +237,20 @@ def reduce_labels(labels: torch.Tensor) -> torch.Tensor:
     return torch.where((labels == 0) | (labels == IGNORE_INDEX), IGNORE_INDEX, labels - 1)
 
 
-def check_label_map(labels: torch.Tensor, num_labels: int | None, name: str) -> None:
-    """Raises a `ValueError` that lists the labels which are neither classes nor 255."""
+def check_label_map(
+    labels: torch.Tensor,
+    num_labels: int | None,
+    name: str,
+    advice: str = "If 0 stands for no class, set `do_reduce_labels`.",
+) -> None:
+    """Raises a `ValueError` that lists the labels which are neither classes nor 255, and gives advice."""
     if num_labels is None:
         return
     wrong = labels[(labels >= num_labels) & (labels != IGNORE_INDEX)]
     if wrong.numel():
         raise ValueError(
             f"{name} has the labels {wrong.unique().tolist()}, the classes are 0 to {num_labels - 1} "
-            f"({IGNORE_INDEX} is ignored). If 0 stands for no class, set `do_reduce_labels`."
+            f"({IGNORE_INDEX} is ignored). {advice}".rstrip()
         )
 
 

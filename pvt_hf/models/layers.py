@@ -3,6 +3,7 @@ v2 is computed in chunks."""
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 def tokens_to_map(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(batch, height * width, channels) -> (batch, channels, height, width): a channels-last view."""
-    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    return tokens.reshape(tokens.shape[0], height, width, tokens.shape[2]).permute(0, 3, 1, 2)
 
 
 def map_to_tokens(feature_map: torch.Tensor) -> torch.Tensor:
@@ -22,13 +23,75 @@ def map_to_tokens(feature_map: torch.Tensor) -> torch.Tensor:
     return feature_map.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def runs_transformed() -> bool:
-    """Whether a compiler, a tracer or a transform of torch.func runs this code, and has to see plain operations."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+def to_channels_last(feature_map: torch.Tensor) -> torch.Tensor:
+    """The same values in the memory layout in which the convolutions are fastest. (`vmap` knows one layout only.)"""
+    if torch._C._are_functorch_transforms_active():
+        return feature_map
+    return feature_map.contiguous(memory_format=torch.channels_last)
+
+
+def is_traced(value: Any = None) -> bool:
+    """Whether this run becomes a program that has to work for other sizes too.
+
+    Args:
+        value: What torch.fx, which has no switch to ask, replaces by a proxy: an input of the model, or its size.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(value, torch.fx.Proxy)
+
+
+def runs_transformed(value: Any = None) -> bool:
+    """Whether a compiler, a tracer or a transform of torch.func runs this code, and has to see plain operations without
+    checks of the inputs.
+
+    Args:
+        value: As for `is_traced`.
+    """
+    return is_traced(value) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def make_traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a model's `forward` with the arguments that torch.fx has to see: `pixel_values` alone.
+
+    It would make a proxy of every argument and of `**kwargs`, and no proxy says that nobody gave its argument.
+    """
+
+    @wraps(forward)
+    def forward_pixels(self: nn.Module, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs, torch.fx.Proxy):
+            args, kwargs = (), {}
+        return forward(self, pixel_values, *args, **kwargs)
+
+    vars(forward_pixels)["__signature__"] = signature(forward)
+    del vars(forward_pixels)["__wrapped__"]  # torch.fx would look at that
+    return forward_pixels
+
+
+class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """The average pooling to a fixed size, of one number per side. What is traced multiplies with two matrices, because
+    an exporter unrolls PyTorch's own operation for the size that it sees."""
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) -> (batch, channels, output_size, output_size)"""
+        height, width = feature_map.shape[2:]
+        if not is_traced(height):
+            return super().forward(feature_map)
+        rows, columns = (self.average_windows(side, feature_map) for side in (height, width))
+        return rows @ feature_map @ columns.transpose(0, 1)
+
+    def average_windows(self, side: int, like: torch.Tensor) -> torch.Tensor:
+        """(output_size, side): the weights of the pixels in the window of each output."""
+        output = torch.arange(self.output_size, device=like.device)[:, None]
+        start = output * side // self.output_size
+        end = ((output + 1) * side + self.output_size - 1) // self.output_size
+        pixel = torch.arange(side, device=like.device)
+        return ((start <= pixel) & (pixel < end)).to(like.dtype) / (end - start)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): in training, zeroes a sample's residual branch with probability `p`."""
+    """Stochastic depth (arXiv 1603.09382): in training, zeroes a sample's residual branch with probability `p`.
+
+    Of hidden states (batch, tokens, channels).
+    """
 
     def __init__(self, p: float):
         super().__init__()
@@ -37,7 +100,7 @@ class DropPath(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.p == 0.0 or not self.training:
             return hidden_states
-        keep = hidden_states.new_empty(hidden_states.shape[0], *(1,) * (hidden_states.ndim - 1)).bernoulli_(1 - self.p)
+        keep = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(1 - self.p)
         return hidden_states * (keep / (1 - self.p))
 
     def extra_repr(self) -> str:
@@ -92,6 +155,7 @@ class SpatialReductionAttention(nn.Module):
     def __init__(self, config: PreTrainedConfig, hidden_size: int, num_attention_heads: int):
         super().__init__()
         self.config = config
+        self.num_attention_heads = num_attention_heads
         self.head_dim = hidden_size // num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
@@ -101,7 +165,7 @@ class SpatialReductionAttention(nn.Module):
         self.value = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
 
     def attend(
-        self, hidden_states: torch.Tensor, reduced_states: torch.Tensor, output_attentions: bool = False, **kwargs: Any
+        self, hidden_states: torch.Tensor, reduced_states: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
@@ -114,7 +178,9 @@ class SpatialReductionAttention(nn.Module):
             (batch, queries, channels), and (batch, heads, queries, reduced keys) or None.
         """
         query, key, value = (  # each (batch, heads, tokens, head_dim)
-            projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(states)
+            .reshape(states.shape[0], states.shape[1], self.num_attention_heads, self.head_dim)
+            .transpose(1, 2)
             for projection, states in (
                 (self.query, hidden_states),
                 (self.key, reduced_states),
@@ -122,7 +188,10 @@ class SpatialReductionAttention(nn.Module):
             )
         )
         attention = eager_attention_forward
-        if not output_attentions:
+        # transformers' interfaces branch on the number of queries, which a proxy of torch.fx does not know, and
+        # reshape to a size that an empty batch leaves open.
+        is_odd = isinstance(query, torch.fx.Proxy) or (not runs_transformed() and len(query) == 0)
+        if not output_attentions and not is_odd:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention)
         context, weights = attention(  # (batch, queries, heads, head_dim)
             self,
@@ -132,7 +201,6 @@ class SpatialReductionAttention(nn.Module):
             None,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            **kwargs,
         )
         return context.flatten(2), weights if output_attentions else None
 
@@ -156,10 +224,12 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     @wraps(forward)
     def forward_in_chunks(self: nn.Module, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         compute = partial(forward, self)
+        if runs_transformed(hidden_states):
+            return compute(hidden_states, height, width)
         is_large = height * width > self.max_stored_tokens
         differentiates = torch.is_grad_enabled() and hidden_states.requires_grad
         # (Training draws its dropout in the same pieces with and without gradients: a checkpointed block runs both.)
-        if runs_transformed() or (not is_large and (differentiates or self.training)):
+        if not is_large and (differentiates or self.training):
             return compute(hidden_states, height, width)
         if differentiates:
             compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=self.training)

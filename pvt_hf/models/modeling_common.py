@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .layers import runs_transformed
@@ -14,6 +15,8 @@ logger = logging.get_logger(__name__)
 
 def check_pixel_values(pixel_values: torch.Tensor, num_channels: int, minimum_size: int) -> None:
     """Raises a `TypeError` or a `ValueError` that says what is wrong with `pixel_values`."""
+    if runs_transformed(pixel_values):
+        return
     if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
         got = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
         raise TypeError(f"`pixel_values` must be a floating-point tensor, got {got}. Use the image processor.")
@@ -45,34 +48,58 @@ def minimum_image_size(kernels: Sequence[int], strides: Sequence[int], reduction
     return max(side(stage) for stage in range(len(reduction_ratios)))
 
 
-def check_class_labels(
-    labels: torch.Tensor | None, pixel_values: torch.Tensor, num_labels: int, problem_type: str | None
-) -> None:
+def prepare_class_labels(
+    labels: torch.Tensor | None, pixel_values: torch.Tensor, config: PreTrainedConfig
+) -> torch.Tensor | None:
+    """The labels as the losses want them: class indices of every integer type as int64, floats as they are.
+
+    Raises:
+        TypeError: If they are no tensor.
+        ValueError: If their dtype, their shape or one of their values fits no loss of `config`.
+    """
+    if labels is None:
+        return None
+    if not runs_transformed(labels):
+        check_class_labels(labels, pixel_values, config)
+    return labels if isinstance(labels, torch.fx.Proxy) or labels.is_floating_point() else labels.long()
+
+
+def check_class_labels(labels: torch.Tensor, pixel_values: torch.Tensor, config: PreTrainedConfig) -> None:
     """Raises a `TypeError` or a `ValueError` that says what is wrong with `labels`."""
-    if labels is None or runs_transformed():
-        return
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}.")
-    batch_size = len(pixel_values)
+    if labels.dtype == torch.bool or labels.is_complex():
+        raise ValueError(
+            f"`labels` must be class indices of an integer type, or floats for several classes per image and for "
+            f"regression, got {labels.dtype}."
+        )
+    batch_size, num_labels = len(pixel_values), config.num_labels
+    problem_type = config.problem_type
     if problem_type is None:  # as transformers tells them apart
         kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
         problem_type = "regression" if num_labels == 1 else kind
     if problem_type == "single_label_classification":
-        if labels.is_floating_point() or labels.numel() != batch_size:
-            raise ValueError(
-                f"`labels` must be {batch_size} class indices, one for each image, got shape {tuple(labels.shape)} of "
-                f"{labels.dtype}."
-            )
-        wrong = (labels != -100) & ((labels < 0) | (labels >= num_labels))
-        if not labels.is_meta and wrong.any():
-            raise ValueError(
-                f"`labels` must be class indices in [0, {num_labels}) (`config.num_labels`) or -100, got "
-                f"{sorted(set(labels[wrong].tolist()))}."
-            )
+        check_class_indices(labels, batch_size, num_labels)
     elif not labels.is_floating_point() or labels.numel() != batch_size * num_labels:
         raise ValueError(
             f"`labels` must be floats of shape {(batch_size, num_labels)} for {problem_type}, got shape "
             f"{tuple(labels.shape)} of {labels.dtype}."
+        )
+
+
+def check_class_indices(labels: torch.Tensor, batch_size: int, num_labels: int) -> None:
+    """Raises a `ValueError` that says what is wrong with `labels` of one class per image."""
+    if labels.is_floating_point() or labels.numel() != batch_size:
+        raise ValueError(
+            f"`labels` must be {batch_size} class indices, one for each image, got shape {tuple(labels.shape)} of "
+            f"{labels.dtype}."
+        )
+    labels = labels.long()  # the unsigned types know no comparison
+    wrong = (labels != -100) & ((labels < 0) | (labels >= num_labels))
+    if not labels.is_meta and wrong.any():
+        raise ValueError(
+            f"`labels` must be class indices in [0, {num_labels}) (`config.num_labels`) or -100, got "
+            f"{sorted(set(labels[wrong].tolist()))}."
         )
 
 
@@ -86,6 +113,11 @@ def classification_loss(
     """
     if labels is None:
         return None
+    if not runs_transformed(logits) and logits.shape[-1] != model.config.num_labels:
+        raise ValueError(
+            f"`config.num_labels` is {model.config.num_labels}, but the classifier gives {logits.shape[-1]} logits. "
+            "Set both: `model.config.num_labels = n` with `model.classifier = nn.Linear(channels, n)`."
+        )
     loss = model.loss_function(labels, logits, model.config, **kwargs)
     num_items_in_batch = kwargs.get("num_items_in_batch")
     if num_items_in_batch is None or model.config.problem_type == "single_label_classification":

@@ -18,16 +18,19 @@ from .boxes import (
     clip_boxes,
     decode_boxes,
     encode_boxes,
+    has_area,
     match_boxes,
     pairwise_iou,
     sample_boxes,
+    suppress,
+    take_rows,
 )
 from .configuration_mask_rcnn import MaskRCNNConfig
 from .fpn import FeaturePyramid
-from .post_processing import select_detections
+from .layers import runs_transformed
 from .pretrained import PretrainedMixin
 from .rpn import RegionProposalNetwork
-from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_image_sizes
+from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_images
 
 _BOX_SIZE, _MASK_SIZE = 7, 14  # cells per side that an RoI is pooled to
 _BOX_STDS = (0.1, 0.1, 0.2, 0.2)
@@ -46,14 +49,15 @@ class MaskRCNNInstanceSegmentationOutput(ModelOutput):
             The sum of `loss_dict`.
         loss_dict (`dict[str, torch.Tensor]`, *optional*, returned where `labels` are given):
             `loss_objectness`, `loss_rpn_box`, `loss_class`, `loss_box` and with a mask head `loss_mask`.
-        scores (`torch.Tensor` of shape `(batch, detections)`):
-            Probability of the class. Like all that follows not in a training step, which makes no detections.
-        class_labels (`torch.Tensor` of shape `(batch, detections)`):
-            The class, int64.
+        logits (`torch.Tensor` of shape `(batch, detections, num_labels + 1)`):
+            In DETR's form, for a softmax: the logit of the detection's class, last that of everything else together,
+            and -inf for the other classes. Like all that follows not in a training step, which makes no detections.
         pred_boxes (`torch.Tensor` of shape `(batch, detections, 4)`):
             cxcywh, relative to the image's size without padding. Float32 or float64.
-        logits (`torch.Tensor` of shape `(batch, detections, num_labels + 1)`):
-            All class logits of the proposal that the detection comes from, the background last.
+        scores (`torch.Tensor` of shape `(batch, detections)`):
+            Probability of the class.
+        class_labels (`torch.Tensor` of shape `(batch, detections)`):
+            The class, int64.
         pred_masks (`torch.Tensor` of shape `(batch, detections, 28, 28)`, *optional*, with a mask head):
             Logits of the mask of this class in the box.
         image_sizes (`torch.Tensor` of shape `(batch, 2)`):
@@ -66,45 +70,53 @@ class MaskRCNNInstanceSegmentationOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     loss_dict: dict[str, torch.Tensor] | None = None
+    logits: torch.Tensor | None = None
+    pred_boxes: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     class_labels: torch.Tensor | None = None
-    pred_boxes: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     pred_masks: torch.Tensor | None = None
     image_sizes: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-def pool_rois(
-    levels: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor], strides: Sequence[int], size: int
-) -> torch.Tensor:
+def to_rois(boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Boxes of each image, `(boxes, 4)`, as RoIs `(all boxes, 5)`: the index of the image, then the box."""
+    images = torch.cat([torch.full_like(image_boxes[:, :1], index) for index, image_boxes in enumerate(boxes)])
+    return torch.cat((images, torch.cat(list(boxes))), dim=1)
+
+
+def flatten_rois(boxes: torch.Tensor) -> torch.Tensor:
+    """[`to_rois`] of as many boxes of each image: `(batch, boxes, 4)` to `(batch * boxes, 5)`."""
+    images = torch.arange(boxes.shape[0], device=boxes.device).to(boxes)[:, None, None]
+    return torch.cat((images.expand(-1, boxes.shape[1], -1), boxes), dim=-1).flatten(0, 1)
+
+
+def pool_rois(levels: Sequence[torch.Tensor], rois: torch.Tensor, strides: Sequence[int], size: int) -> torch.Tensor:
     """Features of each RoI from the level of its scale (`SingleRoIExtractor`; arXiv 1612.03144, equation 1).
 
     Args:
         levels: Maps `(batch, channels, height, width)`, finest first.
-        boxes: For each image, xyxy in pixels, `(RoIs, 4)`.
+        rois: The index of the image, then xyxy in pixels, `(RoIs, 5)`.
         strides: Pixels per cell of each level.
         size: Cells per side of the result.
 
     Returns:
-        `(all RoIs, channels, size, size)`, image by image, in the dtype of the maps.
+        `(RoIs, channels, size, size)` in the dtype of the maps; zeros for boxes without an area.
     """
     from torchvision.ops import roi_align
 
-    all_boxes = torch.cat(list(boxes))  # (all RoIs, 4)
-    images = torch.cat([torch.full_like(image_boxes[:, :1], index) for index, image_boxes in enumerate(boxes)])
-    areas = (all_boxes[:, 2:] - all_boxes[:, :2]).prod(dim=1)  # (all RoIs,)
+    images, boxes = rois.split((1, 4), dim=1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)  # (RoIs,)
     scales = torch.floor(torch.log2(areas.sqrt() / 56 + 1e-6)).clamp(0, len(levels) - 1)
-    order, pooled = [], []
+    pooled = levels[0].new_zeros(())
     for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
-        members = (scales == index).nonzero().flatten()
-        rois = torch.cat((images[members], all_boxes[members]), dim=1)  # (RoIs of the level, 5)
+        # The RoIs of other levels become empty ones: no samples are taken of them, and they add zeros.
+        members = torch.cat((images, boxes.where((scales == index)[:, None], 0)), dim=1)
         # Half precision could not tell neighbouring pixels of a large image apart.
-        features = roi_align(at_least_float32(level), rois, size, 1 / stride, sampling_ratio=0, aligned=True)
-        order.append(members)
-        pooled.append(features.to(level.dtype))
-    return torch.cat(pooled)[torch.cat(order).argsort()]
+        features = roi_align(at_least_float32(level), members, size, 1 / stride, sampling_ratio=0, aligned=True)
+        pooled = pooled + features.to(level.dtype)
+    return pooled
 
 
 @dataclass(frozen=True)
@@ -193,7 +205,9 @@ class BoxHead(nn.Module):
         Returns:
             `loss_class` and `loss_box`, scalars.
         """
-        labels, rows, wanted, start = [], [], [], 0
+        # (They begin with nothing, which is all that an empty batch has.)
+        labels, wanted, start = [logits.new_zeros(0, dtype=torch.int64)], [deltas.new_zeros(0, 4)], 0
+        rows = labels[:]
         for rois, truth in zip(samples, truths, strict=True):
             label = torch.full((len(rois.boxes),), self.config.num_labels, device=logits.device)  # the background
             label[: len(rois.objects)] = truth.class_labels[rois.objects]
@@ -239,7 +253,8 @@ class MaskHead(nn.Module):
     def loss(
         self, logits: torch.Tensor, samples: Sequence[SampledRoIs], truths: Sequence[GroundTruth]
     ) -> dict[str, torch.Tensor]:
-        """Cross-entropy of the maps of the objects' classes, averaged over their cells; 0 without a positive RoI.
+        """Cross-entropy of the maps of the objects' classes, averaged over their cells; 0 without a positive RoI. That
+        of an object without a mask does not count.
 
         Args:
             logits: `(all positive RoIs, num_labels, 28, 28)`, image by image.
@@ -251,15 +266,20 @@ class MaskHead(nn.Module):
         """
         from torchvision.ops import roi_align
 
-        targets, labels = [], []
+        labels = [torch.zeros(0, dtype=torch.int64, device=logits.device)]
+        targets = [torch.zeros(0, *logits.shape[2:], dtype=torch.bool, device=logits.device)]
+        counted = [labels[0].bool()]  # (nothing, as all that an empty batch has)
         for rois, truth in zip(samples, truths, strict=True):
             boxes = clip_boxes(rois.positive_boxes, rois.objects.new_tensor(truth.masks.shape[1:]))
             boxes = torch.cat((rois.objects[:, None].to(boxes), boxes), dim=1)  # (positive RoIs, 5)
             masks = truth.masks[:, None].to(boxes.dtype)  # (objects, 1, height, width)
             targets.append(roi_align(masks, boxes, logits.shape[-1], 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5)
             labels.append(truth.class_labels[rois.objects])
-        targets, labels = torch.cat(targets).to(logits.dtype), torch.cat(labels)
+            has_masks = torch.ones_like(truth.class_labels).bool() if truth.has_masks is None else truth.has_masks
+            counted.append(has_masks[rois.objects])
+        targets, labels, counted = torch.cat(targets).to(logits.dtype), torch.cat(labels), torch.cat(counted)
         own_class = logits[torch.arange(len(labels), device=labels.device), labels]  # (all positive RoIs, 28, 28)
+        own_class, targets = own_class[counted], targets[counted]
         loss = F.binary_cross_entropy_with_logits(own_class, targets, reduction="sum")
         return {"loss_mask": loss / max(targets.numel(), 1)}
 
@@ -319,7 +339,8 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 For each image `class_labels` int64 `(objects,)`, `boxes` `(objects, 4)`, cxcywh relative to the image's
                 size without padding, and with a mask head `masks` `(objects, height, width)`, bool or integers, of the
-                size of `pixel_values`.
+                size of `pixel_values`, and perhaps `has_masks`, bool `(objects,)`: an object without one trains its box
+                only.
             output_attentions (`bool`, *optional*):
                 As in the backbone.
             output_hidden_states (`bool`, *optional*):
@@ -332,12 +353,13 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             TypeError: For `labels` of another type.
             ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the annotation.
         """
-        image_sizes, input_size = read_image_sizes(pixel_values, pixel_mask), tuple(pixel_values.shape[2:])
-        truths = None
+        batch = pixel_values
+        pixel_values, image_sizes = read_images(batch, pixel_mask, self.backbone.config.num_channels)
+        input_size, truths = pixel_values.shape[2:], None
         if labels is not None:
             dtype = torch.promote_types(self.dtype, torch.float32)
-            mask_size = input_size if self.config.use_masks else None
-            truths = read_ground_truths(labels, image_sizes, self.config.num_labels, dtype, mask_size)
+            mask_size = tuple(batch.shape[2:]) if self.config.use_masks else None
+            truths = read_ground_truths(labels, image_sizes, self.config.num_labels, dtype, mask_size, input_size)
         features = self.backbone.forward_with_filtered_kwargs(
             pixel_values,
             output_attentions=output_attentions,
@@ -352,7 +374,7 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         proposals = self.rpn.select_proposals(objectness, deltas, anchors, level_sizes, image_sizes)
         loss_dict = None
         if truths is not None:
-            sizes = pad_image_sizes(image_sizes, input_size)
+            sizes = pad_image_sizes(image_sizes.tolist(), input_size)
             valid = [grid.find_valid(level_shapes, size, deltas.device) for size in sizes]
             loss_dict = self.rpn.loss(objectness, deltas, anchors, valid, truths)
             loss_dict |= self.compute_roi_losses(levels[:-1], proposals, truths)
@@ -367,13 +389,13 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         )
 
     def compute_roi_losses(
-        self, levels: Sequence[torch.Tensor], proposals: Sequence[torch.Tensor], truths: Sequence[GroundTruth]
+        self, levels: Sequence[torch.Tensor], proposals: torch.Tensor, truths: Sequence[GroundTruth]
     ) -> dict[str, torch.Tensor]:
         """The losses of the two heads on samples of the proposals.
 
         Args:
             levels: P2 ... P5, each `(batch, channels, height, width)`.
-            proposals: For each image xyxy in pixels, `(proposals, 4)`.
+            proposals: xyxy in pixels, `(batch, proposals, 4)`; those without an area are none.
             truths: The objects of each image.
 
         Returns:
@@ -381,19 +403,22 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         """
         strides = self.config.strides[: len(levels)]
         samples = [
-            sample_rois(image_proposals, truth, self.config, shuffle=self.training)
+            sample_rois(image_proposals[has_area(image_proposals)], truth, self.config, shuffle=self.training)
             for image_proposals, truth in zip(proposals, truths, strict=True)
         ]
-        features = pool_rois(levels, [rois.boxes for rois in samples], strides, _BOX_SIZE)  # (all RoIs, channels, 7, 7)
+        nothing = proposals.new_zeros(0, 4)  # all that an empty batch has
+        rois = to_rois([*(rois.boxes for rois in samples), nothing])
+        features = pool_rois(levels, rois, strides, _BOX_SIZE)  # (all RoIs, channels, 7, 7)
         logits, deltas = self.box_head(features)
         losses = self.box_head.loss(logits, deltas, samples, truths)
         if self.mask_head is not None:
-            features = pool_rois(levels, [rois.positive_boxes for rois in samples], strides, _MASK_SIZE)
+            rois = to_rois([*(rois.positive_boxes for rois in samples), nothing])
+            features = pool_rois(levels, rois, strides, _MASK_SIZE)
             losses |= self.mask_head.loss(self.mask_head(features), samples, truths)
         return losses
 
     def detect(
-        self, levels: Sequence[torch.Tensor], proposals: Sequence[torch.Tensor], image_sizes: torch.Tensor
+        self, levels: Sequence[torch.Tensor], proposals: torch.Tensor, image_sizes: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """The fields of [`MaskRCNNInstanceSegmentationOutput`] that describe detections.
 
@@ -402,44 +427,66 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
 
         Args:
             levels: P2 ... P5, each `(batch, channels, height, width)`.
-            proposals: For each image xyxy in pixels, `(proposals, 4)`.
+            proposals: xyxy in pixels, `(batch, proposals, 4)`; those without an area are none.
             image_sizes: Height and width in pixels of each image, `(batch, 2)`.
         """
         config, strides = self.config, self.config.strides[: len(levels)]
-        counts = [len(image_proposals) for image_proposals in proposals]
-        logits, deltas = self.box_head(pool_rois(levels, proposals, strides, _BOX_SIZE))
-        detections = []
-        for size, image_proposals, image_logits, image_deltas in zip(
-            image_sizes, proposals, logits.split(counts), deltas.split(counts), strict=True
-        ):
-            boxes = clip_boxes(decode_boxes(image_proposals[:, None], image_deltas, _BOX_STDS), size)
-            scores = image_logits.softmax(dim=1)[:, :-1]  # (proposals, num_labels), as the boxes
-            rows, classes = select_detections(
-                boxes, scores, config.score_threshold, config.nms_threshold, config.max_detections
-            )
-            detections.append((boxes[rows, classes], scores[rows, classes], classes, image_logits[rows]))
-        boxes, scores, classes, logits = zip(*detections, strict=True)
+        batch_size, num_proposals, _ = proposals.shape
+        logits, deltas = self.box_head(pool_rois(levels, flatten_rois(proposals), strides, _BOX_SIZE))
+        logits = logits.reshape(batch_size, num_proposals, logits.shape[-1])  # (batch, proposals, num_labels + 1)
+        deltas = deltas.reshape(batch_size, num_proposals, *deltas.shape[1:])  # (batch, proposals, num_labels, 4)
+        boxes = decode_boxes(proposals[:, :, None], deltas, _BOX_STDS)
+        boxes = clip_boxes(boxes, image_sizes[:, None, None]).flatten(1, 2)  # (batch, proposals * num_labels, 4)
+        scores, num_labels = logits.softmax(dim=-1)[..., :-1], deltas.shape[2]
+        candidates = (scores > config.score_threshold) & has_area(proposals)[..., None]
+        scores, classes = scores.flatten(1), torch.arange(num_labels, device=boxes.device).repeat(num_proposals)
+        kept = suppress(
+            boxes, scores, classes, candidates.flatten(1), config.nms_threshold, config.max_detections
+        )  # (batch, detections)
+        found, kept = kept >= 0, kept.clamp(min=0)
+        classes = classes[kept].where(found, -1)
+        boxes = take_rows(boxes, kept).where(found[..., None], 0)  # (batch, detections, 4)
         fields = {
-            "scores": _stack(scores, config.max_detections),
-            "class_labels": _stack(classes, config.max_detections, -1),
-            "pred_boxes": normalize_boxes(_stack(boxes, config.max_detections), image_sizes[:, None]),
-            "logits": _stack(logits, config.max_detections),
+            "logits": separate_class(take_rows(logits, kept // num_labels), classes),
+            "pred_boxes": normalize_boxes(boxes, image_sizes[:, None]),
+            "scores": take_rows(scores, kept).where(found, 0),
+            "class_labels": classes,
         }
         if self.mask_head is not None:
-            mask_logits = self.mask_head(pool_rois(levels, boxes, strides, _MASK_SIZE))
-            all_classes = torch.cat(classes)
-            own_class = mask_logits[torch.arange(len(all_classes), device=all_classes.device), all_classes]
-            own_class = own_class.split([len(image_boxes) for image_boxes in boxes])
-            fields["pred_masks"] = _stack(own_class, config.max_detections)
+            fields["pred_masks"] = self._predict_masks(levels, boxes, classes)
         return fields
 
+    def _predict_masks(
+        self, levels: Sequence[torch.Tensor], boxes: torch.Tensor, classes: torch.Tensor
+    ) -> torch.Tensor:
+        """The logits of the masks in boxes `(batch, detections, 4)` of these classes `(batch, detections)`, zeros for
+        the class -1: `(batch, detections, 28, 28)`."""
+        rois, all_classes = flatten_rois(boxes), classes.flatten()  # (batch * detections, 5) and (batch * detections,)
+        found = all_classes >= 0
+        # In compiled code, where sizes are fixed, rows without a detection are computed too.
+        rows = torch.arange(len(found), device=rois.device) if runs_transformed() else found.nonzero().flatten()
+        features = pool_rois(levels, rois[rows], self.config.strides[: len(levels)], _MASK_SIZE)
+        mask_logits = self.mask_head(features)  # (rows, num_labels, 28, 28)
+        own_class = mask_logits[torch.arange(len(rows), device=rois.device), all_classes[rows].clamp(min=0)]
+        masks = own_class.new_zeros(len(found), *own_class.shape[1:]).index_copy(0, rows, own_class)
+        return masks.where(found[:, None, None], 0).reshape(*classes.shape, *own_class.shape[1:])
 
-def _stack(rows: Sequence[torch.Tensor], length: int, value: float = 0) -> torch.Tensor:
-    """For each image `(rows, ...)`; together `(batch, length, ...)`, filled up with `value`."""
-    result = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), value)
-    for index, image_rows in enumerate(rows):
-        result[index, : len(image_rows)] = image_rows
-    return result
+
+def separate_class(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """The logits of one class each, and in place of the background's those of all other classes together, so that a
+    softmax still gives the class its probability.
+
+    Args:
+        logits: `(..., num_labels + 1)`, the background last.
+        classes: Int64 `(...)`; -1 for none.
+
+    Returns:
+        `(..., num_labels + 1)`: -inf for all other classes. Without a class the last is 0.
+    """
+    is_own = classes[..., None] == torch.arange(logits.shape[-1], device=logits.device)
+    others = logits.masked_fill(is_own, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    own = logits.masked_fill(~is_own, -torch.inf)
+    return torch.cat((own[..., :-1], others.where(classes[..., None] >= 0, 0)), dim=-1)
 
 
 __all__ = ["MaskRCNNForInstanceSegmentation", "MaskRCNNInstanceSegmentationOutput", "MaskRCNNPreTrainedModel"]

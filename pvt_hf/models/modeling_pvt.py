@@ -12,17 +12,26 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutput, ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_pvt import PvtConfig
-from .layers import DropPath, SpatialReductionAttention, drop_path_rates, map_to_tokens, tokens_to_map
+from .layers import (
+    DropPath,
+    SpatialReductionAttention,
+    drop_path_rates,
+    is_traced,
+    make_traceable,
+    map_to_tokens,
+    to_channels_last,
+    tokens_to_map,
+)
 from .modeling_common import (
-    check_class_labels,
     check_pixel_values,
     classification_loss,
     minimum_image_size,
+    prepare_class_labels,
     resolve_output_flags,
     select_hidden_states,
     stage_features,
@@ -62,8 +71,7 @@ class PvtPatchEmbeddings(nn.Module):
         """(1, height * width, channels): the stored embeddings of the patches, bilinear wherever the grid differs."""
         position_embeddings = self.position_embeddings[:, self.num_cls_positions :]
         # An exported program has to work for every size, so it always interpolates: at the stored grid, an identity.
-        tracing = torch.compiler.is_exporting() or torch.jit.is_tracing()
-        if not tracing and (height, width) == self.grid:
+        if not is_traced(height) and (height, width) == self.grid:
             return position_embeddings
         grid_map = tokens_to_map(position_embeddings, *self.grid)  # (1, channels, stored height, stored width)
         grid_map = nn.functional.interpolate(grid_map, size=(height, width), mode="bilinear", align_corners=False)
@@ -71,7 +79,7 @@ class PvtPatchEmbeddings(nn.Module):
 
     def forward(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         """(batch, channels, height, width) -> (batch, tokens, hidden_size) and the grid of the patches."""
-        feature_map = self.projection(feature_map.contiguous(memory_format=torch.channels_last))
+        feature_map = self.projection(to_channels_last(feature_map))
         height, width = feature_map.shape[2:]
         tokens = self.layer_norm(map_to_tokens(feature_map))
         tokens = tokens + self.interpolate_position_embeddings(height, width)
@@ -92,14 +100,14 @@ class PvtEfficientSelfAttention(SpatialReductionAttention):
             self.layer_norm = nn.LayerNorm(hidden_size, eps=config.patch_layer_norm_eps)
 
     def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         reduced_states = hidden_states
         if self.ratio > 1:
             reduced_states = self.sequence_reduction(tokens_to_map(hidden_states, height, width))
             reduced_states = self.layer_norm(map_to_tokens(reduced_states))
-        return self.attend(hidden_states, reduced_states, output_attentions, **kwargs)
+        return self.attend(hidden_states, reduced_states, output_attentions)
 
 
 class PvtSelfOutput(nn.Module):
@@ -123,9 +131,9 @@ class PvtAttention(nn.Module):
         self.output = PvtSelfOutput(config, hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden_states, attention = self.self(hidden_states, height, width, output_attentions, **kwargs)
+        hidden_states, attention = self.self(hidden_states, height, width, output_attentions)
         return self.output(hidden_states), attention
 
 
@@ -159,12 +167,10 @@ class PvtLayer(GradientCheckpointingLayer):
         self.mlp = PvtFFN(config, hidden_size, int(hidden_size * config.mlp_ratios[stage]))
 
     def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
-        attended, attention = self.attention(
-            self.layer_norm_1(hidden_states), height, width, output_attentions, **kwargs
-        )
+        attended, attention = self.attention(self.layer_norm_1(hidden_states), height, width, output_attentions)
         hidden_states = hidden_states + self.drop_path(attended)
         hidden_states = hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states)))
         return hidden_states, attention
@@ -178,7 +184,7 @@ class PvtEncoder(nn.Module):
 
     def __init__(self, config: PvtConfig, num_stages: int, cls_token: bool):
         super().__init__()
-        self.num_channels = config.num_channels
+        self.config = config
         ratios = config.sequence_reduction_ratios[:num_stages]
         self.minimum_size = minimum_image_size(config.patch_sizes, config.strides, ratios)
         if min(config.image_shape) < self.minimum_size:
@@ -193,10 +199,10 @@ class PvtEncoder(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps) if cls_token else None
 
     def forward(
-        self, pixel_values: torch.Tensor, output_attentions: bool, output_hidden_states: bool, **kwargs: Any
+        self, pixel_values: torch.Tensor, output_attentions: bool, output_hidden_states: bool
     ) -> tuple[list[tuple[torch.Tensor, int, int]], list[torch.Tensor], list[torch.Tensor]]:
         """(batch, num_channels, height, width) -> what the class says."""
-        check_pixel_values(pixel_values, self.num_channels, self.minimum_size)
+        check_pixel_values(pixel_values, self.config.num_channels, self.minimum_size)
         stages: list[tuple[torch.Tensor, int, int]] = []
         all_hidden_states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] = []
@@ -204,7 +210,7 @@ class PvtEncoder(nn.Module):
             feature_map = tokens_to_map(*stages[-1]) if stages else pixel_values
             hidden_states, height, width = patch_embedding(feature_map)
             for block in blocks:
-                hidden_states, attention = block(hidden_states, height, width, output_attentions, **kwargs)
+                hidden_states, attention = block(hidden_states, height, width, output_attentions)
                 if output_hidden_states:
                     all_hidden_states.append(hidden_states)
                 if output_attentions:
@@ -258,6 +264,7 @@ class PvtModel(PvtPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.patch_embeddings[0].projection
 
+    @make_traceable
     @can_return_tuple
     def forward(
         self,
@@ -265,7 +272,7 @@ class PvtModel(PvtPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
@@ -277,8 +284,8 @@ class PvtModel(PvtPreTrainedModel):
                 indices returns only those.
 
         Returns:
-            `BaseModelOutput`: `last_hidden_state` of shape `(batch, 1 + tokens of the last stage, channels)`, normed,
-            CLS token first.
+            `BaseModelOutputWithPooling`: `last_hidden_state` of shape `(batch, 1 + tokens of the last stage,
+            channels)`, normed, CLS token first, and `pooler_output` of shape `(batch, channels)`, that token.
 
         Raises:
             TypeError: If `pixel_values` is not a floating-point tensor.
@@ -286,11 +293,12 @@ class PvtModel(PvtPreTrainedModel):
         """
         output_attentions, output_hidden_states = resolve_output_flags(self, output_attentions, output_hidden_states)
         stages, hidden_states, attentions = self.encoder(
-            pixel_values, output_attentions, output_hidden_states is not False, **kwargs
+            pixel_values, output_attentions, output_hidden_states is not False
         )
         last_hidden_state = self.encoder.layer_norm(stages[-1][0])
-        return BaseModelOutput(
+        return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state[:, 0],
             hidden_states=select_hidden_states([*hidden_states, last_hidden_state], output_hidden_states),
             attentions=tuple(attentions) if output_attentions else None,
         )
@@ -301,13 +309,14 @@ class PvtForImageClassification(PvtPreTrainedModel):
 
     def __init__(self, config: PvtConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels  # as at the start: what holds is in the configuration
         self.pvt = PvtModel(config)
         self.classifier = (
             nn.Linear(config.hidden_sizes[-1], config.num_labels) if config.num_labels > 0 else nn.Identity()
         )
         self.post_init()
 
+    @make_traceable
     @can_return_tuple
     def forward(
         self,
@@ -322,7 +331,8 @@ class PvtForImageClassification(PvtPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
                 Normalised images of any height and width of at least 32.
             labels (`torch.Tensor`, *optional*):
-                Class indices of shape `(batch,)` in `[0, num_labels)`, or -100 to ignore (cross-entropy); floats of
+                Class indices of shape `(batch,)` in `[0, config.num_labels)`, of any integer type, or -100 to ignore
+                (cross-entropy); floats of
                 shape `(batch, num_labels)` (multi-label, binary cross-entropy); or, for `num_labels=1` or
                 `problem_type="regression"`, floats (mean-square error).
             output_attentions (`bool`, *optional*):
@@ -337,15 +347,14 @@ class PvtForImageClassification(PvtPreTrainedModel):
             TypeError: As in [`PvtModel`], and for `labels` that are no tensor.
             ValueError: As in [`PvtModel`], and for `labels` of another shape or dtype, or class indices out of range.
         """
-        check_class_labels(labels, pixel_values, self.num_labels, self.config.problem_type)
+        labels = prepare_class_labels(labels, pixel_values, self.config)
         outputs = self.pvt(
             pixel_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            **kwargs,
         )
-        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        logits = self.classifier(outputs.pooler_output)
         return ImageClassifierOutput(
             loss=classification_loss(self, logits, labels, **kwargs),
             logits=logits,
@@ -375,6 +384,7 @@ class PvtBackbone(BackboneMixin, PvtPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.patch_embeddings[0].projection
 
+    @make_traceable
     @can_return_tuple
     def forward(
         self,
@@ -402,7 +412,7 @@ class PvtBackbone(BackboneMixin, PvtPreTrainedModel):
         """
         output_attentions, output_hidden_states = resolve_output_flags(self, output_attentions, output_hidden_states)
         stages, hidden_states, attentions = self.encoder(
-            pixel_values, output_attentions, output_hidden_states is not False, **kwargs
+            pixel_values, output_attentions, output_hidden_states is not False
         )
         return BackboneOutput(
             feature_maps=stage_features(self, [tokens_to_map(*stage) for stage in stages]),

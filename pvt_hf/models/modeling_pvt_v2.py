@@ -12,24 +12,27 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutput, ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_pvt_v2 import PvtV2Config
 from .layers import (
+    AdaptiveAvgPool2d,
     DropPath,
     SpatialReductionAttention,
     chunk_rows,
     drop_path_rates,
+    make_traceable,
     map_to_tokens,
+    to_channels_last,
     tokens_to_map,
 )
 from .modeling_common import (
-    check_class_labels,
     check_pixel_values,
     classification_loss,
     minimum_image_size,
+    prepare_class_labels,
     resolve_output_flags,
     select_hidden_states,
     stage_features,
@@ -54,8 +57,9 @@ class PvtV2OverlapPatchEmbeddings(nn.Module):
 
     def forward(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         """(batch, channels, height, width) -> (batch, tokens, hidden_size) and the grid of the patches."""
-        feature_map = self.proj(feature_map.contiguous(memory_format=torch.channels_last))
-        return self.layer_norm(map_to_tokens(feature_map)), *feature_map.shape[2:]
+        feature_map = self.proj(to_channels_last(feature_map))
+        height, width = feature_map.shape[2:]
+        return self.layer_norm(map_to_tokens(feature_map)), height, width
 
 
 class PvtV2SelfAttention(SpatialReductionAttention):
@@ -66,7 +70,7 @@ class PvtV2SelfAttention(SpatialReductionAttention):
         self.linear = config.linear_attention
         self.ratio = ratio
         if self.linear:
-            self.pool = nn.AdaptiveAvgPool2d(7)
+            self.pool = AdaptiveAvgPool2d(7)
             self.spatial_reduction = nn.Conv2d(hidden_size, hidden_size, kernel_size=1)
             self.act = nn.GELU()
         elif ratio > 1:
@@ -87,11 +91,11 @@ class PvtV2SelfAttention(SpatialReductionAttention):
         return hidden_states
 
     def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         reduced_states = self.reduce(hidden_states, height, width)
-        hidden_states, attention = self.attend(hidden_states, reduced_states, output_attentions, **kwargs)
+        hidden_states, attention = self.attend(hidden_states, reduced_states, output_attentions)
         return self.proj_drop(self.proj(hidden_states)), attention
 
 
@@ -151,12 +155,10 @@ class PvtV2BlockLayer(GradientCheckpointingLayer):
         self.mlp = PvtV2ConvFeedForwardNetwork(config, hidden_size, int(hidden_size * config.mlp_ratios[stage]))
 
     def forward(
-        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False, **kwargs: Any
+        self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
-        attended, attention = self.attention(
-            self.layer_norm_1(hidden_states), height, width, output_attentions, **kwargs
-        )
+        attended, attention = self.attention(self.layer_norm_1(hidden_states), height, width, output_attentions)
         hidden_states = hidden_states + self.drop_path(attended)
         hidden_states = hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states), height, width))
         return hidden_states, attention
@@ -171,14 +173,12 @@ class PvtV2EncoderLayer(nn.Module):
         self.blocks = nn.ModuleList(PvtV2BlockLayer(config, stage, rate) for rate in rates)
         self.layer_norm = nn.LayerNorm(config.hidden_sizes[stage], eps=config.layer_norm_eps)
 
-    def forward(
-        self, feature_map: torch.Tensor, output_attentions: bool, **kwargs: Any
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def forward(self, feature_map: torch.Tensor, output_attentions: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(batch, channels, height, width) -> the same at this stage's stride, and the attentions of its blocks."""
         hidden_states, height, width = self.patch_embedding(feature_map)
         attentions = []
         for block in self.blocks:
-            hidden_states, attention = block(hidden_states, height, width, output_attentions, **kwargs)
+            hidden_states, attention = block(hidden_states, height, width, output_attentions)
             if output_attentions:
                 attentions.append(attention)
         return tokens_to_map(self.layer_norm(hidden_states), height, width), attentions
@@ -189,22 +189,22 @@ class PvtV2Encoder(nn.Module):
 
     def __init__(self, config: PvtV2Config, num_stages: int):
         super().__init__()
-        self.num_channels = config.num_channels
+        self.config = config
         ratios = [1] * num_stages if config.linear_attention else config.sr_ratios[:num_stages]
         self.minimum_size = minimum_image_size(config.strides, config.strides, ratios)  # padding makes up for more
         rates = drop_path_rates(config.drop_path_rate, config.depths)
         self.layers = nn.ModuleList(PvtV2EncoderLayer(config, stage, rates[stage]) for stage in range(num_stages))
 
     def forward(
-        self, pixel_values: torch.Tensor, output_attentions: bool, **kwargs: Any
+        self, pixel_values: torch.Tensor, output_attentions: bool
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(batch, num_channels, height, width) -> what the class says."""
-        check_pixel_values(pixel_values, self.num_channels, self.minimum_size)
+        check_pixel_values(pixel_values, self.config.num_channels, self.minimum_size)
         feature_maps: list[torch.Tensor] = []
         all_attentions: list[torch.Tensor] = []
         for stage in self.layers:
             feature_map = feature_maps[-1] if feature_maps else pixel_values
-            feature_map, attentions = stage(feature_map, output_attentions, **kwargs)
+            feature_map, attentions = stage(feature_map, output_attentions)
             feature_maps.append(feature_map)
             all_attentions += attentions
         return feature_maps, all_attentions
@@ -243,6 +243,7 @@ class PvtV2Model(PvtV2PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.layers[0].patch_embedding.proj
 
+    @make_traceable
     @can_return_tuple
     def forward(
         self,
@@ -250,7 +251,7 @@ class PvtV2Model(PvtV2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput:
+    ) -> BaseModelOutputWithPooling:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
@@ -262,17 +263,18 @@ class PvtV2Model(PvtV2PreTrainedModel):
                 those.
 
         Returns:
-            `BaseModelOutput`: `last_hidden_state` of shape `(batch, channels, height / 32, width / 32)`, rounded up,
-            normed.
+            `BaseModelOutputWithPooling`: `last_hidden_state` of shape `(batch, channels, height / 32, width / 32)`,
+            rounded up, normed, and `pooler_output` of shape `(batch, channels)`, its mean.
 
         Raises:
             TypeError: If `pixel_values` is not a floating-point tensor.
             ValueError: If it has another number of dimensions or channels, or is smaller than 32 pixels.
         """
         output_attentions, output_hidden_states = resolve_output_flags(self, output_attentions, output_hidden_states)
-        feature_maps, attentions = self.encoder(pixel_values, output_attentions, **kwargs)
-        return BaseModelOutput(
+        feature_maps, attentions = self.encoder(pixel_values, output_attentions)
+        return BaseModelOutputWithPooling(
             last_hidden_state=feature_maps[-1],
+            pooler_output=feature_maps[-1].mean(dim=(2, 3)),
             hidden_states=select_hidden_states(feature_maps, output_hidden_states),
             attentions=tuple(attentions) if output_attentions else None,
         )
@@ -283,13 +285,14 @@ class PvtV2ForImageClassification(PvtV2PreTrainedModel):
 
     def __init__(self, config: PvtV2Config):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels  # as at the start: what holds is in the configuration
         self.pvt_v2 = PvtV2Model(config)
         self.classifier = (
             nn.Linear(config.hidden_sizes[-1], config.num_labels) if config.num_labels > 0 else nn.Identity()
         )
         self.post_init()
 
+    @make_traceable
     @can_return_tuple
     def forward(
         self,
@@ -304,7 +307,8 @@ class PvtV2ForImageClassification(PvtV2PreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
                 Normalised images of any height and width of at least 32.
             labels (`torch.Tensor`, *optional*):
-                Class indices of shape `(batch,)` in `[0, num_labels)`, or -100 to ignore (cross-entropy); floats of
+                Class indices of shape `(batch,)` in `[0, config.num_labels)`, of any integer type, or -100 to ignore
+                (cross-entropy); floats of
                 shape `(batch, num_labels)` (multi-label, binary cross-entropy); or, for `num_labels=1` or
                 `problem_type="regression"`, floats (mean-square error).
             output_attentions (`bool`, *optional*):
@@ -319,15 +323,14 @@ class PvtV2ForImageClassification(PvtV2PreTrainedModel):
             TypeError: As in [`PvtV2Model`], and for `labels` that are no tensor.
             ValueError: As in [`PvtV2Model`], and for `labels` of another shape or dtype, or class indices out of range.
         """
-        check_class_labels(labels, pixel_values, self.num_labels, self.config.problem_type)
+        labels = prepare_class_labels(labels, pixel_values, self.config)
         outputs = self.pvt_v2(
             pixel_values,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            **kwargs,
         )
-        logits = self.classifier(outputs.last_hidden_state.mean(dim=(2, 3)))
+        logits = self.classifier(outputs.pooler_output)
         return ImageClassifierOutput(
             loss=classification_loss(self, logits, labels, **kwargs),
             logits=logits,
@@ -357,6 +360,7 @@ class PvtV2Backbone(BackboneMixin, PvtV2PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.layers[0].patch_embedding.proj
 
+    @make_traceable
     @can_return_tuple
     def forward(
         self,
@@ -383,7 +387,7 @@ class PvtV2Backbone(BackboneMixin, PvtV2PreTrainedModel):
             ValueError: As in [`PvtV2Model`].
         """
         output_attentions, output_hidden_states = resolve_output_flags(self, output_attentions, output_hidden_states)
-        stages, attentions = self.encoder(pixel_values, output_attentions, **kwargs)
+        stages, attentions = self.encoder(pixel_values, output_attentions)
         return BackboneOutput(
             feature_maps=stage_features(self, stages),
             hidden_states=select_hidden_states(stages, output_hidden_states),

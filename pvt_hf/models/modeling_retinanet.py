@@ -28,7 +28,7 @@ from .boxes import (
 from .configuration_retinanet import RetinaNetConfig
 from .fpn import FeaturePyramid
 from .pretrained import PretrainedMixin
-from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_image_sizes
+from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_images
 
 
 @dataclass
@@ -135,7 +135,7 @@ class RetinaNetHead(nn.Module):
 
         targets = torch.zeros_like(logits)
         weights = logits.new_zeros(*logits.shape[:2], 1)  # 0 where an anchor is ignored
-        box_loss, normalizer = deltas.new_zeros(()), 0
+        box_loss, normalizer = deltas[:0].sum(), 0  # connected to the deltas in an empty batch, too
         for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
             matches = match_boxes(  # (anchors,)
                 pairwise_iou(truth.boxes, anchors),
@@ -151,6 +151,7 @@ class RetinaNetHead(nn.Module):
             wanted = encode_boxes(anchors[positives], truth.boxes[objects])  # (positives, 4)
             box_loss = box_loss + F.l1_loss(deltas[index, positives], wanted, reduction="sum")
             normalizer += max(len(positives), 1)
+        normalizer = max(normalizer, 1)
         focal = sigmoid_focal_loss(logits, targets, self.config.focal_alpha, self.config.focal_gamma)
         return {"loss_class": (focal * weights).sum() / normalizer, "loss_box": box_loss / normalizer}
 
@@ -216,7 +217,8 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
             TypeError: For `labels` of another type.
             ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the annotation.
         """
-        image_sizes, truths = read_image_sizes(pixel_values, pixel_mask), None
+        pixel_values, image_sizes = read_images(pixel_values, pixel_mask, self.backbone.config.num_channels)
+        truths = None
         if labels is not None:
             dtype = torch.promote_types(self.dtype, torch.float32)
             truths = read_ground_truths(labels, image_sizes, self.config.num_labels, dtype)
@@ -233,7 +235,7 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
         boxes = clip_boxes(decode_boxes(anchors, deltas.detach()), image_sizes[:, None])  # (batch, anchors, 4)
         loss_dict = None
         if truths is not None:
-            sizes = pad_image_sizes(image_sizes, pixel_values.shape[2:])
+            sizes = pad_image_sizes(image_sizes.tolist(), pixel_values.shape[2:])
             valid = [grid.find_valid(level_shapes, size, deltas.device) for size in sizes]
             loss_dict = self.head.loss(logits, deltas, anchors, valid, truths)
         level_sizes = [height * width * grid.num_per_cell for height, width in level_shapes]

@@ -10,14 +10,16 @@ from transformers import initialization as init
 from .boxes import (
     AnchorGrid,
     at_least_float32,
-    batched_nms,
     clip_boxes,
     decode_boxes,
     encode_boxes,
     flatten_to_anchors,
+    has_area,
     match_boxes,
     pairwise_iou,
     sample_boxes,
+    suppress,
+    take_rows,
 )
 from .configuration_mask_rcnn import MaskRCNNConfig
 from .targets import GroundTruth
@@ -79,7 +81,7 @@ class RegionProposalNetwork(nn.Module):
             `loss_objectness` and `loss_rpn_box`, scalars.
         """
         config = self.config
-        objectness_loss, box_loss, normalizer = objectness.new_zeros(()), deltas.new_zeros(()), 0
+        objectness_loss, box_loss, normalizer = objectness[:0].sum(), deltas[:0].sum(), 0
         for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
             matches = match_boxes(  # (anchors,)
                 pairwise_iou(truth.boxes, anchors),
@@ -98,6 +100,7 @@ class RegionProposalNetwork(nn.Module):
             wanted = encode_boxes(anchors[positives], truth.boxes[matches[positives]])  # (positives, 4)
             box_loss = box_loss + F.l1_loss(deltas[index, positives], wanted, reduction="sum")
             normalizer += max(len(positives), 1) + max(len(negatives), 1)
+        normalizer = max(normalizer, 1)
         return {"loss_objectness": objectness_loss / normalizer, "loss_rpn_box": box_loss / normalizer}
 
     @torch.no_grad()
@@ -108,7 +111,7 @@ class RegionProposalNetwork(nn.Module):
         anchors: torch.Tensor,
         level_sizes: Sequence[int],
         image_sizes: torch.Tensor,
-    ) -> list[torch.Tensor]:
+    ) -> torch.Tensor:
         """The best boxes of each image, after suppression within each level.
 
         Args:
@@ -119,26 +122,24 @@ class RegionProposalNetwork(nn.Module):
             image_sizes: Height and width in pixels of each image, `(batch, 2)`.
 
         Returns:
-            For each image xyxy in pixels, `(proposals, 4)`, best first.
+            xyxy in pixels, `(batch, config.num_proposals, 4)`, best first. All of them have an area, but those of zeros
+            where there are not so many.
         """
         config = self.config
         num_candidates = config.num_candidates_train if self.training else config.num_candidates
-        proposals = []
-        for image_objectness, image_deltas, image_size in zip(objectness, deltas, image_sizes, strict=True):
-            chosen, level_ids, start = [], [], 0
-            for level, logits in enumerate(image_objectness.split(list(level_sizes))):  # (anchors of the level,)
-                best = logits.topk(min(num_candidates, len(logits))).indices
-                chosen.append(start + best)
-                level_ids.append(torch.full_like(best, level))
-                start += len(logits)
-            chosen, level_ids = torch.cat(chosen), torch.cat(level_ids)  # (candidates,)
-            boxes = clip_boxes(decode_boxes(anchors[chosen], image_deltas[chosen]), image_size)  # (candidates, 4)
-            scores = image_objectness[chosen].sigmoid()
-            has_area = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-            boxes, scores, level_ids = boxes[has_area], scores[has_area], level_ids[has_area]
-            kept = batched_nms(boxes, scores, level_ids, config.proposal_nms_threshold)
-            proposals.append(boxes[kept[: config.num_proposals]])
-        return proposals
+        chosen, level_ids, start = [], [], 0
+        for level, size in enumerate(level_sizes):
+            logits = objectness[:, start : start + size]  # (batch, anchors of the level)
+            best = logits.topk(torch.sym_min(num_candidates, size), dim=1).indices
+            chosen.append(start + best)
+            level_ids.append(best.new_full((best.shape[1],), level))
+            start += size
+        chosen, level_ids = torch.cat(chosen, dim=1), torch.cat(level_ids)  # (batch, candidates) and (candidates,)
+        boxes = decode_boxes(anchors[chosen], take_rows(deltas, chosen))  # (batch, candidates, 4)
+        boxes = clip_boxes(boxes, image_sizes[:, None])
+        scores = take_rows(objectness, chosen).sigmoid()
+        kept = suppress(boxes, scores, level_ids, has_area(boxes), config.proposal_nms_threshold, config.num_proposals)
+        return take_rows(boxes, kept.clamp(min=0)).where(kept[..., None] >= 0, 0)
 
 
 __all__ = ["RegionProposalNetwork"]

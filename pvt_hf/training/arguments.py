@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -11,10 +12,14 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments
 
+from ..data.box_formats import BBOX_FORMATS
 from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES, DetectionRecipe, ImageNetRecipe, SegmentationRecipe
 from ..variants import VARIANTS
+from ..writing.files import why_unwritable
 from .optimization import images_per_step
+from .report import check_license
 from .run_checkpoints import last_complete_checkpoint
+from .segmentation_losses import SEGMENTATION_LOSSES
 
 Recipe = TypeVar("Recipe", ImageNetRecipe, DetectionRecipe, SegmentationRecipe)
 
@@ -74,13 +79,25 @@ class DetectionModelArguments(ModelArguments):
     backbone_checkpoint: str | None = option(
         None, "classifier, detector or segmenter from whose weights the backbone starts (default: random weights)"
     )
+
     config_overrides: dict | str | None = option(
         None, "JSON of fields of the detector's configuration, as '{\"neck_channels\": 64}' (default: none)"
+    )
+    max_detections: int | None = option(
+        None, "most detections in an image, made and measured, at least 10 (default: the checkpoint's, or 100)"
     )
 
     def __post_init__(self) -> None:
         if isinstance(self.config_overrides, str):
             self.config_overrides = json.loads(self.config_overrides)
+
+
+WINDOW = "segment in windows of this many pixels of the network's input (default: the whole image)"
+STRIDE = "pixels from one window to the next (default: none; it goes with --window)"
+TTA_SCALES = (
+    "test-time augmentation: predict at these scales too (default: none; mmsegmentation's: 0.5 0.75 1.25 1.5 1.75)"
+)
+TTA_FLIP = "test-time augmentation: predict mirrored images too, and average (default: false)"
 
 
 @dataclass
@@ -90,15 +107,22 @@ class SegmentationModelArguments(ModelArguments):
     backbone_checkpoint: str | None = option(
         None, "classifier, detector or segmenter from whose weights the backbone starts (default: random weights)"
     )
-    neck_channels: int = option(256, "channels of the FPN of a new Semantic FPN (default: 256, the paper's)")
-    head_channels: int = option(128, "channels of the head of a new Semantic FPN (default: 128, the paper's)")
-    window: int | None = option(
-        None, "evaluate in windows of this many pixels of the network's input (default: the whole image)"
+    head: str | None = option(
+        None, "head of a new model (default: semantic_fpn, the paper's)", choices=["semantic_fpn", "upernet"]
     )
-    stride: int | None = option(None, "pixels from one window to the next (default: none; it goes with --window)")
+    neck_channels: int | None = option(
+        None, "channels of the FPN of a new Semantic FPN; UperNet has none of its own (default: 256, the paper's)"
+    )
+    head_channels: int | None = option(
+        None, "channels of a new head (default: 128 of Semantic FPN, the paper's, and 512 of UperNet)"
+    )
+    window: int | None = option(None, WINDOW)
+    stride: int | None = option(None, STRIDE)
 
     def __post_init__(self) -> None:
         check_together(self, "window", "stride")
+        if self.head and self.model_name_or_path:
+            raise ValueError("--model_name_or_path has a head: --head is for a new model, with --backbone_checkpoint")
 
 
 @dataclass
@@ -109,7 +133,9 @@ class DataArguments:
     dataset_config_name: str | None = option(None, "configuration of the data set (default: its own)")
     train_split: str = option("train", "split to train on (default: train)")
     eval_split: str = option("validation", "split to evaluate on (default: validation)")
-    skip_corrupt: bool = option(False, "skip corrupt training images and count them (default: false, an error)")
+    skip_corrupt: bool = option(
+        False, "leave out images that cannot be decoded, of both splits, and list them (default: false, an error)"
+    )
 
 
 @dataclass
@@ -124,6 +150,8 @@ class ClassificationDataArguments(DataArguments):
     eval_dataset_name: str | None = option(
         None, "as --dataset_name, for evaluation; a pattern of files needs it (default: --dataset_name)"
     )
+
+    image_column: str | None = option(None, "column of images (default: the only one)")
     train_val_split: float | None = option(
         None, "part of the training split that becomes the validation set, as 0.15 (default: none)"
     )
@@ -144,12 +172,34 @@ class ClassificationDataArguments(DataArguments):
 
 @dataclass
 class DetectionDataArguments(DataArguments):
-    """Images with objects to train on: COCO json with a folder of images, or a data set with `objects`."""
+    """Images with objects to train on: COCO json with a folder of images, a folder of YOLO, Pascal VOC or Roboflow,
+    or a data set with `objects`."""
+
+    dataset_name: str | None = option(
+        None,
+        "data set of the Hub, or folder with the splits of YOLO (data.yaml), Pascal VOC or Roboflow (default: digit "
+        "scenes)",
+    )
 
     train_annotations: str | None = option(None, "COCO json of the training set (default: none)")
     train_images: str | None = option(None, "folder of its images (default: none)")
     eval_annotations: str | None = option(None, "COCO json of the validation set (default: none)")
     eval_images: str | None = option(None, "folder of its images (default: none)")
+
+    bbox_format: str = option(
+        "coco",
+        "boxes of COCO json and of the Hub: coco (x, y, width, height) or voc (two corners) in pixels; relative to the "
+        "image yolo (centre, width, height) or albumentations (two corners) (default: coco)",
+        choices=list(BBOX_FORMATS),
+    )
+    image_column: str | None = option(None, "column of images (default: the only one)")
+    objects_column: str = option("objects", "column of objects (default: objects)")
+    class_names: str | None = option(
+        None, "JSON, YAML or text file of class names in the order of the labels (default: as the data say)"
+    )
+    skip_without_mask: bool = option(
+        False, "for Mask R-CNN: leave out annotations without a mask (default: false, they train their box only)"
+    )
     num_scenes: int = option(1000, "digit scenes that are drawn for training, where no data are given (default: 1000)")
     keep_empty: bool = option(False, "train on images without objects too (default: false)")
     allow_outside: bool = option(
@@ -160,16 +210,26 @@ class DetectionDataArguments(DataArguments):
         check_together(self, "train_annotations", "train_images", "eval_annotations", "eval_images")
 
 
+REDUCE_LABELS = "label 0 is no class, and the others count from 0 (default: false)"
+BINARY_MASKS = "maps are masks of 0 and 255, also JPEG: from 128 on it is the second of two classes (default: false)"
+PALETTE = (
+    "maps are of colours: JSON file of a list of colours in the order of the classes, of an object from class names to "
+    "colours, or from colours to classes; a colour is [128, 64, 0], '128,64,0' or '#804000' (default: none)"
+)
+
+
 @dataclass
 class SegmentationDataArguments(DataArguments):
     """Images with label maps to train on: two folders for each split, or a data set with two columns of images."""
 
     train_images: str | None = option(None, "folder of the images of the training set (default: none)")
-    train_maps: str | None = option(None, "folder of its label maps, PNG (default: none)")
+    train_maps: str | None = option(None, "folder of its label maps, PNG, TIFF or BMP (default: none)")
     eval_images: str | None = option(None, "folder of the images of the validation set (default: none)")
-    eval_maps: str | None = option(None, "folder of its label maps, PNG (default: none)")
+    eval_maps: str | None = option(None, "folder of its label maps, PNG, TIFF or BMP (default: none)")
     map_column: str | None = option(None, "column of label maps (default: the only image column beside `image`)")
-    reduce_labels: bool = option(False, "label 0 is no class, and the others count from 0 (default: false)")
+    reduce_labels: bool = option(False, REDUCE_LABELS)
+    binary_masks: bool = option(False, BINARY_MASKS)
+    palette: str | None = option(None, PALETTE)
     class_names: str | None = option(
         None, "JSON file of a list of class names, or of an object from labels to names (default: the checkpoint's)"
     )
@@ -223,19 +283,26 @@ class DetectionRecipeArguments(RecipeArguments):
 class SegmentationRecipeArguments(RecipeArguments):
     """Which [`~pvt_hf.recipes.SegmentationRecipe`], and what replaces its fields."""
 
-    recipe: str = option(
-        "semantic_fpn_40k", "the recipe (default: semantic_fpn_40k)", choices=list(SEGMENTATION_RECIPES)
+    recipe: str | None = option(
+        None,
+        "the recipe: the paper's, or one whose length and sizes are fitted to the data (default: small_data for own "
+        "data, else semantic_fpn_40k)",
+        choices=list(SEGMENTATION_RECIPES),
     )
     demo: bool = option(False, "a small segmenter that learns the digit scenes in minutes (default: false)")
-    shortest_edge: int | None = option(None, "shortest edge at the scale 1, in pixels (default: 512, the paper's)")
-    longest_edge: int | None = option(
-        None, "largest longest edge at the scale 1, in pixels (default: 2048, the released code's)"
+    loss: str | None = option(
+        None, "the loss (default: the model's own, a cross-entropy)", choices=list(SEGMENTATION_LOSSES)
     )
-    crop_size: int | None = option(None, "height and width of the crops, in pixels (default: 512, the paper's)")
-    scales: list[float] | None = option(None, "lowest and highest random scale (default: 0.5 2.0, the released code's)")
-    max_share: float | None = option(
-        None, "largest part of a crop that one class may have (default: 0.75, the released code's)"
+    class_weights: list[str] | None = option(
+        None,
+        "weight of each class in the cross-entropy, or `auto` for the same part for each class of the training set's "
+        "pixels (default: none)",
     )
+    shortest_edge: int | None = option(None, "shortest edge at the scale 1, in pixels (default: the recipe's)")
+    longest_edge: int | None = option(None, "largest longest edge at the scale 1, in pixels (default: the recipe's)")
+    crop_size: int | None = option(None, "height and width of the crops, in pixels (default: the recipe's)")
+    scales: list[float] | None = option(None, "lowest and highest random scale (default: the recipe's)")
+    max_share: float | None = option(None, "largest part of a crop that one class may have (default: the recipe's)")
     flip: float | None = option(None, "probability of a horizontal flip (default: 0.5, the released code's)")
     distortion: bool | None = option(
         None, "photometric distortion (default: true, the released code's)", nargs="?", const=True
@@ -244,6 +311,17 @@ class SegmentationRecipeArguments(RecipeArguments):
     def __post_init__(self) -> None:
         if self.scales is not None and len(self.scales) != 2:
             raise ValueError(f"--scales must be two numbers, the lowest and the highest, got {self.scales}")
+        if self.class_weights and self.loss == "dice":
+            raise ValueError("--class_weights are of the cross-entropy, which --loss dice does not have")
+        if self.class_weights not in (None, ["auto"]) and not all(map(_is_weight, self.class_weights)):
+            raise ValueError(f"--class_weights must be `auto` or positive numbers, got {' '.join(self.class_weights)}")
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 @dataclass
@@ -263,17 +341,47 @@ class EvaluationArguments:
         choices=["imagenet", *DETECTION_RECIPES, *SEGMENTATION_RECIPES],
     )
     dataset_name: str | None = option(
-        None, "data set of the Hub; for classifiers also a folder or a pattern of files (default: the bundled data)"
+        None,
+        "data set of the Hub; for classifiers also a folder or a pattern of files, for detectors a folder of YOLO, "
+        "Pascal VOC or Roboflow (default: the bundled data)",
     )
     dataset_config_name: str | None = option(None, "configuration of the data set (default: its own)")
     eval_split: str = option("validation", "split of the data set (default: validation)")
     label_column: str | None = option(None, "of classifiers: column of labels (default: the only one of class labels)")
+
     map_column: str | None = option(
         None, "of segmenters: column of label maps (default: the only image column beside `image`)"
     )
+    image_column: str | None = option(None, "of classifiers and detectors: column of images (default: the only one)")
+    objects_column: str = option("objects", "of detectors: column of objects (default: objects)")
+    bbox_format: str = option(
+        "coco",
+        "of detectors: format of the boxes, as in `pvt-hf train-detection` (default: coco)",
+        choices=list(BBOX_FORMATS),
+    )
+    class_names: str | None = option(
+        None,
+        "JSON, YAML or text file of the names of the data's classes in the order of their labels, to compare "
+        "with the model's (default: as the data say)",
+    )
+    max_detections: int | None = option(
+        None, "of detectors: most detections in an image, made and measured (default: the checkpoint's, or 100)"
+    )
+    skip_corrupt: bool = option(
+        False, "leave out images that cannot be decoded, and list them (default: false, an error)"
+    )
     images: str | None = option(None, "of detectors and segmenters: folder of images (default: none)")
     annotations: str | None = option(None, "of detectors: COCO json of --images (default: none)")
-    maps: str | None = option(None, "of segmenters: folder of the label maps of --images, PNG (default: none)")
+    maps: str | None = option(None, "of segmenters: folder of the label maps of --images (default: none)")
+    reduce_labels: bool | None = option(
+        None, "of segmenters: label 0 is no class, as in training (default: as the checkpoint)", nargs="?", const=True
+    )
+    binary_masks: bool = option(False, f"of segmenters: {BINARY_MASKS}")
+    palette: str | None = option(None, f"of segmenters: {PALETTE}")
+    window: int | None = option(None, f"of segmenters: {WINDOW}")
+    stride: int | None = option(None, f"of segmenters: {STRIDE}")
+    tta_scales: list[float] | None = option(None, f"of segmenters and classifiers: {TTA_SCALES}")
+    tta_flip: bool = option(False, f"of segmenters and classifiers: {TTA_FLIP}")
     allow_outside: bool = option(
         False, "let COCO json name files outside of the folder of its images (default: false, an error)"
     )
@@ -290,6 +398,7 @@ class EvaluationArguments:
             raise ValueError("pass either --variant or --model_name_or_path")
         if bool(self.annotations or self.maps) != bool(self.images):
             raise ValueError("--images goes with --annotations (detectors) or --maps (segmenters)")
+        check_together(self, "window", "stride")
 
 
 @dataclass
@@ -304,6 +413,13 @@ class TrainingOptions(TrainingArguments):
     )
     lr_scheduler_type: str | None = option(None, "learning-rate schedule of transformers (default: the recipe's own)")
     weight_decay: float | None = option(None, "weight decay (default: the recipe's)")
+    eval_steps: float | None = option(
+        None,
+        "steps from one evaluation to the next (default: those of --logging_steps; of segmenters a tenth of the run)",
+    )
+    save_steps: float | None = option(
+        None, "steps from one checkpoint to the next (default: 500; of segmenters a tenth of the run)"
+    )
     max_grad_norm: float | None = option(None, "norm that gradients are clipped to, 0 for none (default: the recipe's)")
     fp16: bool | None = option(
         None, "float16 mixed precision (default: the recipe's, where there is a GPU)", nargs="?", const=True
@@ -311,13 +427,20 @@ class TrainingOptions(TrainingArguments):
     resume_from_checkpoint: str | None = option(
         None, "`true` to resume from the last complete checkpoint of --output_dir, or a checkpoint (default: none)"
     )
+    dataset_title: str | None = option(
+        None, "what the model card calls the data (default: their name on the Hub, or the last part of their path)"
+    )
+    license: str | None = option(
+        None, "licence of the weights in the model card, as the Hub writes it: apache-2.0 (default: none is chosen)"
+    )
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available,
         metadata={"help": "copy batches by way of pinned memory (default: true where there is a GPU)"},
     )
 
     def __post_init__(self) -> None:
-        """Nothing yet: the recipe is not known."""
+        """Only what needs no recipe, which is not known yet."""
+        check_license(self.license)
 
 
 CLASSIFICATION = (
@@ -352,13 +475,16 @@ def build_training_arguments(options: TrainingOptions, recipe: Any, **recipe_val
             is a GPU and the user chose no other precision, here or for accelerate.
 
     Raises:
-        SystemExit: If `output_dir` has checkpoints, and `resume_from_checkpoint` does not say what to do with them.
+        SystemExit: If `output_dir` cannot be written, or has checkpoints and `resume_from_checkpoint` does not say what
+            to do with them.
     """
     given = {entry.name: getattr(options, entry.name) for entry in fields(TrainingArguments) if entry.init}
     given = {name: value for name, value in given.items() if value is not None}
     elsewhere = options.bf16 or options.use_cpu or "ACCELERATE_MIXED_PRECISION" in os.environ
     recipe_values |= {"fp16": recipe_values.get("fp16", False) and torch.cuda.is_available() and not elsewhere}
     recipe_values |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm}
+    if options.output_dir and (reason := why_unwritable(options.output_dir)):
+        raise SystemExit(f"--output_dir {options.output_dir} cannot be written: {reason}")
     args = TrainingArguments(**recipe_values | given)
     if str(args.resume_from_checkpoint).lower() in ("true", "false"):
         args.resume_from_checkpoint = args.resume_from_checkpoint.lower() == "true"

@@ -2,13 +2,21 @@
 
 import dataclasses
 import math
+import os
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedConfig, TrainingArguments
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig, TrainerState, TrainingArguments
 
+from ..evaluation.visualization import draw_legend
+from ..models.backbone import get_backbone_config
+from ..writing.text import code_span, escape_control, escape_markdown
 from .optimization import images_per_step
 
 LogHistory = list[dict[str, float]]
@@ -19,6 +27,16 @@ TASK_AUTO_CLASSES = {
     "image-segmentation": "AutoModelForSemanticSegmentation",
 }
 _BUNDLED_DATA = "scikit-learn digits"
+# Fields of the recipes that only their own schedules read.
+_OF_SCHEDULE = {
+    "warmup_epochs",
+    "warmup_learning_rate",
+    "min_learning_rate",
+    "warmup_iterations",
+    "warmup_ratio",
+    "decay_epochs",
+    "power",
+}
 
 
 def plot_curves(log_history: LogHistory, file: str | Path, metric_names: dict[str, str]) -> None:
@@ -36,12 +54,12 @@ def plot_curves(log_history: LogHistory, file: str | Path, metric_names: dict[st
     losses = {"loss": "training loss", "eval_loss": "validation loss"}
     metrics = {f"eval_{key}": f"validation {name}" for key, name in metric_names.items()}
     for axis, names in ((top, losses), (bottom, metrics)):
-        for key, name in names.items():
-            points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 50 else None)
-        if axis.lines:
-            axis.legend()
+        found = {name: [(row["epoch"], row[key]) for row in log_history if key in row] for key, name in names.items()}
+        drawn = {name: points for name, points in found.items() if points}
+        for points in drawn.values():
+            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else None)
+        if drawn:
+            draw_legend(axis, axis.lines, list(drawn))
         axis.grid(alpha=0.3)
     rates = [(entry["epoch"], entry["learning_rate"]) for entry in log_history if "learning_rate" in entry]
     if rates:
@@ -53,50 +71,104 @@ def plot_curves(log_history: LogHistory, file: str | Path, metric_names: dict[st
     figure.savefig(file, dpi=100)
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What a model card says of a run beside its numbers: what the user told, and paths only by their last part.
+
+    Attributes:
+        name: Of the run, or of its repository.
+        task: As the Hub calls it, one of `TASK_AUTO_CLASSES`.
+        dataset: A repository of the Hub or a path of this machine, `None` for the bundled data.
+        dataset_title: What the card calls the data; by default the repository or the last part of the path.
+        initial_weights: The repository or path of the checkpoint that training began with, `None` for random weights.
+        license: The Hub's identifier of a licence; none is guessed.
+        settings: Recipe and arguments of the run.
+    """
+
+    name: str
+    task: str
+    dataset: str | None = None
+    dataset_title: str | None = None
+    initial_weights: str | None = None
+    license: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_license(self.license)
+
+    @property
+    def data(self) -> str:
+        """What the card calls the data."""
+        return self.dataset_title or (publish_name(self.dataset) if self.dataset else _BUNDLED_DATA)
+
+
+def check_license(license: str | None) -> None:
+    """Raises a `ValueError` unless this can be what the Hub calls a licence, or is none."""
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(f"`license` must be the Hub's identifier of a licence, such as apache-2.0, got {license!r}.")
+
+
+def is_on_hub(name: str | None) -> bool:
+    """Whether a data set or checkpoint of this name is a repository of the Hub, and not of this machine.
+
+    Args:
+        name: As the user gave it: a name, a path, a pattern of files; `None` is none of the Hub's.
+    """
+    if name is None or os.path.exists(name):  # which is false, and no error, for names that no file can have
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def publish_name(name: str) -> str:
+    """What a published card may call a data set or checkpoint: of a path of this machine the last part.
+
+    Args:
+        name: As the user gave it.
+    """
+    return escape_control(name if is_on_hub(name) else os.path.basename(os.path.abspath(name)) or name)
+
+
 def training_card(
-    name: str,
+    facts: RunFacts,
     config: PreTrainedConfig,
     log_history: LogHistory,
-    settings: dict[str, Any],
-    dataset: str | None,
-    initial_weights: str | None,
-    task: str,
     metric_names: dict[str, str],
     pictures: Sequence[str] = ("curves.png",),
 ) -> ModelCard:
     """A model card that says what was measured and how it was trained, and nothing else.
 
     Args:
-        name: Of the run.
+        facts: What there is to say of the run.
         config: Of the model.
         log_history: `trainer.state.log_history` with evaluations (`eval_images` and `eval_` with each metric), the last
             of which is that of the model, and perhaps one of the EMA weights (`ema_images` ...).
-        settings: Recipe and arguments of the run.
-        dataset: Where the images are from, as the command named it; `None` for scikit-learn's digits.
-        initial_weights: The checkpoint that training began with, or `None` for random weights.
-        task: As the Hub calls it, one of `TASK_AUTO_CLASSES`.
         metric_names: Keys of metrics with values in [0, 1], the most important first, and what they are called.
         pictures: Names of files beside the card.
     """
     evaluations = [entry for entry in log_history if "eval_images" in entry]
     of_ema = [entry for entry in log_history if "ema_images" in entry]
     values = {key: evaluations[-1][f"eval_{key}"] for key in metric_names}
-    metadata = _metadata(name, config, task, dataset, initial_weights, values)
+    metadata = _metadata(facts, config, values)
     ema = f"\nThe EMA weights (in `ema`) reach {_percentages(of_ema[-1], 'ema', metric_names)}.\n" if of_ema else ""
     shown = "\n\n".join(f"![{Path(picture).stem}]({picture})" for picture in pictures)
+    weights = code_span(publish_name(facts.initial_weights)) if facts.initial_weights else "random weights"
     return ModelCard(
         f"""---
 {metadata.to_yaml()}
 ---
 
-# {name}
+# {escape_markdown(facts.name)}
 
-A `{config.model_type}` with {config.num_labels} classes, trained by pvt_hf on `{dataset or _BUNDLED_DATA}` from
-{f"`{initial_weights}`" if initial_weights else "random weights"}. On the {evaluations[-1]["eval_images"]} validation
+A `{config.model_type}` with {config.num_labels} classes, trained by pvt_hf on {code_span(facts.data)} from
+{weights}. On the {evaluations[-1]["eval_images"]} validation
 images it reaches {_percentages(evaluations[-1], "eval", metric_names)}.
 {ema}
-Use it with `import pvt_hf` and `{TASK_AUTO_CLASSES[task]}.from_pretrained`. What it is for and where it fails, whoever
-publishes it should say here.
+Use it with `import pvt_hf` and `{TASK_AUTO_CLASSES[facts.task]}.from_pretrained`. What it is for and where it fails,
+whoever publishes it should say here.
 
 {shown}
 
@@ -104,37 +176,42 @@ publishes it should say here.
 
 ## Settings
 
-{_table(("setting", "value"), settings.items())}
+{_table(("setting", "value"), [(name, _publish_value(value)) for name, value in facts.settings.items()])}
+
+## Licence
+
+{facts.license or "No licence was chosen for these weights: whoever publishes them has to."}
 """
     )
 
 
-def _metadata(
-    name: str,
-    config: PreTrainedConfig,
-    task: str,
-    dataset: str | None,
-    initial_weights: str | None,
-    values: dict[str, float],
-) -> ModelCardData:
+def _publish_value(value: Any) -> Any:
+    """A setting without the folders of this machine."""
+    return publish_name(value) if isinstance(value, str) and os.path.exists(value) else value
+
+
+def _metadata(facts: RunFacts, config: PreTrainedConfig, values: dict[str, float]) -> ModelCardData:
     """What the Hub reads. Local folders are neither data sets nor models of it."""
+    on_hub = facts.dataset if is_on_hub(facts.dataset) else None
     results = [
         EvalResult(
-            task_type=task,
-            dataset_type="imagefolder" if dataset is None or Path(dataset).exists() else dataset,
-            dataset_name=dataset or _BUNDLED_DATA,
+            task_type=facts.task,
+            dataset_type=on_hub or "imagefolder",
+            dataset_name=escape_control(facts.data),
             metric_type=key,
             metric_value=value,
         )
         for key, value in values.items()
     ]
     return ModelCardData(
-        model_name=name,
+        model_name=escape_control(facts.name),
         eval_results=results,
         library_name="transformers",
-        pipeline_tag=task,
+        pipeline_tag=facts.task,
         tags=["vision", config.model_type],
-        base_model=initial_weights if initial_weights and not Path(initial_weights).exists() else None,
+        license=facts.license,
+        datasets=[on_hub] if on_hub else None,
+        base_model=facts.initial_weights if is_on_hub(facts.initial_weights) else None,
     )
 
 
@@ -151,36 +228,61 @@ def _history_table(evaluations: LogHistory, metric_names: dict[str, str]) -> str
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    first, *others = (f"| {' | '.join(map(str, row))} |" for row in (header, *rows))
+    cells = ([escape_markdown(str(cell)) for cell in row] for row in (header, *rows))
+    first, *others = (f"| {' | '.join(row)} |" for row in cells)
     return "\n".join([first, "|" + "--|" * len(header), *others])
 
 
 def _percentages(metrics: dict[str, float], prefix: str, metric_names: dict[str, str]) -> str:
-    return ", ".join(f"**{100 * metrics[f'{prefix}_{key}']:.2f} %** {name}" for key, name in metric_names.items())
+    values = ((escape_markdown(name), metrics[f"{prefix}_{key}"]) for key, name in metric_names.items())
+    # COCO has -1 where there are no objects.
+    return ", ".join(f"**{100 * value:.2f} %** {name}" if value >= 0 else f"no {name}" for name, value in values)
 
 
-def run_settings(recipe: Any, arguments: TrainingArguments, epochs: float, recipe_schedule: bool) -> dict[str, Any]:
-    """What a reader needs to repeat a run.
+def run_settings(
+    recipe: Any, arguments: TrainingArguments, config: PreTrainedConfig, state: TrainerState, recipe_schedule: bool
+) -> dict[str, Any]:
+    """What a reader needs to repeat a run: what was done, and where it differs what the recipe has.
 
     Args:
         recipe: A dataclass of [`~pvt_hf.recipes`].
         arguments: Of the run; they override the recipe.
-        epochs: The real length of the run.
+        config: Of the model, whose stochastic depth may be a checkpoint's.
+        state: In the end of the run.
         recipe_schedule: Whether the learning rate was the recipe's, and not `arguments.lr_scheduler_type`.
     """
-    overrides = {
-        "epochs": round(epochs, 2),
+    fields = dataclasses.asdict(recipe)
+    images = fields.pop("reference_batch_size", None)
+    done = {
+        "steps": state.global_step,
+        "epochs": round(state.epoch or 0.0, 2),
         "learning_rate": arguments.learning_rate,
         "weight_decay": arguments.weight_decay,
         "max_grad_norm": arguments.max_grad_norm,
+        "drop_path_rate": getattr(get_backbone_config(config), "drop_path_rate", None),
     }
-    settings = dataclasses.asdict(recipe) | overrides
-    settings.pop("reference_batch_size", None)
-    return settings | {
-        "images per step": images_per_step(arguments),
-        "processes": arguments.world_size,
-        "accumulated batches": arguments.gradient_accumulation_steps,
-        "learning-rate schedule": "the recipe's" if recipe_schedule else str(arguments.lr_scheduler_type.value),
-        "precision": "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "float32",
-        "seed": arguments.seed,
+    of_whom = {"learning_rate": f"of the recipe, for {images} images per step"}
+    of_recipe = {
+        f"{key} {of_whom.get(key, 'of the recipe')}": fields[key]
+        for key in done
+        if fields.get(key) not in (None, done[key])
     }
+    others = {
+        key: value for key, value in fields.items() if key not in done and (recipe_schedule or key not in _OF_SCHEDULE)
+    }
+    if "decay_epochs" in others:  # after the same parts of a run of any length
+        part = done["epochs"] / recipe.epochs
+        others["decay_epochs"] = tuple(round(part * epoch, 2) for epoch in recipe.decay_epochs)
+    return (
+        done
+        | of_recipe
+        | others
+        | {
+            "images per step": images_per_step(arguments),
+            "processes": arguments.world_size,
+            "accumulated batches": arguments.gradient_accumulation_steps,
+            "learning-rate schedule": "the recipe's" if recipe_schedule else str(arguments.lr_scheduler_type.value),
+            "precision": "fp16" if arguments.fp16 else "bf16" if arguments.bf16 else "float32",
+            "seed": arguments.seed,
+        }
+    )

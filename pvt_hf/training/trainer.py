@@ -2,30 +2,40 @@
 schedules by step, an EMA of the weights, and an end with a reason when the loss is not a number.
 
 [`VisionTrainer`] is told what to train on, builds loader, optimiser and schedule, takes steps, writes checkpoints and
-resumes from them, evaluates, and finishes with a report; [`DensePredictionTrainer`] changes how it evaluates. What is
-special about a task is in `classification`, `detection` and `segmentation` beside this file.
+resumes from them, evaluates, and finishes with a report. What is special about a task is in `classification`,
+`dense_prediction`, `detection` and `segmentation` beside this file.
 """
 
 import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from ..data.images import keep_random_state
 from ..data.samplers import EpochSampler
-from .report import plot_curves, run_settings, training_card
+from ..writing.files import atomic_file, explain_write_error, hidden_folder
+from ..writing.hub import UploadError, explain_upload_error
+from ..writing.text import escape_control
+from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
 from .run_checkpoints import (
     CheckpointError,
+    check_states,
     last_complete_checkpoint,
     mark_complete,
     mark_incomplete,
@@ -35,6 +45,7 @@ from .run_checkpoints import (
 logger = logging.get_logger(__name__)
 
 _EMA_WEIGHTS = "ema.safetensors"
+_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
 Schedule = Callable[[int, int, int], float]
 
@@ -69,9 +80,13 @@ class VisionTrainer(Trainer):
 
     Args:
         recipe: Hyper-parameters, a dataclass, for the model card; a subclass may use it.
-        dataset_name: For the model card: where the images came from, `None` for the bundled data.
-        initial_weights: For the model card: where the weights came from, `None` for random ones.
+        dataset_name: For the model card: where the images came from, `None` for the bundled data. Of a path, the card
+            has the last part only.
+        dataset_title: For the model card: what it calls the data (default: their name on the Hub, or that last part).
+        initial_weights: For the model card: where the weights came from, `None` for random ones. As `dataset_name`.
+        license: For the model card: the Hub's identifier of a licence (default: none is chosen, and the card says so).
         settings: For the model card: what else was chosen.
+        left_out: The corrupt images that were left out before training, for the summary at the end.
         schedule: From `(step, steps per epoch, steps of the run)` to the multiplier of every learning rate; by default
             the schedule is that of `args.lr_scheduler_type`.
         parameter_groups: From the model to the groups of the optimiser; by default those of `Trainer`.
@@ -88,6 +103,7 @@ class VisionTrainer(Trainer):
     Raises:
         ValueError: If arguments contradict each other, or would be ignored.
         CheckpointError: If a checkpoint cannot be written, or is of another run.
+        UploadError: If `finish` cannot push to the Hub.
         FloatingPointError: If a loss is not finite, with step, learning rate and images.
     """
 
@@ -100,8 +116,11 @@ class VisionTrainer(Trainer):
         *args,
         recipe: Any,
         dataset_name: str | None = None,
+        dataset_title: str | None = None,
         initial_weights: str | None = None,
+        license: str | None = None,
         settings: dict[str, Any] | None = None,
+        left_out: Sequence[str] = (),
         schedule: Schedule | None = None,
         parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
         repeats: int = 1,
@@ -111,9 +130,12 @@ class VisionTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.recipe, self.settings = recipe, settings or {}
-        self.dataset_name, self.initial_weights = dataset_name, initial_weights
+        self.facts = RunFacts(
+            Path(self.args.output_dir).resolve().name, self.task, dataset_name, dataset_title, initial_weights, license
+        )
         self.schedule, self.parameter_groups, self.repeats = schedule, parameter_groups, repeats
         self.ema_decay, self.channels_last = ema_decay, channels_last
+        self.left_out, self._saved_step = list(left_out), -1
         self.ema, self.skipped, self.skipped_before = None, 0, 0
         self._check_arguments()
         self.args.remove_unused_columns = False
@@ -226,35 +248,102 @@ class VisionTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} at step {self.state.global_step + 1} (process {self.args.process_index}), "
-                f"with a learning rate of {self._get_learning_rate():.3g} and the images {', '.join(names)}. Training "
+                f"with a learning rate of {self._get_learning_rate():.3g} and the images "
+                f"{escape_control(', '.join(names))}. Training "
                 f"stops; the last good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
             )
         return loss
+
+    @contextmanager
+    def _name_last_checkpoint(self, what: str | Path) -> Iterator[None]:
+        """Makes of what fails in writing a `CheckpointError` that names the last good checkpoint."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them: torch's is the second
+            if isinstance(error, CheckpointError):
+                raise
+            reason, last = explain_write_error(error, what), last_complete_checkpoint(self.args.output_dir)
+            raise CheckpointError(
+                f"{what} could not be written: {reason}. The last good checkpoint is {last}."
+            ) from error
+
+    @contextmanager
+    def write_file(self, name: str) -> Iterator[Path]:
+        """A path to write to, whose content becomes a file of `output_dir` when it is complete.
+
+        Args:
+            name: Of the file.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        file = Path(self.args.output_dir) / name
+        with self._name_last_checkpoint(file), atomic_file(file) as path:
+            yield path
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As in `Trainer`, where a killed program leaves a part of a file under the name of the model."""
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        target = Path(output_dir or self.args.output_dir)
+        with self._name_last_checkpoint(target), hidden_folder(target) as folder:
+            super()._save(str(folder), state_dict)
+            for file in (path for path in folder.rglob("*") if path.is_file()):
+                place = target / file.relative_to(folder)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+
+    def save_metrics(self, *args, **kwargs) -> None:
+        """As in `Trainer`. A full disk is a `CheckpointError`."""
+        with self._name_last_checkpoint(self.args.output_dir):
+            super().save_metrics(*args, **kwargs)
+
+    def _evaluate(self, trial, *args, **kwargs) -> dict[str, float]:
+        """As in `Trainer`, after the checkpoint that is due: an evaluation that fails costs no training."""
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial)
+        return super()._evaluate(trial, *args, **kwargs)
+
+    def _add_metrics(self, folder: Path) -> None:
+        """What the evaluation changed since the checkpoint of this step was written: the metrics, and which is best."""
+        best = folder.parent / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            run, state = read_run(folder), folder / f"{TRAINER_STATE_NAME}.partial"
+            with self._name_last_checkpoint(folder):
+                self.state.save_to_json(str(state))
+                mark_incomplete(folder)
+                state.replace(folder / TRAINER_STATE_NAME)
+                mark_complete(folder, run)
 
     def _save_checkpoint(self, model, trial) -> None:
         """As in `Trainer`, and in the end a list of the files, without which it is not taken for a good checkpoint."""
         run_dir, args = self._get_output_dir(trial), self.args
         folder, limit = Path(run_dir) / f"checkpoint-{self.state.global_step}", args.save_total_limit
+        # A schedule that follows the metrics has taken its step since.
+        if self._saved_step == self.state.global_step and args.lr_scheduler_type not in _METRIC_SCHEDULES:
+            return self._add_metrics(folder)
         skipped = self.skipped_images()
         # Older checkpoints go, and the Hub gets this one, when it is complete.
         args.save_total_limit, push, args.push_to_hub = None, args.push_to_hub, False
         try:
-            if args.should_save:
-                mark_incomplete(folder)
-            super()._save_checkpoint(model, trial)
-            if args.should_save and self.ema is not None:
-                weights = {key: value.contiguous() for key, value in self.ema.module.state_dict().items()}
-                save_file(weights, folder / _EMA_WEIGHTS)
-            self.accelerator.wait_for_everyone()
-            if args.should_save:
-                mark_complete(folder, {"layout": self._layout(), "skipped": skipped})
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # what torch.save raises
-                raise
-            last = last_complete_checkpoint(run_dir)
-            raise CheckpointError(f"{folder} could not be written: {error}. The last good one is {last}.") from error
+            with self._name_last_checkpoint(folder):
+                if args.should_save:
+                    mark_incomplete(folder)
+                super()._save_checkpoint(model, trial)
+                if args.should_save and self.ema is not None:
+                    weights = {key: value.contiguous() for key, value in self.ema.module.state_dict().items()}
+                    save_file(weights, folder / _EMA_WEIGHTS)
+                self.accelerator.wait_for_everyone()
+                if args.should_save:
+                    mark_complete(folder, {"layout": self._layout(), "skipped": skipped})
+        except CheckpointError:
+            shutil.rmtree(folder, ignore_errors=True)  # of no use, and the disk may be full
+            raise
         finally:
             args.save_total_limit, args.push_to_hub = limit, push
+        self._saved_step = self.state.global_step
         if push:
             self._push_from_checkpoint(str(folder))
         if args.should_save:
@@ -270,8 +359,11 @@ class VisionTrainer(Trainer):
             **kwargs: As in `Trainer`.
 
         Raises:
-            CheckpointError: If the given checkpoint is not complete, or of another run.
+            CheckpointError: If the given checkpoint is not complete, of another run, or not what a run wrote.
         """
+        self._build_card(
+            [{"epoch": 0, "eval_images": 0} | {f"eval_{key}": 0.0 for key in self.metric_names}]
+        )  # it can be
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             logger.warning(
@@ -280,7 +372,10 @@ class VisionTrainer(Trainer):
                 else "Training starts from scratch: no checkpoint is complete."
             )
         if resume_from_checkpoint:
+            if self.is_deepspeed_enabled:
+                raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")
             saved, now = read_run(resume_from_checkpoint), self._layout()
+            check_states(resume_from_checkpoint)
             layout = saved["layout"]
             if changed := [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
@@ -333,25 +428,30 @@ class VisionTrainer(Trainer):
         return metrics
 
     def finish(self) -> str:
-        """The end of a training program, called by every process: evaluates the model (and its EMA weights), saves
-        it with `eval_results.json`, pictures, curves and card, and pushes everything to the Hub if `args` says so.
+        """The end of a training program, called by every process: saves the model, evaluates it (and its EMA weights),
+        leaves `eval_results.json`, pictures, curves and card, and pushes everything to the Hub if `args` says so.
 
         Returns:
             What was reached, in words.
         """
+        self.save_model(_internal_call=True)  # not pushed yet: the card needs the metrics
         ema: dict[str, float] = self.evaluate_ema() if self.ema is not None else {}
         metrics = ema | self.evaluate()  # whose predictions are the ones that are kept
-        self.save_model()
         self.save_metrics("eval", metrics)
         self.draw_predictions()
         self.create_model_card()
         lines = []
         for prefix in ("eval", "ema") if self.ema is not None else ("eval",):
-            values = (f"{name} {metrics[f'{prefix}_{key}']:.4f}" for key, name in self.metric_names.items())
+            found = ((escape_control(name), metrics[f"{prefix}_{key}"]) for key, name in self.metric_names.items())
+            # COCO has -1 where there are no objects.
+            values = (f"{name} {value:.4f}" if value >= 0 else f"no ground truth for {name}" for name, value in found)
             lines.append(f"{prefix}: {', '.join(values)} on {metrics[f'{prefix}_images']} images")
         skipped = self.skipped_images()
         if self.args.push_to_hub:
-            self.push_to_hub()
+            self._upload()
+        if self.left_out:
+            listed = "\n  ".join(self.left_out)
+            lines.append(f"{len(self.left_out)} corrupt images were left out before training:\n  {listed}")
         lines.append(f"{skipped} corrupt images were skipped; everything is in {self.args.output_dir}")
         self.accelerator.end_training()
         return "\n".join(lines)
@@ -363,55 +463,25 @@ class VisionTrainer(Trainer):
         """Curves and a card with the numbers of the run, in place of `Trainer`'s with its gaps to fill in."""
         if not self.is_world_process_zero():
             return
-        output, log = Path(self.args.output_dir), self.state.log_history
-        plot_curves(log, output / "curves.png", self.metric_names)
-        training_card(
-            output.name,
-            self.accelerator.unwrap_model(self.model).config,
-            log,
-            run_settings(self.recipe, self.args, self.state.epoch, self.schedule is not None) | self.settings,
-            self.dataset_name,
-            self.initial_weights,
-            self.task,
-            self.metric_names,
-            [picture for picture in self.pictures if (output / picture).exists()],
-        ).save(output / "README.md")
+        with self.write_file("curves.png") as path:
+            plot_curves(self.state.log_history, path, self.metric_names)
+        card = self._build_card(self.state.log_history)
+        with self.write_file("README.md") as path:
+            card.save(path)
 
+    def _build_card(self, log_history: LogHistory) -> ModelCard:
+        config = self.accelerator.unwrap_model(self.model).config
+        settings = run_settings(self.recipe, self.args, config, self.state, self.schedule is not None) | self.settings
+        pictures = [picture for picture in self.pictures if (Path(self.args.output_dir) / picture).exists()]
+        facts = replace(self.facts, settings=settings)
+        return training_card(facts, config, log_history, self.metric_names, pictures)
 
-class DensePredictionTrainer(VisionTrainer):
-    """Trains detectors and segmenters, which own their losses, and whose outputs are not kept during an evaluation.
-
-    A subclass counts: `start_evaluation`, then `evaluate_batch` for every batch, and in the end `evaluation_metrics`.
-    Everything else, and the errors, are as of [`~pvt_hf.training.trainer.VisionTrainer`].
-    """
-
-    def start_evaluation(self) -> None:
-        """Before the first batch."""
-        raise NotImplementedError
-
-    def evaluate_batch(self, outputs: Any, inputs: dict[str, Any]) -> None:
-        """Counts a batch: what the model made of `inputs`, on the model's device."""
-        raise NotImplementedError
-
-    def evaluation_metrics(self) -> dict[str, float]:
-        """The metrics of the images of all processes, in each of them, without a prefix; `images` among them."""
-        raise NotImplementedError
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
-        """As in `Trainer`, without predictions in what it returns."""
-        self.start_evaluation()
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluation_metrics().items()}
-        return output._replace(metrics=output.metrics | metrics)
-
-    @torch.no_grad()
-    def prediction_step(
-        self, model, inputs, prediction_loss_only, ignore_keys=None
-    ) -> tuple[torch.Tensor | None, None, None]:
-        """Counts the predictions for a batch, and returns only its loss, if the model gave one."""
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        self.evaluate_batch(outputs, inputs)
-        loss = outputs.get("loss")
-        return None if loss is None else loss.detach().float().mean(), None, None
+    def _upload(self) -> None:
+        try:
+            self.push_to_hub()
+        except Exception as error:  # the run is over, and everything is here
+            reason, _ = explain_upload_error(error)
+            raise UploadError(
+                f"The upload to {self.hub_model_id} failed: {reason}. Everything is in {self.args.output_dir}. To try "
+                f"again: hf upload {self.hub_model_id} {quote(self.args.output_dir)}"
+            ) from error

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation, pipeline
 
 import pvt_hf
-from pvt_hf.commands.train_segmentation import load_splits, main, parse, read_class_names
+from pvt_hf.commands.train_segmentation import load_splits, main, name_classes, parse
 from pvt_hf.data.digits import write_scenes
 from pvt_hf.recipes import SEGMENTATION_RECIPES
 from tests.support.segmentation_run import read
@@ -45,6 +45,8 @@ def test_smoke_run_and_fine_tuning_of_its_result(data, tmp_path, capsys):
     shown = re.search(r"\*\*([\d.]+) %\*\* mIoU", card.content)[1]
     assert float(shown) == pytest.approx(100 * float(miou), abs=0.011)
     assert card.data.pipeline_tag == "image-segmentation"
+    assert "| steps | 4 |" in card.content and "| steps of the recipe | 40000 |" in card.content
+    assert "from\n`classifier`. On the 9" in card.content and str(tmp_path) not in card.content
     assert "![predictions](predictions.png)" in card.content and "scikit-learn digits" in card.content
     for picture in ("predictions.png", "curves.png"):
         with Image.open(tmp_path / "run" / picture) as opened:
@@ -130,14 +132,14 @@ def test_data_set_of_the_hub_is_as_the_folders(data, tmp_path):
     (tmp_path / "names.json").write_text(json.dumps(list("abcdefghijk")))
     arguments = ["--dataset_name", tmp_path / "hub", "--class_names", tmp_path / "names.json", "--output_dir", tmp_path]
     (_, data_args, *_), _, _, args = parse([str(argument) for argument in arguments])
-    names = read_class_names(data_args, None)
+    names = name_classes(data_args, None)
     assert names == list("abcdefghijk")
-    for found, split in zip(load_splits(data_args, args, len(names)), ("train", "validation"), strict=True):
+    for found, split in zip(load_splits(data_args, args, names), ("train", "validation"), strict=True):
         expected = read(data, split)
         assert len(found) == len(expected)
         assert all(torch.equal(*pair) for pair in zip(found.read(3), expected.read(3), strict=True))
     data_args.class_names = tmp_path / "few.json"
     data_args.class_names.write_text(json.dumps({"0": "background", "1": "zero"}))
-    few = load_splits(data_args, args, len(read_class_names(data_args, None)))[0]
+    few = load_splits(data_args, args, name_classes(data_args, None))[0]
     with pytest.raises(ValueError, match=r"label map .* has the labels \[.*10\], the classes are 0 to 1"):
         [few.read(index) for index in range(len(few))]

@@ -11,6 +11,8 @@ import torch
 
 import pvt_hf
 from pvt_hf.conversion import formats, rename
+from pvt_hf.conversion.publish import publish
+from pvt_hf.writing.hub import explain_upload_error, hide_secrets
 from tests.support.checkpoints import TINY, equal, official_weights, run, save
 from tests.support.hub import TOKEN
 from tests.support.small_models import ROOT, STAGES, randomize, small_config
@@ -191,41 +193,68 @@ def test_private_uploads_are_never_public(online, tmp_path, capsys):
     assert "org/pvt exists and is public" in capsys.readouterr().err and online.repos["org/pvt"] == {}
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ({"repos/create": 401}, "run `hf auth login`, or set HF_TOKEN"),
-        ({"repos/create": 403}, "your token may not write there"),
-        ({"/commit/": 409}, "in conflict with this upload"),
-        ({"/commit/": 500}, "500"),
+        ({"repos/create": 401}, "answers 401: it does not accept your token: run `hf auth login`, or set HF_TOKEN"),
+        ({"repos/create": 403}, "answers 403: your token may not write there"),
+        ({"PUT /objects": 401}, "answers 401: it does not accept your token"),
+        ({"PUT /objects": 403}, "answers 403: your token may not write there"),
+        ({"/preupload/": 404}, "answers 404: there is no such repository or owner"),
+        ({"/commit/": 409}, "answers 409: the repository is in conflict with this upload"),
+        ({"/commit/": 413}, "answers 413: a file is larger than it takes"),
+        ({"/commit/": 418}, "answers 418: it refuses this"),
+        ({"PUT /objects": (429, {"Retry_After": "17"})}, "answers 429: too much was asked .*; try again in 17 s"),
+        ({"/commit/": (429, {"RateLimit": '"api";r=0;t=55'})}, "answers 429: too much .*; try again in 55 s"),
+        ({"/commit/": 500}, "answers 500: it has an error of its own"),
+        ({"PUT /objects": 503}, "answers 503: it has an error of its own"),
         ({"PUT /objects": "cut"}, "the connection failed"),
         ({"/commit/": "cut"}, "the connection failed"),
         ({"repos/create": "cut"}, "the connection failed"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_failed_upload_tells_why_and_can_be_repeated(fault, message, online, tmp_path, capsys):
-    path = save(official_weights(TINY["v2"]), tmp_path / "a.pth")
+def test_failed_upload_tells_why_and_can_be_repeated(fault, message, online, converted):
+    folder = converted / "saved"
     online.fault = fault
-    assert run(path, "out", "--push-to-hub", "me/pvt") == 1
-    error = capsys.readouterr().err
-    error = error[error.index("error: ") :]
-    outcome = "Whether the commit arrived is not known" if "cut" in fault.values() else "Nothing was committed there"
-    assert message in error and "hf upload me/pvt out" in error and outcome in error, error
-    names = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
+    with pytest.raises(rename.ConversionError) as raised:
+        publish(folder, "me/pvt", private=False)
+    error = str(raised.value)
+    is_unknown = fault in ({"/commit/": "cut"}, {"/commit/": 500})  # all the other requests come before the commit
+    outcome = "Whether the commit arrived is not known" if is_unknown else "Nothing was committed there"
+    assert re.search(message, error) and f"hf upload me/pvt {folder}" in error and outcome in error, error
+    assert TOKEN not in error and ("connection" in error) == ("cut" in fault.values())
     assert not online.repos.get("me/pvt")
     online.fault = {}
-    assert run(path, "out", "--push-to-hub", "me/pvt", "--overwrite") == 0
-    assert sorted(online.repos["me/pvt"]) == names
+    assert publish(folder, "me/pvt", private=False).startswith(online.url)
+    assert online.repos["me/pvt"] == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_unknown_or_offline_user_is_told(online, tmp_path, capsys, monkeypatch):
+def test_conversion_whose_upload_fails_is_there(online, tmp_path, capsys, monkeypatch):
+    """Also without a token, and with one that is not known, and where nothing may be asked."""
     path = save(official_weights(TINY["v2"]), tmp_path / "a.pth")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert run(path, "out", "--push-to-hub", "me/pvt") == 1
-    assert "hf auth login" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: The upload to me/pvt") and error.count("\n") == 1 and "hf_wrong" not in error
+    assert "it does not accept your token: run `hf auth login`" in error and (tmp_path / "out" / "README.md").exists()
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(rename.ConversionError, match="there is no token: run `hf auth login`, or set HF_TOKEN"):
+        publish(tmp_path / "out", "me/pvt", private=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert run(path, "offline", "--push-to-hub", "me/pvt") == 1
-    assert "offline" in capsys.readouterr().err.lower() and not online.repos
+    with pytest.raises(rename.ConversionError, match=r"(?i)the connection failed \(.*offline"):
+        publish(tmp_path / "out", "me/pvt", private=False)
+    assert not online.repos
+
+
+def test_answers_to_the_transport_of_large_files_are_known_too():
+    error = RuntimeError("Data processing error: HTTP status client error (403 Forbidden) for url (https://cas/x?y=z)")
+    assert explain_upload_error(error) == ("the Hub answers 403: your token may not write there", False)
+    assert explain_upload_error(RuntimeError("what?")) == ("RuntimeError: what?", True)
+
+
+def test_secrets_are_not_in_messages(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    text = f"{TOKEN} 'Bearer xyz' hf_{'a' * 34} https://s3.host/object?X-Amz-Signature=abc&y=1 hf_hub_download(x)"
+    assert hide_secrets(text) == "... '... ... https://s3.host/object?... hf_hub_download(x)"

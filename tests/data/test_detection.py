@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import cv2
 import datasets
@@ -16,6 +17,7 @@ from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 import pvt_hf
 from pvt_hf.data.augmentation import DetectionAugmentation
+from pvt_hf.data.class_names import ClassNameError
 from pvt_hf.data.detection import (
     DetectionCollator,
     EvaluationDetections,
@@ -89,9 +91,26 @@ def test_coco_categories_become_labels_and_back(coco_json):
         (lambda content: content["annotations"][2].update(category_id=5), "annotation 3 of image 7 has `category_id`"),
         (lambda content: content["annotations"][0].pop("bbox"), r"number 0 of `annotations` has no \['bbox'\]"),
         (lambda content: content["images"][1].pop("height"), r"number 1 of `images` has no \['height'\]"),
-        (lambda content: content["images"][1].update(id=7), r"`images` whose ids are not different integers: \[7\]"),
-        (lambda content: content["images"][1].update(id="b"), r"whose ids are not different integers: \['b'\]"),
-        (lambda content: content["categories"][0].update(id=4), "`categories` whose ids are not different"),
+        (lambda content: content["images"][1].update(id=7), r"`images` with the same ids: \[7\]"),
+        (lambda content: content["images"][1].update(id="b"), r"number 1 of `images` \(id 'b'\) has `id` 'b', it must"),
+        (lambda content: content["images"][1].update(id=[1]), r"has `id` \[1\], it must be an integer"),
+        (lambda content: content["categories"][0].update(id=4), r"`categories` with the same ids: \[4\]"),
+        (lambda content: content["categories"][0].update(name=None), r"`categories` \(id 90\) has `name` None, it"),
+        (lambda content: content["images"].append(None), "number 2 of `images` is no object: None"),
+        (lambda content: content["annotations"].append([1]), r"number 3 of `annotations` is no object: \[1\]"),
+        (lambda content: content["images"][0].update(file_name=3), r"\(id 7\) has `file_name` 3, it must be a string"),
+        (lambda content: content["images"][0].update(width=60.0), r"has `width` 60.0, it must be a positive integer"),
+        (lambda content: content["images"][0].update(height="40"), "has `height` '40', it must be a positive integer"),
+        (lambda content: content["images"][0].update(height=0), "has `height` 0, it must be a positive integer"),
+        (lambda content: content["annotations"][0].update(image_id="3"), r"\(id 1\) has `image_id` '3', it must be an"),
+        (lambda content: content["annotations"][0].update(category_id=None), "has `category_id` None, it must be an"),
+        (lambda content: content["annotations"][0].update(bbox=None), r"b\.png: Annotation 1 of image 3 has `bbox` N"),
+        (lambda content: content["annotations"][0].update(bbox=["1", 2, 3, 4]), r"has `bbox` \['1', 2, 3, 4\], it"),
+        (lambda content: content["annotations"][0].update(bbox={"x": 1}), "has `bbox` {'x': 1}, it must be four"),
+        (lambda content: content["annotations"][0].update(bbox=[1, 2, 3, 10**400]), "it must be four finite numbers"),
+        (lambda content: content["annotations"][0].update(bbox=[1, 2, 3, math.nan]), "nan.*it must be four finite"),
+        (lambda content: content["annotations"][0].update(area="1200"), "has `area` '1200', it must be a finite"),
+        (lambda content: content["annotations"][0].update(iscrowd="0"), "has `iscrowd` '0', it must be 0 or 1"),
     ],
 )  # fmt: skip
 def test_malformed_coco_json_is_an_error_that_says_where(coco_json, change, message):
@@ -100,10 +119,66 @@ def test_malformed_coco_json_is_an_error_that_says_where(coco_json, change, mess
 
 
 def test_file_that_is_not_json_is_an_error(tmp_path):
-    (tmp_path / "x.json").write_text("{")
-    for name in ("x.json", "missing.json"):
-        with pytest.raises(AnnotationError, match=rf"{name} cannot be read"):
-            read_coco(tmp_path / name, tmp_path)
+    contents = {"x": "{", "deep": "[" * 100_000, "twice": '{"images": [], "images": [1]}', "digits": "1" * 5000}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(content)
+    (tmp_path / "latin.json").write_bytes(b'{"images": "\xe9"}')
+    for name in (*contents, "latin", "missing"):
+        with pytest.raises(AnnotationError, match=rf"{name}\.json cannot be read"):
+            read_coco(tmp_path / f"{name}.json", tmp_path)
+    with pytest.raises(AnnotationError, match=r"an object has keys twice: \['images'\]"):
+        read_coco(tmp_path / "twice.json", tmp_path)
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    0.5,
+    math.nan,
+    math.inf,
+    10**30,
+    "",
+    "7",
+    "\0",
+    [],
+    [[]],
+    [None] * 4,
+    ["1"] * 6,
+    {},
+    {"size": 1},
+]
+ODD += [{"size": [40, 60], "counts": value} for value in ("", "x", "\xe9", [-1], [1.5], ["1"], [10**12], None)]
+ODD += [[[math.nan] * 6], [["1"] * 6], [[1] * 7], [[1, 1] * 2], {"size": [40, 60]}, {"counts": [2400]}]
+
+
+def test_no_value_of_any_field_ends_in_a_traceback(coco_json):
+    """Each is read, or an error that names the file."""
+    refused = 0
+    fields = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name", "supercategory")}
+    fields["annotations"] = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "segmentation")
+    for part, names in fields.items():
+        for name in names:
+            for value in ODD:
+
+                def change(content, entry=(part, name, value)):
+                    content[entry[0]][0][entry[1]] = entry[2]
+
+                files = coco_json(change)
+                try:
+                    data = read_coco(*files)
+                except AnnotationError as error:
+                    assert str(files[0]) in str(error)
+                    refused += 1
+                    continue
+                for check in (data.for_training, data.for_evaluation, data.ground_truth):
+                    try:
+                        check(masks=True)
+                    except AnnotationError as error:
+                        refused += 1
+                        assert re.search("Annotation .* of image 3 |No annotation of ", str(error))
+    assert refused > 300
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "a/../../secret.png"])
@@ -160,17 +235,151 @@ def test_small_and_empty_images_are_not_trained_on(coco_json, caplog):
             {"id": 9, "file_name": "d.png", "width": 31, "height": 90},
         ]
         content["annotations"].append({"id": 5, "image_id": 9, "category_id": 4, "bbox": [1, 1, 9, 9]})
+        content["annotations"].append({"id": 6, "image_id": 3, "category_id": 11, "bbox": [1, 1, 9, 9]})
 
     data = read_coco(*coco_json(change))
     assert [record.image_id for record in data.for_training().records] == [7, 3]
     assert "skips 2 of 4 images: 1 have a side of less than 32 pixels, 1 others have no annotations" in caplog.text
-    assert "skips 1 of 3 annotations: {'it is a crowd': 1}" in caplog.text
+    assert "skips 2 of 5 annotations: {'it is a crowd': 1, 'its image has a side of less than 32" in caplog.text
     assert [record.image_id for record in data.for_training(empty=True).records] == [7, 3, 8]
     data.records[1].annotations[0]["bbox"] = [1, 2, math.nan, 4]
     with pytest.raises(AnnotationError, match="Annotation 1 of image 3 has `bbox` .*four finite numbers"):
         data.for_training()
-    with pytest.raises(AnnotationError, match="No image of 4 is left"):
-        data.for_training(min_side=1000)
+
+
+CROWD, NO_AREA = "'it is a crowd': ", "'its area is not positive': "
+
+
+def update_annotations(**fields):
+    return lambda content: [annotation.update(fields) for annotation in content["annotations"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (update_annotations(area=0), f"of any class.*'dog': {{{NO_AREA}1}}, 'emu': {{{NO_AREA}1}}, 'cat': {{{NO_AREA}"),
+        (update_annotations(iscrowd=1), rf"No annotation of any class can be trained on.*'dog': {{{CROWD}1}}"),
+        (lambda content: content["images"][1].update(width=31), "of 2 of 3 classes.*'cat': {'its image has a side of"),
+        (lambda content: None, f"No annotation of 1 of 3 classes can be trained on.*: {{'emu': {{{CROWD}1}}}}"),
+        (lambda content: content["annotations"].clear(), "No image of 2 is left to train on"),
+    ],
+)  # fmt: skip
+def test_training_on_nothing_is_an_error(coco_json, change, message):
+    """Also of one class: what is left out is counted by class and reason."""
+    with pytest.raises(AnnotationError, match=message):
+        read_coco(*coco_json(change)).for_training()
+
+
+def test_evaluation_without_objects_is_an_error(coco_json, caplog):
+    for change, count in ((update_annotations(iscrowd=1), 3), (lambda content: content["annotations"].clear(), 0)):
+        with pytest.raises(AnnotationError, match=f"nothing to measure: 2 images have {count} annotations"):
+            read_coco(*coco_json(change)).for_evaluation()
+    read_coco(*coco_json(update_annotations(area=0))).for_evaluation()
+    assert "Of 2 objects to find, training would skip 2: {'its area is not positive': 2}" in caplog.text
+
+
+FORMATS = {
+    "voc": lambda x, y, w, h, width, height: [x, y, x + w, y + h],
+    "yolo": lambda x, y, w, h, width, height: [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height],
+    "albumentations": lambda x, y, w, h, width, height: [x / width, y / height, (x + w) / width, (y + h) / height],
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_boxes_of_another_format_are_recognised_by_their_values(coco_json, name):
+    """They are refused with the guess, and read where they are said to have it."""
+
+    def change(content):
+        content["annotations"][0]["bbox"] = [15, 30, 30, 40]  # reaches out where its corner is taken for its size
+        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        for annotation in content["annotations"]:
+            annotation["bbox"] = FORMATS[name](*annotation["bbox"], *sizes[annotation["image_id"]])
+
+    files = coco_json(change)
+    with pytest.raises(AnnotationError, match=rf"annotations\.json: only .* of the 3 boxes.*`{name}` .*--bbox_format"):
+        read_coco(*files)
+    data = read_coco(*files, bbox_format=name)
+    boxes = [entry["bbox"] for record in data.records for entry in record.annotations]
+    np.testing.assert_allclose(boxes, [[5, 5, 20, 20], [0, 0, 9, 9], [15, 30, 30, 40]], atol=1e-12)
+    if name != "voc":  # for whose corners these boxes may be taken
+        with pytest.raises(AnnotationError, match=r"They look like `coco` \(x, y, width, height in pixels\)"):
+            read_coco(*coco_json(), bbox_format=name)
+
+
+def test_files_are_checked_before_training(coco_json, caplog):
+    """All that is wrong is told at once, or left out and listed; truncated images are found where they are left out."""
+    file, folder = coco_json(lambda content: content["images"][0].update(width=61))
+    data = read_coco(file, folder)
+    (folder / "b.png").unlink()
+    with pytest.raises(
+        ImageError, match=r"(?s)2 of 2 images of the training set cannot be used:.*61.*b\.png \(image 3\)"
+    ):
+        data.check_images("the training set")
+    data = read_coco(*coco_json())
+    with pytest.raises(ImageError, match=r"(?s)1 of 2 images.*b\.png \(image 3\): .*FileNotFoundError.*--skip_corrupt"):
+        data.check_images("the training set")
+    kept = data.check_images("the training set", skip_corrupt=True)
+    assert [record.name for record in kept.records] == ["a.png"] and "b.png (image 3)" in kept.left_out[0]
+    assert "1 of 2 images of the training set cannot be used" in caplog.text
+    Image.effect_noise((50, 70), 90).save(folder / "b.png")
+    assert data.check_images("the training set", skip_corrupt=True) is data
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:2000])
+    assert data.check_images("the training set") is data
+    assert len(data.check_images("the training set", skip_corrupt=True)) == 1
+    (folder / "a.png").unlink()
+    with pytest.raises(ImageError, match="2 of 2 images"):
+        data.check_images("the training set", skip_corrupt=True)
+
+
+def test_annotations_without_a_mask_are_counted(coco_json, caplog):
+    """They train their box, or are left out; masks of another size are found, and those to measure are crowds."""
+    polygon = [5, 5, 25, 5, 25, 25]
+
+    def change(content):
+        content["annotations"][0]["segmentation"] = []
+        content["annotations"][1]["segmentation"] = [[1, 1, 2, 2], polygon]
+        content["annotations"][2] |= {"segmentation": [[1, 1, 2, 2]], "iscrowd": 0}
+
+    data = read_coco(*coco_json(change))
+    assert len(data.for_training(masks=True)) == 2
+    assert "2 of 3 annotations have no mask: they train their box only" in caplog.text
+    with pytest.raises(AnnotationError, match="2 of 3 classes.*'emu': {'it has no mask': 1}"):
+        data.for_training(masks=True, skip_without_mask=True)
+    for record in data.records:
+        for annotation in record.annotations:
+            annotation["category_id"] = 0
+    kept = data.for_training(masks=True, skip_without_mask=True)
+    assert [[entry["id"] for entry in record.annotations] for record in kept.records] == [[2]]
+    data.for_evaluation(masks=True)
+    assert "2 of 3 objects to find have no mask" in caplog.text
+    truth = data.ground_truth(masks=True)["annotations"]
+    assert [(entry["iscrowd"], entry["segmentation"]) for entry in truth] == [
+        (0, [polygon]), (1, [[0, 0, 9, 0, 9, 9, 0, 9]]), (1, [[1, 2, 31, 2, 31, 42, 1, 42]])
+    ]  # fmt: skip
+    assert [entry["iscrowd"] for entry in data.ground_truth()["annotations"]] == [0, 0, 0]
+    data.records[0].annotations[0]["segmentation"] = {"size": [9, 9], "counts": [81]}
+    for check in (data.for_training, data.for_evaluation):
+        with pytest.raises(AnnotationError, match=r"Annotation 2 of image 7 has a mask of \(height, width\) \[9, 9\]"):
+            check(masks=True)
+
+
+def test_more_objects_than_can_be_found_are_told(coco_json, caplog):
+    data = read_coco(*coco_json())
+    data.warn_of_limit(2, "the training set")
+    assert not caplog.text
+    data.warn_of_limit(1, "the training set")
+    assert "1 images of the training set have more than 1 objects, a.png has 2" in caplog.text
+    assert data.summary() == "2 images, 3 objects of 3 classes (1 to 1 of a class), at most 2 in an image (a.png)"
+
+
+def test_classes_are_put_in_the_order_of_others(coco_json):
+    """Annotations, names and ids go together."""
+    data = read_coco(*coco_json()).reorder(["cat", "dog", "emu"], ("The model", "the data"))
+    assert data.label_names == ["cat", "dog", "emu"] and data.category_ids == [90, 4, 11]
+    assert [entry["category_id"] for record in data.records for entry in record.annotations] == [1, 2, 0]
+    assert [annotation["category_id"] for annotation in data.ground_truth()["annotations"]] == [4, 11, 90]
+    with pytest.raises(ClassNameError, match=r"The model has the classes \['cat'\], the data \['cat', 'dog', 'emu'\]"):
+        data.reorder(["cat"], ("The model", "the data"))
 
 
 def test_data_set_of_the_hub_equals_coco_json(scenes):
@@ -242,6 +451,64 @@ def test_classes_without_names_are_numbered():
     rows[0]["objects"]["label"] = [-1]
     with pytest.raises(AnnotationError, match="object of image 0 has `label` -1, the classes are 0 to 2"):
         read_detection_dataset(datasets.Dataset.from_list(rows, features=features))
+
+
+def build_objects(tmp_path, category, categories, **fields):
+    """A data set of 100 x 80 images, one for each list of categories; `None` is an image whose `objects` is null."""
+    Image.new("RGB", (100, 80)).save(tmp_path / "image.png")
+    rows = []
+    for labels in categories:
+        objects = labels if labels is None else {"bbox": [[10, 10, 30, 20]] * len(labels), "category": labels} | fields
+        rows.append({"image": str(tmp_path / "image.png"), "objects": objects})
+    lists = {"bbox": datasets.List(datasets.List(datasets.Value("float32"))), "category": datasets.List(category)}
+    lists |= dict.fromkeys(fields, datasets.List(datasets.Value("string")))
+    return datasets.Dataset.from_list(rows, datasets.Features({"image": datasets.Image(), "objects": lists}))
+
+
+def test_categories_are_names_or_integers(tmp_path):
+    """A validation set that lacks some has the classes of the training set."""
+
+    def labels(data):
+        return [[entry["category_id"] for entry in record.annotations] for record in data.records]
+
+    names = build_objects(tmp_path, datasets.Value("string"), [["dog", "cat"], None, [], ["emu"]])
+    data = read_detection_dataset(names)
+    assert data.label_names == ["cat", "dog", "emu"] and labels(data) == [[1, 0], [], [], [2]]
+    some = build_objects(tmp_path, datasets.Value("string"), [["emu"]])
+    assert labels(read_detection_dataset(some, data.label_names)) == [[2]]
+    assert labels(read_detection_dataset(some, ["emu", "cat", "dog"])) == [[0]]
+    with pytest.raises(AnnotationError, match="row 0: an object of image 0 has `category` 'emu', the classes are 0"):
+        read_detection_dataset(some, ["cat", "dog"])
+    integers = build_objects(tmp_path, datasets.Value("int32"), [[0], [1]])
+    assert read_detection_dataset(integers, ["a", "b", "c"]).label_names == ["a", "b", "c"]
+    nothing = build_objects(tmp_path, datasets.Value("string"), [[None]])
+    with pytest.raises(AnnotationError, match="has `category` None"):
+        read_detection_dataset(nothing)
+    with pytest.raises(AnnotationError, match="`category` must hold class labels, integers or names, got float32"):
+        read_detection_dataset(build_objects(tmp_path, datasets.Value("float32"), [[1.0]]))
+    crowds = build_objects(tmp_path, datasets.Value("int32"), [[0]], iscrowd=["0"])
+    with pytest.raises(AnnotationError, match="row 0: Annotation number 0 of image 0 has `iscrowd` '0', it must be 0"):
+        read_detection_dataset(crowds)
+
+
+def test_boxes_and_columns_of_the_hub_may_be_called_otherwise(tmp_path):
+    rows = build_objects(tmp_path, datasets.Value("int32"), [[0]]).rename_column("objects", "things")
+    with pytest.raises(AnnotationError, match=r"columns `image` and `objects`, got \['image', 'things'\]. `--image"):
+        read_detection_dataset(rows)
+    data = read_detection_dataset(rows, objects_column="things", bbox_format="voc")
+    assert data.records[0].annotations[0]["bbox"] == [10, 10, 20, 10] and data.records[0].size == (80, 100)
+
+
+def test_rows_that_cannot_be_opened_are_told_at_once(tmp_path):
+    rows = build_objects(tmp_path, datasets.Value("int32"), [[0], [1]])
+    cells = rows.cast_column("image", datasets.Image(decode=False)).to_list()
+    cells[1]["image"] = {"bytes": b"no image", "path": None}
+    rows = datasets.Dataset.from_list(cells, features=rows.features)
+    with pytest.raises(ImageError, match=r"(?s)1 of 2 images.*row 1: row 1 cannot be read.*`--skip_corrupt`"):
+        read_detection_dataset(rows)
+    data = read_detection_dataset(rows, skip_corrupt=True)
+    assert [record.name for record in data.records] == ["row 0"] and "row 1" in data.left_out[0]
+    assert data.check_images("the training set").image(0).shape == (3, 80, 100)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

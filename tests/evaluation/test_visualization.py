@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pvt_hf.data.detection import DetectionData, ImageRecord
 from pvt_hf.evaluation.metrics import coco_results
 from pvt_hf.evaluation.visualization import draw_detections, draw_objects, draw_overlays, overlay, pick_color
 from pvt_hf.models.annotations import encode_mask
+from pvt_hf.training.report import plot_curves
 
 GREY = torch.full((3, 80, 120), 100, dtype=torch.uint8)
 BOX = torch.tensor([[30.0, 40, 70, 60]])
@@ -118,3 +120,22 @@ def test_overlays_show_classes_over_brightness(tmp_path):
         shown = np.array(picture.convert("RGB")).reshape(-1, 3)
     assert all((shown == color).all(1).sum() > 1000 for color in (expected.tolist(), [0, 0, 0], [100, 100, 100]))
     assert ((shown == colors[150]).all(1)).sum() > 50  # the legend
+
+
+def test_names_are_drawn_as_they_are(tmp_path, monkeypatch):
+    """In legends too, where matplotlib reads mathematics between dollars, and hides what begins with an underscore."""
+    names = dict(enumerate(["$x^2$", "_private", r"$\frac$", "a\nb\x1b[31m", "", "long " * 40, "ignored"]))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: figures.append(figure))
+    labels = torch.arange(7).repeat(7, 1)
+    draw_overlays([(torch.zeros(3, 7, 7, dtype=torch.uint8), labels, labels)], names, tmp_path / "overlays.png")
+    plot_curves([{"epoch": 1, "eval_x": 0.5}], tmp_path / "curves.png", {"x": "Dice of $polyp_1$"})
+    legends = [axes.get_legend() for figure in figures for axes in figure.axes if axes.get_legend()]
+    shown = [text.get_text() for legend in legends for text in legend.get_texts()]
+    assert shown[:5] == ["$x^2$", "_private", r"$\frac$", r"a\nb\x1b[31m", ""]
+    assert shown[6:] == ["ignored", "validation Dice of $polyp_1$"]
+    assert len(shown[5]) == 39 and shown[5].startswith("long long") and "\u2026" in shown[5]
+    for figure in figures:
+        figure.canvas.draw()  # which fails at \\frac unless it is text
+    drawn = [pixels(draw_objects(GREY, BOX, [0], [name])) for name in ("a\nb", r"a\nb", "x" * 300)]
+    assert (drawn[0] == drawn[1]).all()

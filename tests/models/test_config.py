@@ -1,5 +1,6 @@
 """Configurations: labels, sizes, backbone features, and errors that say what is wrong."""
 
+import copy
 import json
 
 import pytest
@@ -11,6 +12,8 @@ from pvt_hf.models.backbone import build_backbone
 from tests.support.small_models import SMALL_V1, small_config
 
 BOTH = pytest.mark.parametrize("config_class", [pvt_hf.PvtConfig, pvt_hf.PvtV2Config])
+DENSE = [pvt_hf.RetinaNetConfig, pvt_hf.MaskRCNNConfig, pvt_hf.SemanticFPNConfig]
+EVERY = pytest.mark.parametrize("config_class", [pvt_hf.PvtConfig, pvt_hf.PvtV2Config, *DENSE])
 
 
 @BOTH
@@ -28,18 +31,68 @@ def test_default_number_of_classes_is_transformers():
     assert pvt_hf.PvtV2Config().num_labels == 2
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize(
-    "labels", [{}, {"num_labels": 2}, {"num_labels": 7}, {"id2label": {0: "cat", 1: "dog"}}], ids=str
+    "labels",
+    [{"num_labels": 1}, {"num_labels": 2}, {"num_labels": 3}, {"id2label": {0: "cat", 1: "dog"}}],
+    ids=str,
 )
-def test_number_of_classes_is_always_written(config_class, labels, tmp_path):
+def test_classes_survive_every_copy(config_class, labels, tmp_path):
+    """Two classes without names are transformers' default, which it does not write."""
     config = config_class(**labels)
+    if "num_labels" in labels:
+        assert config.num_labels == labels["num_labels"]
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["num_labels"] == config.num_labels
-    loaded = config_class.from_pretrained(tmp_path)
-    assert (loaded.num_labels, loaded.id2label) == (config.num_labels, config.id2label)
+    for copied in (
+        config_class.from_pretrained(tmp_path),
+        config_class(**config.to_dict()),
+        config_class.from_dict(config.to_diff_dict()),
+        copy.deepcopy(config),
+    ):
+        assert (copied.num_labels, copied.id2label) == (config.num_labels, config.id2label)
     assert config_class.from_pretrained(tmp_path, num_labels=12).num_labels == 12
     assert config_class.from_pretrained(tmp_path, id2label={0: "x"}).num_labels == 1
+
+
+@pytest.mark.parametrize("config_class", [*DENSE, transformers.DetrConfig])
+def test_classes_of_a_backbone_survive(config_class, tmp_path):
+    config_class(backbone_config=pvt_hf.PvtConfig(num_labels=2), num_labels=2).save_pretrained(tmp_path)
+    config = config_class.from_pretrained(tmp_path)
+    assert (config.num_labels, config.backbone_config.num_labels) == (2, 2)
+
+
+@EVERY
+def test_class_names_by_string_keys_are_read_as_in_json(config_class, tmp_path):
+    config = config_class(id2label={"0": "cat", "1": "dog"})
+    assert config.id2label == {0: "cat", 1: "dog"}
+    config.id2label = {"0": "owl"}
+    assert config.id2label == {0: "owl"}
+    config.save_pretrained(tmp_path)
+    assert config_class.from_pretrained(tmp_path, id2label={"0": "bat"}).id2label == {0: "bat"}
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id2label": {"cat": "0"}}, "`id2label` must map class indices to names, got the key 'cat'; see `label2id`"),
+        ({"id2label": ["cat"]}, "`id2label` must map class indices to names, got a list"),
+        ({"num_labels": -1}, "`num_labels` must be a number of classes, got -1"),
+        ({"num_labels": 2.0}, "`num_labels` must be a number of classes, got 2.0"),
+        (
+            {"problem_type": "single"},
+            "`problem_type` must be one of .*'single_label_classification'.* or None, got 'single'",
+        ),
+    ],
+    ids=["names as keys", "list", "negative", "float", "problem type"],
+)
+def test_wrong_labels_are_refused(config_class, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config_class(**fields)
+    config = config_class()
+    with pytest.raises(ValueError, match=message):
+        setattr(config, *next(iter(fields.items())))
 
 
 @BOTH
@@ -107,7 +160,7 @@ def test_models_may_have_three_stages():
     assert pvt_hf.PvtForImageClassification(config).pvt.encoder.minimum_size == 16
 
 
-@pytest.mark.parametrize("config_class", [pvt_hf.RetinaNetConfig, pvt_hf.MaskRCNNConfig, pvt_hf.SemanticFPNConfig])
+@pytest.mark.parametrize("config_class", DENSE)
 def test_stages_that_a_head_wants_are_no_field(config_class, tmp_path):
     """They are the default backbone's `out_features`, and any other backbone has to give as many maps."""
     config = config_class()

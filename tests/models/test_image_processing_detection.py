@@ -346,9 +346,22 @@ MALFORMED = {
     "three": ({"bbox": [1, 2, 3], "category_id": 1}, "four finite numbers"),
     "class": (annotation([1, 1, 9, 9], 10), "`category_id` 10, the class labels are 0 to 9"),
     "negative class": (annotation([1, 1, 9, 9], -1), "`category_id` -1"),
-    "no mask": (annotation([1, 1, 9, 9]), "has no mask"),
-    "empty mask": (annotation([1, 1, 9, 9], segmentation=[]), "has no mask"),
-    "two points": (annotation([1, 1, 9, 9], segmentation=[[1, 1, 4, 4]]), "three or more points"),
+    "null": ({"bbox": None, "category_id": 1}, "has `bbox` None, it must be four finite numbers"),
+    "string": (annotation([1, 1, 9, 9]) | {"bbox": [1, 1, "9", 9]}, r"has `bbox` \[1, 1, '9', 9\]"),
+    "dictionary": (annotation([1, 1, 9, 9]) | {"bbox": {"x": 1}}, "has `bbox` {'x': 1}"),
+    "huge": (annotation([1, 1, 9, 10**400]), "four finite numbers"),
+    "class name": (annotation([1, 1, 9, 9], "cat"), "has `category_id` 'cat', it must be an integer"),
+    "half a class": (annotation([1, 1, 9, 9], 1.5), "has `category_id` 1.5, it must be an integer"),
+    "area": (annotation([1, 1, 9, 9], area="81"), "has `area` '81', it must be a finite number"),
+    "crowd": (annotation([1, 1, 9, 9], iscrowd="0"), "has `iscrowd` '0', it must be 0 or 1"),
+    "ignore": (annotation([1, 1, 9, 9], ignore=[]), r"has `ignore` \[\], it must be 0 or 1"),
+    "mask": (annotation([1, 1, 9, 9], segmentation="1 1 9 1"), "`segmentation` with '1 1 9 1', it must be RLE or a"),
+    "polygon": (annotation([1, 1, 9, 9], segmentation=["1 1 9 1"]), "`segmentation` with '1 1 9 1', it must be RLE"),
+    "flat polygon": (annotation([1, 1, 9, 9], segmentation=[1, 1, 9, 1, 9, 9]), "`segmentation` with 1, it must be"),
+    "odd polygon": (annotation([1, 1, 9, 9], segmentation=[[1, 1, 9, 1, 9]]), r"with \[1, 1, 9, 1, 9\], it must be"),
+    "null in polygon": (annotation([1, 1, 9, 9], segmentation=[[1, None] * 3]), r"with \[1, None, 1, None, 1, None\]"),
+    "negative counts": (annotation([1, 1, 9, 9], segmentation={"size": [50, 60], "counts": [-5]}), "cannot be read"),
+    "size": (annotation([1, 1, 9, 9], segmentation={"size": 9, "counts": [9]}), r"\(height, width\) 9, the image"),
     "mask size": (
         annotation([1, 1, 9, 9], segmentation={"size": [60, 50], "counts": [3000]}),
         r"\[60, 50\], the image",
@@ -367,6 +380,27 @@ def test_malformed_annotations_are_refused(case):
     arguments = {"annotations": [target], "return_segmentation_masks": True, "num_labels": 10}
     with pytest.raises(AnnotationError, match=f"Annotation 42 of image 31 .*{message}"):
         PROCESSORS[0]()(noise(50, 60), **arguments)
+
+
+def test_annotation_that_is_no_object_is_refused():
+    with pytest.raises(AnnotationError, match="Annotation number 0 of image 3 is no object: None"):
+        PROCESSORS[0]()(noise(50, 60), annotations={"image_id": 3, "annotations": [None]})
+
+
+def test_annotations_without_a_mask_have_a_box():
+    """Stray parts of one or two points are no masks; where all have one, labels do not say so."""
+    polygon = [1, 1, 9, 1, 9, 9]
+    given = [[polygon], None, [], [[1, 1, 4, 4]], [[1, 1], [2, 2, 3, 3], polygon]]
+    annotations = [annotation([1, 1, 9, 9], segmentation=segmentation) for segmentation in given]
+    arguments = {"return_segmentation_masks": True, "return_tensors": "pt"}
+    target = {"image_id": 3, "annotations": [*annotations, annotation([1, 1, 9, 9])]}
+    (label,) = PROCESSORS[0]()(noise(50, 60), annotations=target, **arguments)["labels"]
+    assert label["has_masks"].tolist() == [True, False, False, False, True, False]
+    assert label["masks"].flatten(1).any(dim=1).tolist() == label["has_masks"].tolist()
+    assert torch.equal(label["masks"][0], label["masks"][4]) and label["boxes"].shape == (6, 4)
+    target = {"image_id": 3, "annotations": annotations[:1]}
+    (label,) = PROCESSORS[0]()(noise(50, 60), annotations=target, **arguments)["labels"]
+    assert "has_masks" not in label
 
 
 def test_as_many_annotations_as_images():

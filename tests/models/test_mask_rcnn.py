@@ -11,7 +11,7 @@ import pvt_hf
 from pvt_hf.conversion import reference_heads
 from pvt_hf.conversion.architectures.mask_rcnn import MaskRCNN
 from pvt_hf.models.backbone import load_pretrained_backbone
-from pvt_hf.models.modeling_mask_rcnn import pool_rois, sample_rois
+from pvt_hf.models.modeling_mask_rcnn import pool_rois, sample_rois, to_rois
 from pvt_hf.models.post_processing import detect_objects, paste_masks, segment_instances
 from pvt_hf.models.targets import GroundTruth
 from tests.support import checkpoints, detectors
@@ -93,7 +93,8 @@ def test_proposals_detections_and_masks_equal_the_reference(version):
     assert_close(seen["rpn"], (logits[..., 0], deltas), rtol=0, atol=1e-10)
     proposals = loops.proposals(raw, shapes, SIZES)
     for actual, wanted in zip(seen["proposals"], proposals, strict=True):
-        assert_close(actual, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-9)
+        assert_close(actual[: len(wanted)], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-9)
+        assert not actual[len(wanted) :].any()
 
     found = loops.mask_rcnn_detections(reference_heads_of(weights), levels, proposals, SIZES, ORIGINAL)
     detections = detect_objects(outputs, 0.05, ORIGINAL)
@@ -171,7 +172,8 @@ def test_settings_of_the_proposals_count():
         expected = loops.proposals(raw, shapes, SIZES, num_candidates, limit)
         proposals = model.rpn.select_proposals(objectness, deltas, anchors, level_sizes, torch.tensor(SIZES))
         for actual, wanted in zip(proposals, expected, strict=True):
-            assert_close(actual, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-9)
+            assert_close(actual[: len(wanted)], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-9)
+            assert not actual[len(wanted) :].any() and len(actual) == limit
             assert len(wanted) == 20 or limit == 1000
 
 
@@ -191,11 +193,11 @@ def test_rois_are_pooled_from_the_level_of_their_scale():
     boxes = [[[3.3, 7.7, 3.3 + w, 7.7 + h] for w, h in sides], [[-20.0, 450.0, 90.0, 530.0]]]
     tensors = [torch.tensor(image, dtype=torch.float64) for image in boxes]
     for size in (7, 14):
-        pooled = pool_rois(levels, tensors, (4, 8, 16, 32), size)
+        pooled = pool_rois(levels, to_rois(tensors), (4, 8, 16, 32), size)
         assert_close(pooled, loops.roi_features(levels, boxes, size), rtol=0, atol=1e-12)
     none = [tensors[0][:0]] * 2
-    assert pool_rois(levels, none, (4, 8, 16, 32), 7).shape == (0, 3, 7, 7)
-    half = pool_rois([level.bfloat16() for level in levels], [x.float() for x in tensors], (4, 8, 16, 32), 7)
+    assert pool_rois(levels, to_rois(none), (4, 8, 16, 32), 7).shape == (0, 3, 7, 7)
+    half = pool_rois([level.bfloat16() for level in levels], to_rois([x.float() for x in tensors]), (4, 8, 16, 32), 7)
     assert half.dtype == torch.bfloat16
     assert_close(half.double(), loops.roi_features(levels, boxes, 7), rtol=0.02, atol=0.02)
 
@@ -411,6 +413,34 @@ def test_images_without_objects_have_a_loss():
     assert outputs.scores.eq(0).all() and outputs.class_labels.eq(-1).all()
     assert [len(image["labels"]) for image in detect_objects(outputs, 0.0)] == [0, 0]
     assert all(image["segmentation"].eq(-1).all() for image in segment_instances(outputs))
+
+
+def test_object_without_a_mask_trains_its_box_only():
+    """The gradient of its mask's pixels' class is that of the other objects; all without one leave the mask head."""
+    model = small_model().eval()
+    pixels = torch.rand(2, 3, *INPUT_SIZE)
+    losses = {}
+    for name, has_masks in (("all", None), ("same", [True] * 3), ("two", [True, True, False]), ("none", [False] * 3)):
+        labels = labels_of(OBJECTS)
+        if has_masks is not None:
+            labels[0]["has_masks"] = torch.tensor(has_masks)
+            labels[0]["masks"][~labels[0]["has_masks"]] = False
+        if name == "none":
+            labels[1]["has_masks"] = torch.tensor([False])
+        torch.manual_seed(0)
+        model.zero_grad()
+        outputs = model(pixels, labels=labels)
+        losses[name] = outputs.loss_dict
+        outputs.loss_dict["loss_mask"].backward()
+        gradient = model.mask_head.predictor.bias.grad
+        # the third object is the only one of class 0
+        assert (gradient[0] == 0) == (name in ("two", "none")) and (gradient[1] == 0) == (name == "none")
+    assert losses["same"] == losses["all"] and losses["none"]["loss_mask"] == 0
+    assert all(losses["none"][name] == losses["all"][name] for name in losses["all"] if name != "loss_mask")
+    labels = labels_of(OBJECTS)
+    labels[0]["has_masks"] = torch.ones(2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"`labels\[0\]\['has_masks'\]` must be bool of shape \(3,\)"):
+        model(pixels, labels=labels)
 
 
 def test_wrong_masks_are_refused():

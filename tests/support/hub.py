@@ -19,7 +19,8 @@ class LocalHub:
         repos: The files of every repository; `private` the private ones.
         objects: Large files by their SHA-256, as they were uploaded.
         requests: Method and path of all that was asked.
-        fault: `{part of a path: status}` to answer with, or `"cut"` to close the connection while a body arrives.
+        fault: `{part of a path: status}` to answer with, perhaps with more headers `(status, {name: value})`, or
+            `"cut"` to close the connection while a body arrives.
     """
 
     def __init__(self):
@@ -27,7 +28,7 @@ class LocalHub:
         self.private: set[str] = set()
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.fault: dict[str, int | str] = {}
+        self.fault: dict[str, int | str | tuple[int, dict[str, str]]] = {}
 
     def __enter__(self):
         hub = self
@@ -74,7 +75,10 @@ class _Handler(BaseHTTPRequestHandler):
                     self.connection.close()
                     return
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                return self.reply({"error": f"fault {fault}"}, fault)
+                status, headers = fault if isinstance(fault, tuple) else (fault, {})
+                # As a proxy that repeats what it was sent.
+                said = f"fault {status} of {self.headers.get('Authorization')}"
+                return self.reply({"error": said}, status, **headers)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         for method, pattern, answer in _ROUTES:
             if self.command in method and (match := re.fullmatch(pattern, path)):

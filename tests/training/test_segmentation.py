@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_window_that_covers_the_image_equals_the_whole_image(data, tmp_path):
     trainer = build(tmp_path, data)
     randomize(trainer.model, std=0.3)
     whole = trainer.evaluate()
-    trainer.window, trainer.stride = 500, 300
+    trainer.predictor = replace(trainer.predictor, window=500, stride=300)
     windows = trainer.evaluate()
     for key in ("mIoU", "mAcc", "aAcc", "loss"):
         assert windows[f"eval_{key}"] == pytest.approx(whole[f"eval_{key}"], rel=1e-5)

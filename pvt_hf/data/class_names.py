@@ -1,0 +1,133 @@
+"""Names of classes, from a file in any of the forms that people have, and classes of two sets put beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class ClassNameError(ValueError):
+    """Class names that cannot be used. The message names the file, or has both lists."""
+
+
+def read_class_names(file: str | Path) -> list[str]:
+    """The names of the classes in the order of their labels.
+
+    Args:
+        file: JSON or YAML with a list of names, an object from labels (from 0 or from 1, also as strings) to names, as
+            `id2label`, or from names to labels, as `label2id`; or with one of these under `names` or `id2label`, as the
+            `data.yaml` of YOLO and the `config.json` of a model. Any other file is text with a name per line.
+
+    Raises:
+        ClassNameError: If the file cannot be read, labels are missing, or a name is empty or there twice.
+    """
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ClassNameError(f"{file} cannot be read: {error}") from error
+    names = _list_names(file, _parse(path, text))
+    if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
+        raise ClassNameError(f"{file}: a class name must be a string that is not empty, got {wrong[0]!r}.")
+    names = [name.strip() for name in names]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ClassNameError(f"{file} has class names twice: {twice[:5]}.")
+    if not names:
+        raise ClassNameError(f"{file} has no class names.")
+    return names
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        if path.suffix.lower() == ".json":
+            return json.loads(text)
+        if path.suffix.lower() in (".yaml", ".yml"):
+            return _parse_yaml(text)
+    except (ValueError, RecursionError) as error:
+        raise ClassNameError(f"{path} cannot be read: {error}") from error
+    lines = text.splitlines()
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+
+
+def _list_names(file: str | Path, content: Any) -> list[Any]:
+    if isinstance(content, Mapping):
+        for key in ("names", "id2label"):
+            if isinstance(content.get(key), list | Mapping):
+                content = content[key]
+                break
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, Mapping):
+        raise ClassNameError(
+            f"{file} must have a list of class names, or an object from labels to names or from names to labels, got "
+            f"{type(content).__name__}."
+        )
+    keys, count = [_to_label(key) for key in content], len(content)
+    if None in keys:  # from names to labels
+        content = {label: name for name, label in content.items() if isinstance(label, int | str)}
+        keys = [_to_label(label) for label in content]
+    pairs = zip(keys, content.values(), strict=True)
+    labels = {label: name for label, name in pairs if label is not None}
+    if len(labels) < count:
+        raise ClassNameError(f"{file} must have a different integer for each class, got {str(content)[:200]}.")
+    first = min(labels, default=0)
+    if first not in (0, 1) or max(labels, default=0) - first >= max(len(labels), 1):
+        raise ClassNameError(
+            f"{file} must number the classes from 0 or from 1 without gaps, got {len(labels)} numbers from {first} to "
+            f"{max(labels)}."
+        )
+    return [labels[label] for label in sorted(labels)]
+
+
+def _to_label(value: Any) -> int | None:
+    """The integer that a key or a value stands for."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+        return int(value)
+    return value if type(value) is int else None
+
+
+def match_class_names(
+    wanted: Sequence[str], found: Sequence[str], owners: tuple[str, str], subset: bool = False
+) -> list[int]:
+    """The place in `wanted` of each class of `found`. Names are the same where they differ in case, `_` or `-` only.
+
+    Args:
+        wanted: Of a model, or of the training set.
+        found: Of other data.
+        owners: Who has the two, for the message, as `("The model", "the data")`.
+        subset: Whether `found` may lack classes (default: `False`).
+
+    Raises:
+        ClassNameError: If the classes are not the same, with both lists.
+    """
+    if list(wanted) == list(found):
+        return list(range(len(wanted)))
+    keys, others = ([_fold(name) for name in names] for names in (wanted, found))
+    places = {key: place for place, key in enumerate(keys)}
+    clear = len(places) == len(keys) and len(set(others)) == len(others)
+    if not clear or not set(others) <= places.keys() or not (subset or len(others) == len(keys)):
+        alone = [name for name, key in zip(wanted, keys, strict=True) if key not in others]
+        new = [name for name, key in zip(found, others, strict=True) if key not in places]
+        raise ClassNameError(
+            f"{owners[0]} has the classes {list(wanted)}, {owners[1]} {list(found)}: only the first has {alone}, only "
+            f"the second {new}."
+        )
+    return [places[key] for key in others]
+
+
+def _fold(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())

@@ -1,0 +1,137 @@
+"""Label maps as people store them: files that hold the classes, masks of 0 and 255, and maps of colours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor
+
+from ..models.image_processing_segmentation import IGNORE_INDEX
+
+Color: TypeAlias = tuple[int, int, int]
+Palette: TypeAlias = Mapping[Color, int]
+_CODE = np.array([1 << 16, 1 << 8, 1])  # red, green and blue in one integer
+
+
+def read_palette(file: str | Path, names: list[str]) -> dict[Color, int]:
+    """Reads which colour stands for which class.
+
+    Args:
+        file: JSON of one of three forms: a list of colours in the order of the classes; an object from the names of
+            classes to colours; or an object from colours to classes, names or labels, where 255 is ignored. A colour is
+            `[128, 64, 0]`, `"128,64,0"` or `"#804000"`.
+        names: Of the classes.
+
+    Returns:
+        The label of each colour (red, green, blue).
+
+    Raises:
+        ValueError: If the file is none of these, or an entry is not a colour or a class; the message names both.
+    """
+    try:
+        content = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The palette {file} cannot be read: {error}") from error
+    if isinstance(content, list):
+        pairs = [(color, label) for label, color in enumerate(content)]
+    elif isinstance(content, dict) and content.keys() <= set(names):
+        pairs = [(color, name) for name, color in content.items()]
+    elif isinstance(content, dict):
+        pairs = list(content.items())
+    else:
+        raise ValueError(f"The palette {file} must be a list or an object, got {type(content).__name__}.")
+    palette: dict[Color, int] = {}
+    for given, label in pairs:
+        color = _parse_color(given, file)
+        if color in palette:
+            raise ValueError(f"The palette {file} has the colour {list(color)} twice.")
+        palette[color] = _parse_label(label, names, file)
+    if not palette:
+        raise ValueError(f"The palette {file} is empty.")
+    return palette
+
+
+def _parse_color(given: Any, file: str | Path) -> Color:
+    try:
+        if isinstance(given, str):
+            given = ImageColor.getrgb(given) if given.startswith("#") else [int(part) for part in given.split(",")]
+        red, green, blue = given
+        if all(type(channel) is int and 0 <= channel <= 255 for channel in (red, green, blue)):
+            return red, green, blue
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"The palette {file} has {given!r} where a colour should be, such as [128, 64, 0], '128,64,0' or '#804000', "
+        "or the name of a class."
+    )
+
+
+def _parse_label(given: Any, names: list[str], file: str | Path) -> int:
+    label = names.index(given) if given in names else given
+    if type(label) is not int or not (0 <= label < len(names) or label == IGNORE_INDEX):
+        raise ValueError(
+            f"The palette {file} has the class {given!r}; the classes are {names}, or their labels 0 to "
+            f"{len(names) - 1}, and {IGNORE_INDEX} is ignored."
+        )
+    return label
+
+
+def read_binary_mask(given: Image.Image, name: str) -> torch.Tensor:
+    """A mask of 0 and 255 as labels: 1 from 128 on (of 16 bits, from 32768 on), else 0. Lossy compression may have
+    changed its values a little.
+
+    Args:
+        given: Of any mode: of colours the brightness counts.
+        name: Of the mask, for the error.
+
+    Returns:
+        int64 `(height, width)`.
+
+    Raises:
+        ValueError: If it has fractions, whose range is not known.
+    """
+    if given.mode == "F":
+        raise ValueError(f"{name} has fractions (PIL's mode 'F'); a mask must have integers from 0 to 255.")
+    values = np.asarray(given if given.mode.startswith("I") else given.convert("L"))
+    return torch.from_numpy((values >= (128 if values.max(initial=0) <= 255 else 2**15)).astype(np.int64))
+
+
+def read_color_codes(given: Image.Image) -> torch.Tensor:
+    """The colours of a map of any mode as integers `0xRRGGBB`, int64 `(height, width)`."""
+    return torch.from_numpy(np.asarray(given.convert("RGB")).astype(np.int64) @ _CODE)
+
+
+def label_colors(codes: torch.Tensor, palette: Palette, name: str) -> torch.Tensor:
+    """The labels of colours.
+
+    Args:
+        codes: Of [`read_color_codes`], of any shape.
+        palette: The label of each colour.
+        name: Of the map, for the error.
+
+    Returns:
+        int64 of the same shape.
+
+    Raises:
+        ValueError: If a colour is not in the palette; some of them are listed.
+    """
+    known, labels = torch.tensor(sorted((int(np.dot(color, _CODE)), label) for color, label in palette.items())).T
+    places = torch.searchsorted(known.contiguous(), codes.contiguous()).clamp(max=len(known) - 1)
+    if (wrong := known[places] != codes).any():
+        found = codes[wrong].unique().tolist()
+        listed = ", ".join(str([code >> 16, code >> 8 & 255, code & 255]) for code in found[:5])
+        raise ValueError(f"{name} has {len(found)} colours that are not in the palette, such as {listed}.")
+    return labels[places]
+
+
+def is_jpeg(stored: Mapping[str, Any]) -> bool:
+    """Whether a stored image, `{"bytes": ..., "path": ...}`, is a JPEG: by its first bytes, whatever it is called."""
+    if stored.get("bytes") is not None:
+        return stored["bytes"][:2] == b"\xff\xd8"
+    with Path(stored["path"]).open("rb") as file:
+        return file.read(2) == b"\xff\xd8"
