@@ -197,7 +197,7 @@ class _DetectionPreprocessing(DensePreprocessing):
         return batch
 
     def post_process_object_detection(
-        self, outputs: Any, threshold: float = 0.5, target_sizes: TargetSizes = None
+        self, outputs: Any, threshold: float = 0.5, target_sizes: TargetSizes = None, max_detections: int = 100
     ) -> list[dict[str, torch.Tensor]]:
         """The detections of RetinaNet, Mask R-CNN or DETR, as mmdetection makes them: with a `threshold` of 0.05, for
         DETR of 0.
@@ -208,6 +208,8 @@ class _DetectionPreprocessing(DensePreprocessing):
             threshold: Detections have a larger score (default: 0.5).
             target_sizes: Height and width in pixels of each image, `(batch, 2)`, usually the original one. Without them
                 boxes are relative to the image's size.
+            max_detections: Of RetinaNet and DETR: at most so many per image (default: 100). Mask R-CNN's configuration
+                has it.
 
         Returns:
             For each image `scores` `(detections,)`, `labels` int64 `(detections,)` and `boxes` xyxy `(detections, 4)`
@@ -222,7 +224,9 @@ class _DetectionPreprocessing(DensePreprocessing):
             outputs = read_outputs(outputs, "logits", "pred_boxes")
             outputs = complete_outputs(outputs, self.num_labels, self._find_input_size(target_sizes))
         is_detr = not {"level_sizes", "scores"} & outputs.keys()
-        return (detr_detections if is_detr else detect_objects)(outputs, threshold, target_sizes)
+
+        detect = detr_detections if is_detr else detect_objects
+        return detect(outputs, threshold, target_sizes, max_detections=max_detections)
 
     def _find_input_size(self, target_sizes: TargetSizes) -> tuple[int, int] | None:
         """Height and width in pixels of what the network computes of a batch of images of these sizes."""
