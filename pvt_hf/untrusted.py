@@ -1,4 +1,4 @@
-"""How files of others are looked at before anything is made of them: pickles inertly, JSON strictly, names escaped.
+"""How files of others are looked at before anything is made of them: pickles inertly, JSON strictly.
 
 This needs the standard library only, because the converter and the training programs read such files alike.
 """
@@ -34,12 +34,6 @@ _MAX_KEY = 16
 
 class UntrustedFileError(ValueError):
     """What is wrong with a file, as the rest of a sentence that begins with its name."""
-
-
-def escape(text: object) -> str:
-    """A text on one line for messages, without characters that a terminal would obey: `\\x1b` for an escape."""
-    line = " ".join(part.strip() for part in str(text).splitlines())
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 def check_regular_file(path: Path) -> None:

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 
-from ..untrusted import UntrustedFileError, check_regular_file, escape, read_json_object
+from ..untrusted import UntrustedFileError, check_regular_file, read_json_object
 from ..variants import VARIANTS
 from .rename import ConversionError, StateDict, add_base_prefix, quote
 from .torch_file import read_torch_file
@@ -232,10 +232,8 @@ def _read(
     weights = add_base_prefix({key[start:]: tensor for key, tensor in loaded.items()})
     sha256, hash_check = check_hash(path, hub_hash)
     more = [f"{len(set_aside) - _MAX_LISTED} more"] if len(set_aside) > _MAX_LISTED else []
-    listed = (escape(f"{key!s:.80}") for key in set_aside[:_MAX_LISTED])
-    return Checkpoint(
-        escape(source), path, weights, config, preprocessor, (*listed, *more), sha256, hash_check, class_names
-    )
+    listed = (f"{key!s:.80}" for key in set_aside[:_MAX_LISTED])
+    return Checkpoint(source, path, weights, config, preprocessor, (*listed, *more), sha256, hash_check, class_names)
 
 
 def _class_names(meta: Any) -> tuple[str, ...]:
@@ -289,7 +287,8 @@ def load_file(path: Path) -> dict[str, Any]:
     except UntrustedFileError as error:
         raise ConversionError(f"{path} {error}") from error
     except _DAMAGE as error:
-        raise ConversionError(f"{path} is truncated or damaged: {error}") from error
+        reason = str(error).partition("\n")[0]  # torch shows where in its source
+        raise ConversionError(f"{path} is truncated or damaged: {reason}") from error
     if not isinstance(loaded, dict):
         raise ConversionError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}.")
     return loaded

@@ -44,7 +44,7 @@ _MMDETECTION_3_V2_RULES = (
     ("norm{s}.", "layers.{s}.2."),
     *_MMDETECTION_3_BLOCK,
 )
-_FUSED_PROJECTION = re.compile(r"backbone\.(layers\.\d+\.1\.\d+\.attn\.attn\.)in_proj_(weight|bias)")
+_FUSED_PROJECTION = re.compile(r"backbone\.(layers\.\d+\.1\.\d+\.attn\.attn\.)in_proj_(weight|bias)", re.ASCII)
 
 
 def timm_to_official(tensors: StateDict) -> StateDict:

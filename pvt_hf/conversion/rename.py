@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
-from ..untrusted import escape
+from ..writing.text import escape_control
 
 StateDict = dict[str, torch.Tensor]
 
@@ -18,7 +18,7 @@ class ConversionError(ValueError):
     """What is wrong with a checkpoint, or with where it should go, on one line for the one who has it."""
 
     def __init__(self, message: object):
-        super().__init__(escape(message))
+        super().__init__(escape_control(" ".join(str(message).splitlines())))
 
 
 # (official, other). `{n}` is a number and `{s}` a stage, which the official code counts from 1, everybody else from 0.

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# Of the files that are taken for images.
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
 # A file, several that are checked together, or anything else (the number of a row), of which nothing is kept.
 Item: TypeAlias = "str | tuple[str, ...] | Any"
 

@@ -89,8 +89,8 @@ class SegmentationData:
         image = decode_to_fit(row["image"], name, tuple(labels.shape))
         if labels.shape != image.shape[1:]:
             raise ValueError(
-                f"{self.map_name(index)} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])}, "
-                "turned as its EXIF says if it has one."
+                f"{self.map_name(index)} has (height, width) {list(labels.shape)}, the image {list(image.shape[1:])} "
+                "(neither turned as its EXIF says nor as it is stored does it fit)."
             )
         return image, labels
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
@@ -139,7 +140,7 @@ class ImagePreprocessing:
         input_data_format: str | None = None,
         device: Any = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | np.ndarray:
         """Reads one image: see [`~pvt_hf.models.pixels.read_pixels`].
 
         Args:
@@ -164,4 +165,4 @@ class ImagePreprocessing:
                 "There are images whose EXIF says that they are to be turned. They are taken as they are stored, like "
                 "annotations and target sizes: `PIL.ImageOps.exif_transpose` turns them, as whatever reads files does."
             )
-        return pixels.to(device).contiguous()
+        return pixels.to(device)

@@ -197,7 +197,7 @@ class _DetectionPreprocessing(DensePreprocessing):
         return batch
 
     def post_process_object_detection(
-        self, outputs: Any, threshold: float = 0.5, target_sizes: TargetSizes = None
+        self, outputs: Any, threshold: float = 0.5, target_sizes: TargetSizes = None, max_detections: int = 100
     ) -> list[dict[str, torch.Tensor]]:
         """The detections of RetinaNet, Mask R-CNN or DETR, as mmdetection makes them: with a `threshold` of 0.05, for
         DETR of 0.
@@ -207,6 +207,8 @@ class _DetectionPreprocessing(DensePreprocessing):
             threshold: Detections have a larger score (default: 0.5).
             target_sizes: Height and width in pixels of each image, `(batch, 2)`, usually the original one. Without them
                 boxes are relative to the image's size.
+            max_detections: Of RetinaNet and DETR: at most so many per image (default: 100). Mask R-CNN's configuration
+                has it.
 
         Returns:
             For each image `scores` `(detections,)`, `labels` int64 `(detections,)` and `boxes` xyxy `(detections, 4)`
@@ -216,7 +218,9 @@ class _DetectionPreprocessing(DensePreprocessing):
             ValueError: If there are not as many `target_sizes` as images.
         """
         is_detr = not {"level_sizes", "scores"} & outputs.keys()
-        return (detr_detections if is_detr else detect_objects)(outputs, threshold, target_sizes)
+
+        detect = detr_detections if is_detr else detect_objects
+        return detect(outputs, threshold, target_sizes, max_detections=max_detections)
 
     def post_process_instance_segmentation(
         self,

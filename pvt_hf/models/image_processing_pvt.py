@@ -51,7 +51,7 @@ class _PvtPreprocessing(ImagePreprocessing):
     @classmethod
     def complete_settings(cls, settings: dict[str, Any], size: Mapping[str, int] | SizeDict) -> dict[str, Any]:
         """Where only one of `size` and `crop_size` is given, the other follows in the papers' ratio of 256 to 224, or
-        in `crop_pct`; a size that fixes both sides leaves nothing to crop."""
+        in `crop_pct`; every other size is of all that the model sees, as for transformers' PVT."""
         settings = dict(settings)
         crop_pct = settings.pop("crop_pct", None)
         given = read_size(settings.get("size"), "size", SIZE_FORMS, settings.get("default_to_square") is not False)
@@ -64,7 +64,7 @@ class _PvtPreprocessing(ImagePreprocessing):
         crops = True
         if given is None:
             given = _enlarge(crop_size, 224 / 256)
-        elif "shortest_edge" in given:
+        elif set(given) == {"shortest_edge"}:
             crop_size = dict.fromkeys(SIDES, math.ceil(224 / 256 * given["shortest_edge"]))
         else:
             crop_size, crops = given if "height" in given else None, False
@@ -100,8 +100,8 @@ class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
         size (`int` or `dict`, *optional*, defaults to `{"shortest_edge": 256}`):
             In pixels. An integer, `(height, width)` or `{"height": ..., "width": ...}` resizes to exactly that and
             turns the centre crop off, as the `preprocessor_config.json` of the PVT checkpoints on the Hub asks for.
-            `{"shortest_edge": ...}`, with `longest_edge` or not, and `{"max_height": ..., "max_width": ...}` keep the
-            aspect ratio; the last turns the centre crop off.
+            `{"shortest_edge": ...}` alone is cropped; with `longest_edge`, and with `{"max_height": ..., "max_width":
+            ...}`, the whole image keeps its aspect ratio.
         crop_size (`int` or `dict`, *optional*, defaults to `{"height": 224, "width": 224}`):
             In pixels. If only `crop_size` or the shortest edge is given, the other is scaled with it (384 and 438).
         crop_pct (`float`, *optional*):
@@ -126,6 +126,9 @@ class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
         do_normalize (`bool`, *optional*, defaults to `True`):
             Whether the mean is subtracted, and the result divided by the standard deviation.
     """
+
+    def process_image(self, image: Any, **kwargs: Any) -> torch.Tensor:
+        return super().process_image(image, **kwargs).contiguous()  # torchvision resizes other layouts to other bits
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
         from torchvision.transforms.v2 import functional

@@ -135,7 +135,7 @@ class RetinaNetHead(nn.Module):
 
         targets = torch.zeros_like(logits)
         weights = logits.new_zeros(*logits.shape[:2], 1)  # 0 where an anchor is ignored
-        box_loss, normalizer = deltas.new_zeros(()), 0
+        box_loss, normalizer = deltas[:0].sum(), 0  # connected to the deltas in an empty batch, too
         for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
             matches = match_boxes(  # (anchors,)
                 pairwise_iou(truth.boxes, anchors),
@@ -151,6 +151,7 @@ class RetinaNetHead(nn.Module):
             wanted = encode_boxes(anchors[positives], truth.boxes[objects])  # (positives, 4)
             box_loss = box_loss + F.l1_loss(deltas[index, positives], wanted, reduction="sum")
             normalizer += max(len(positives), 1)
+        normalizer = max(normalizer, 1)
         focal = sigmoid_focal_loss(logits, targets, self.config.focal_alpha, self.config.focal_gamma)
         return {"loss_class": (focal * weights).sum() / normalizer, "loss_box": box_loss / normalizer}
 

@@ -126,7 +126,7 @@ def semantic_loss(
     logits = resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[1:])
     # (batch, num_labels, label height, label width) and (batch, label height, label width)
     total = F.cross_entropy(logits, targets, ignore_index=_LOSS_IGNORE_INDEX, reduction="sum")
-    count = labels.numel() if normalization == "all" else (targets != _LOSS_IGNORE_INDEX).sum().clamp(min=1)
+    count = max(labels.numel(), 1) if normalization == "all" else (targets != _LOSS_IGNORE_INDEX).sum().clamp(min=1)
     loss = total / count
     if num_items_in_batch is not None:
         num_items_in_batch = torch.as_tensor(num_items_in_batch, device=loss.device).clamp(min=1)
