@@ -233,12 +233,13 @@ class SegmentationDataArguments(DataArguments):
     train_maps: str | None = option(None, "folder of its label maps, PNG, TIFF or BMP (default: none)")
     eval_images: str | None = option(None, "folder of the images of the validation set (default: none)")
     eval_maps: str | None = option(None, "folder of its label maps, PNG, TIFF or BMP (default: none)")
-    map_column: str | None = option(None, "column of label maps (default: the only image column beside `image`)")
+    map_column: str | None = option(None, "column of label maps (default: the only other column of images)")
+    image_column: str | None = option(None, "column of images (default: image, or else pixel_values)")
     reduce_labels: bool = option(False, REDUCE_LABELS)
     binary_masks: bool = option(False, BINARY_MASKS)
     palette: str | None = option(None, PALETTE)
     class_names: str | None = option(
-        None, "JSON file of a list of class names, or of an object from labels to names (default: the checkpoint's)"
+        None, "JSON, YAML or text file of class names in the order of the labels (default: the checkpoint's)"
     )
     num_scenes: int = option(1000, "digit scenes that are drawn for training, where no data are given (default: 1000)")
 
@@ -359,7 +360,9 @@ class EvaluationArguments:
     map_column: str | None = option(
         None, "of segmenters: column of label maps (default: the only image column beside `image`)"
     )
-    image_column: str | None = option(None, "of classifiers and detectors: column of images (default: the only one)")
+    image_column: str | None = option(
+        None, "column of images (default: the only one; of segmenters image, or else pixel_values)"
+    )
     objects_column: str = option("objects", "of detectors: column of objects (default: objects)")
     bbox_format: str = option(
         "coco",
