@@ -172,6 +172,26 @@ def describe_problems(problems: Sequence[str], count: int, subject: str, shown: 
     return "\n  ".join([f"{len(problems)} of {count} {subject} cannot be used:", *problems[:shown], *others])
 
 
+def refuse_problems(problems: Sequence[str], count: int, subject: str, skip_corrupt: bool) -> None:
+    """Raises an error if there are problems, or logs that they are left out.
+
+    Args:
+        problems: Of images, a sentence each.
+        count: How many were checked.
+        subject: What they are, as "images of the validation set".
+        skip_corrupt: Whether they are left out instead of being an error.
+
+    Raises:
+        ImageError: With the number of problems and the first of them; also where nothing else is left.
+    """
+    if not problems:
+        return
+    message = describe_problems(problems, count, subject)
+    if not skip_corrupt or len(problems) == count:
+        raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
+    logger.warning(f"{message}\nThey are left out.")
+
+
 def check_images(images: Sequence[str] | datasets.Dataset, decoded: bool = False, workers: int = 0) -> list[Checked]:
     """Checks that images are there and can be opened.
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..models.annotations import AnnotationError, has_mask, iter_annotations, rasterize, usable_polygons
 from .box_formats import check_bbox_format, to_xywh
-from .checks import check_images, describe_problems
+from .checks import check_images, refuse_problems
 from .class_names import match_class_names
 from .images import ImageError, decode_to_fit
 
@@ -143,12 +143,9 @@ class DetectionData:
         checked = check_images(images, decoded=skip_corrupt, workers=workers)
         problems = [_find_problem(*pair) for pair in zip(self.records, checked, strict=True)]
         found = [problem for problem in problems if problem]
+        refuse_problems(found, len(self), f"images of {name}", skip_corrupt)
         if not found:
             return self
-        message = describe_problems(found, len(self), f"images of {name}")
-        if not skip_corrupt or len(found) == len(self):
-            raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
-        logger.warning(f"{message}\nThey are left out.")
         records = [record for record, problem in zip(self.records, problems, strict=True) if not problem]
         return replace(self, records=records, left_out=[*self.left_out, *found])
 
@@ -185,8 +182,10 @@ class DetectionData:
             raise AnnotationError(f"No image of {len(self)} is left to train on.")
         if skipped := Counter(use.reason for use in uses if use.reason):
             logger.warning(f"Training skips {sum(skipped.values())} of {len(uses)} annotations: {dict(skipped)}.")
-        if bare := sum(use.is_maskless and not use.reason for use in uses):
-            logger.warning(f"{bare} of {len(uses)} annotations have no mask: they train their box only.")
+        bare, used = sum(use.is_maskless and not use.reason for use in uses), sum(not use.reason for use in uses)
+        _check_that_masks_are_left(bare, used)
+        if bare:
+            logger.warning(f"{bare} of {used} annotations have no mask: they train their box only.")
         return replace(self, records=kept)
 
     def _find_uses(self, min_side: int = 0, masks: bool = False) -> list[_Use]:
@@ -240,6 +239,7 @@ class DetectionData:
                 f"Of {reasons.total()} objects to find, training would skip {sum(odd.values())}: {odd}. COCO's numbers "
                 "count them."
             )
+        _check_that_masks_are_left(bare, reasons.total())
         if bare:
             logger.warning(
                 f"{bare} of {reasons.total()} objects to find have no mask: for the AP of masks their boxes count as "
@@ -313,6 +313,15 @@ def _find_problem(record: ImageRecord, checked: Any) -> str | None:
     if record.size == size or (checked.value["turned"] and record.size == size[::-1]):
         return None
     return f"{name} has (height, width) {size}, but {record.size} according to its annotations."
+
+
+def _check_that_masks_are_left(bare: int, count: int) -> None:
+    """`bare` of so many annotations have no mask."""
+    if bare and bare == count:
+        raise AnnotationError(
+            f"No annotation of any class has a mask ({bare} have none): choose a detector without masks, such as "
+            "RetinaNet, or Mask R-CNN with `use_masks=False`."
+        )
 
 
 def _has_mask(annotation: dict[str, Any]) -> bool:
