@@ -99,7 +99,7 @@ class _MappedMaps(EvaluationMaps):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = super().__getitem__(index)
-        table = torch.full((IGNORE_INDEX + 1,), IGNORE_INDEX)
+        table = torch.arange(max(len(self.places), IGNORE_INDEX + 1))  # what is ignored stays so
         table[: len(self.places)] = self.places
         return row | {"labels": table[row["labels"]]}
 
