@@ -77,7 +77,8 @@ def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: st
     if lost or unused:
         raise ValueError(
             f"{source} does not fill the backbone: it lacks, or has in another shape, {list_tensors(lost)}, and has "
-            f"{list_tensors(unused)} without a place."
+            f"{list_tensors(unused)} without a place. (For another number of input channels fill the backbone with the "
+            "checkpoint's, and call the model's `resize_input_channels`.)"
         )
     tensors = loaded.state_dict()
     with torch.no_grad():

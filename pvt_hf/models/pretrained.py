@@ -1,11 +1,13 @@
 """Loading that leaves nothing at random, and what transformers has to know about every model here."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 # Each Auto class whose model is in the modeling file of an encoder, and how the name of that model ends.
 _CLASS_ENDINGS = {
@@ -77,11 +79,43 @@ class PretrainedMixin:
                 raise ValueError(
                     f"`pretrained_model_name_or_path` ({pretrained_model_name_or_path}) is not a complete checkpoint "
                     f"of this {cls.__name__}: it lacks, or has in another shape, {list_tensors(lost)}, and has "
-                    f"{list_tensors(unused)} without a place. (A model takes images of any size without another "
-                    "`image_size` than the checkpoint's. To start from a pretrained backbone, build the model from a "
-                    "configuration and call `load_pretrained_backbone`.)"
+                    f"{list_tensors(unused)} without a place. (`output_loading_info=True` returns the model with "
+                    f"the lists of these. {explain_mismatch(loading_info['mismatched_keys'])})"
                 )
         return model
+
+    def resize_input_channels(self, num_channels: int) -> nn.Conv2d:
+        """
+        Gives the model a first convolution for another number of input channels, made from the one that it has by the
+        rule of timm's `in_chans`, and sets `config.num_channels`. Of PVT and of detectors and segmenters on PVT.
+
+        Args:
+            num_channels (`int`):
+                Channels of the images from now on. For one, the weights are summed up, so that a grey image gives what
+                it gave in all channels; for more, they are repeated in turn, times the old number over the new.
+
+        Returns:
+            `torch.nn.Conv2d`: The convolution.
+
+        Raises:
+            ValueError: If `num_channels` is no positive number, or the first layer is no convolution.
+        """
+        model = cast(PreTrainedModel, self)
+        convolution = model.get_input_embeddings()
+        if not isinstance(num_channels, int) or num_channels < 1:
+            raise ValueError(f"`num_channels` must be a positive number, got {num_channels!r}.")
+        if not isinstance(convolution, nn.Conv2d):
+            raise ValueError(f"The first layer of {type(self).__name__} is no convolution: {convolution}.")
+        if num_channels != convolution.in_channels:
+            with torch.no_grad():
+                weight = adapt_input_weight(convolution.weight, num_channels)
+            convolution.weight = nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
+            convolution.in_channels = num_channels
+        configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+        for config in [*configs, *(getattr(config, "backbone_config", None) for config in configs)]:
+            if hasattr(config, "num_channels"):
+                config.num_channels = num_channels
+        return convolution
 
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """
@@ -96,6 +130,40 @@ class PretrainedMixin:
             auto_map = {key: f"{value.__module__.split('.')[-1]}.{value.__name__}" for key, value in classes.items()}
             self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def explain_mismatch(mismatched_keys: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> str:
+    """What to do instead of loading a checkpoint whose tensors have other shapes, for messages.
+
+    Args:
+        mismatched_keys: Names, and their shapes in the checkpoint and in the model.
+    """
+    for name, saved, wanted in mismatched_keys:
+        if name.endswith("position_embeddings") and saved[-1] == wanted[-1]:
+            return "A model takes images of any size without another `image_size` than the checkpoint's."
+        if len(saved) == 4 and saved[1] != wanted[1] and (saved[0], *saved[2:]) == (wanted[0], *wanted[2:]):
+            return (
+                f"For {wanted[1]} input channels load the checkpoint with its own `num_channels`, {saved[1]}, and call "
+                "the model's `resize_input_channels`."
+            )
+    return "To start from a pretrained backbone, build the model from a config and call `load_pretrained_backbone`."
+
+
+def adapt_input_weight(weight: torch.Tensor, num_channels: int) -> torch.Tensor:
+    """The weight of a first convolution for another number of channels, by the rule of timm's `in_chans`.
+
+    Args:
+        weight: (filters, input channels, height, width)
+        num_channels: Of the input. One has the sum over the channels, so that a grey image gives what it gives in all
+            of them; more have those in turn, times the old number of channels over the new.
+
+    Returns:
+        (filters, num_channels, height, width)
+    """
+    old = weight.shape[1]
+    if num_channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight[:, [channel % old for channel in range(num_channels)]] * (old / num_channels)
 
 
 def list_tensors(names: Iterable[str]) -> str:

@@ -52,3 +52,5 @@ def test_pipelines(checkpoint):
     features = pipeline("image-feature-extraction", model=str(checkpoint))(image, return_tensors=True)
     expected = model.base_model(**processor(image, return_tensors="pt")).last_hidden_state
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    pooled = pipeline("image-feature-extraction", model=str(checkpoint))(image, pool=True, return_tensors=True)
+    torch.testing.assert_close(model.classifier(pooled), logits, rtol=1e-4, atol=1e-5)

@@ -91,6 +91,55 @@ class ModelChecks:
         with pytest.raises(error, match=message):
             self.build()(pixels)
 
+    def test_empty_batches_give_empty_outputs(self):
+        """As torch's own modules; in training and with attentions too."""
+        model, pixels = self.build(drop_path_rate=0.1), self.pixels()
+        for mode in (False, True):
+            model.train(mode)
+            output = model(pixels[:0], output_hidden_states=True)
+            for empty, full in zip(tensors(output), tensors(model(pixels)), strict=True):
+                assert empty.shape == (0, *full.shape[1:])
+            assert len(output.hidden_states[0]) == 0
+            assert all(not grad.any() for grad in gradients(model, pixels[:0]))
+        assert len(model(pixels[:0], output_attentions=True).attentions[0]) == 0
+
+    @torch.no_grad()
+    def test_attention_takes_no_argument_of_the_call(self):
+        """Wrappers for every kind of model hand over what this one does not know, and transformers ignores."""
+        model, pixels = self.build(), self.pixels()
+        expected = tensors(model(pixels))
+        known = {"is_causal": True, "attention_mask": None, "dropout": 0.5, "scaling": 2.0, "height": 1, "query": None}
+        output = model(pixels, **known, hidden_states=None, input_ids=None, inputs_embeds=None, module=None, other=1)
+        assert_close(tensors(output), expected, atol=0)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("num_channels", [1, 4])
+    def test_input_channels_are_resized_as_in_timm(self, num_channels, tmp_path):
+        from timm.models._manipulate import adapt_input_conv
+
+        model, pixels = self.build(), self.pixels()
+        grey = pixels[:, :1]
+        expected, weight = tensors(model(grey.expand_as(pixels))), model.get_input_embeddings().weight.clone()
+        model.resize_input_channels(num_channels)
+        assert_close([model.get_input_embeddings().weight], [adapt_input_conv(num_channels, weight)], atol=1e-6)
+        if num_channels == 1:
+            assert_close(tensors(model(grey)), expected, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        loaded = self.model_class.from_pretrained(tmp_path)
+        assert loaded.config.num_channels == num_channels
+        with pytest.raises(ValueError, match=f"`pixel_values` must have {num_channels} channels"):
+            loaded(pixels)
+
+    def test_other_input_channels_are_no_new_weights(self, tmp_path):
+        self.build().save_pretrained(tmp_path)
+        with pytest.raises(
+            ValueError, match="(?s)`output_loading_info=True`.*For 1 input.*`resize_input_channels`"
+        ) as error:
+            self.model_class.from_pretrained(tmp_path, num_channels=1, ignore_mismatched_sizes=True)
+        assert "image_size" not in str(error.value)
+        with pytest.raises(ValueError, match="`num_channels` must be a positive number, got 0"):
+            self.build().resize_input_channels(0)
+
     @torch.no_grad()
     def test_tuples_equal_the_outputs(self):
         model, pixels = self.build(), self.pixels()
@@ -110,6 +159,15 @@ class ModelChecks:
         for name, value in fields.items():
             setattr(model.config, name, value)
         return model
+
+    @torch.no_grad()
+    def test_pooled_output_is_what_is_classified(self):
+        """The CLS token of v1, the mean of v2."""
+        if self.is_encoder:
+            output = self.build()(self.pixels())
+            states = output.last_hidden_state
+            pooled = states[:, 0] if self.version == "v1" else states.mean(dim=(2, 3))
+            assert torch.equal(output.pooler_output, pooled)
 
     @torch.no_grad()
     def test_hidden_states_are_those_of_the_blocks_or_stages(self):
@@ -398,12 +456,38 @@ class ClassificationChecks(ModelChecks):
                 ValueError,
                 "`labels` must be floats.*torch.int64",
             ),
+            ({}, torch.tensor([True, False]), ValueError, "`labels` must be class indices.*or floats.*torch.bool"),
         ],
-        ids=["list", "count", "shape", "integers"],
+        ids=["list", "count", "shape", "integers", "bool"],
     )
     def test_wrong_labels_are_refused(self, config, labels, error, message):
         with pytest.raises(error, match=message):
             self.build(**config)(self.pixels(), labels=labels)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16], ids=str)
+    def test_class_indices_may_be_of_any_integer_type(self, dtype):
+        model, pixels, labels = self.build(), self.pixels(), torch.tensor([1, 4])
+        assert torch.equal(model(pixels, labels=labels.to(dtype)).loss, model(pixels, labels=labels).loss)
+
+    def test_another_classifier_trains_after_num_labels_is_set(self):
+        """As people do with transformers' models: what counts is the configuration of now."""
+        model, pixels, labels = self.build(num_labels=3).train(), self.pixels(), torch.tensor([1, 4])
+        model.classifier = torch.nn.Linear(32, 5)
+        with pytest.raises(ValueError, match="`config.num_labels` is 3, but the classifier gives 5 logits"):
+            model(pixels, labels=labels % 3)
+        model.config.num_labels = 5
+        model(pixels, labels=labels).loss.backward()
+        assert model.classifier.weight.grad.any()
+        with pytest.raises(ValueError, match=r"in \[0, 5\)"):
+            model(pixels, labels=labels + 4)
+
+    @pytest.mark.parametrize("labels", [torch.zeros(0, dtype=torch.long), torch.zeros(0, 5)], ids=["indices", "floats"])
+    def test_empty_batches_have_the_loss_of_torch(self, labels):
+        """Not a number; and none of the labels in the batch of an accumulation step."""
+        model, pixels = self.build().train(), self.pixels()[:0]
+        loss = model(pixels, labels=labels).loss
+        loss.backward()
+        assert loss.isnan() and not any(parameter.grad.any() for parameter in model.parameters())
 
     @pytest.mark.parametrize("label", [5, -1, 1000])
     def test_labels_out_of_range_are_refused(self, label):
