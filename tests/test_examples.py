@@ -9,7 +9,9 @@ import pytest
 from tests.support.small_models import ROOT
 
 
-@pytest.mark.parametrize("name", ["train_classification", "train_detection", "train_segmentation", "evaluate"])
+@pytest.mark.parametrize(
+    "name", ["train_classification", "train_detection", "train_segmentation", "evaluate", "predict"]
+)
 def test_example_launches_the_command_of_its_clone(name, monkeypatch, capsys):
     file = ROOT / "examples" / f"{name}.py"
     monkeypatch.setattr(sys, "argv", [str(file), "--help"])

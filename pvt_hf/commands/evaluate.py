@@ -9,7 +9,8 @@
     pvt-hf evaluate --smoke --model_name_or_path runs/classification                # on bundled data
 
 What is measured follows from the model: top-1 and top-5 of a classifier, COCO's AP of a detector, mIoU of a segmenter,
-each counted as the released code does. The images are prepared by the checkpoint's own image processor. Several
+each counted as the released code does. The data's classes are those of the model by their names, in any order. The
+images are prepared by the checkpoint's own image processor. Several
 processes count every image once.
 """
 
@@ -26,6 +27,7 @@ from ..writing.files import atomic_file
 from .measure import published_metrics, task_of
 from .parser import parse_arguments
 from .presets import EVALUATION
+from .shared import exit_on_bad_data
 
 
 def find_checkpoints(options: EvaluationArguments) -> list[str]:
@@ -56,8 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for checkpoint in checkpoints:
         config = AutoConfig.from_pretrained(checkpoint)
         task = task_of(config)
-        trainer, metrics = task.measure(checkpoint, task.recipe, options)
-        percentages = {name: 100 * metrics[f"eval_{name}"] for name in task.metrics if f"eval_{name}" in metrics}
+        with exit_on_bad_data():
+            trainer, metrics = task.measure(checkpoint, task.recipe, options)
+        limit = getattr(trainer, "max_detections", 100)
+        names = [name.replace("AR100", f"AR{limit}") for name in task.metrics]
+        percentages = {name: 100 * metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
         # COCO has -1 where there are no objects.
         percentages = {name: value for name, value in percentages.items() if value >= 0}
         rows += table_rows(checkpoint, percentages, published_metrics(config, options.recipe), metrics["eval_images"])

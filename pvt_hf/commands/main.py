@@ -25,8 +25,9 @@ _TRAINING = ("accelerate", "datasets", "matplotlib")
 COMMANDS = {
     "train-classification": Command("train a classifier", "training", (*_TRAINING, "timm")),
     "train-detection": Command("train RetinaNet, Mask R-CNN or DETR", "training", (*_TRAINING, "faster_coco_eval")),
-    "train-segmentation": Command("train Semantic FPN", "training", (*_TRAINING, "evaluate")),
+    "train-segmentation": Command("train Semantic FPN or UperNet", "training", (*_TRAINING, "evaluate")),
     "evaluate": Command("measure checkpoints beside the papers' numbers", "training", ("accelerate", "datasets")),
+    "predict": Command("predict what is on the images of a folder", "training", ("accelerate", "datasets")),
     "convert": Command("convert checkpoints of the released code, timm, mm*", "conversion"),
 }
 # What a command may need beside that. Other packages come with pvt_hf, and their absence is an error as any other.
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="pvt-hf",
         usage="pvt-hf COMMAND ...",
-        description="Pyramid Vision Transformers: train, measure, convert.",
+        description="Pyramid Vision Transformers: train, measure, predict, convert.",
         epilog="\n".join(
             [
                 "commands (each has its own --help):",

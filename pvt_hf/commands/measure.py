@@ -1,8 +1,10 @@
 """How `pvt-hf evaluate` measures a checkpoint of each task, and what the papers state for it."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -19,20 +21,24 @@ from transformers import (
 
 import pvt_hf
 
-from ..data.classification import EvaluationImages, collate, find_labels, load_images
-from ..data.detection import EvaluationDetections, read_coco, read_detection_dataset
+from ..data.class_names import ClassNameError, match_class_names, read_class_names
+from ..data.classification import EvaluationImages, check_images_and_labels, collate, find_labels, load_images
+from ..data.detection import EvaluationDetections, read_coco
 from ..data.digits import write_scenes
 from ..data.label_maps import read_palette
-from ..data.segmentation import EvaluationMaps, read_segmentation_dataset, read_segmentation_folders
+from ..data.segmentation import EvaluationMaps, SegmentationData, read_segmentation_dataset, read_segmentation_folders
 from ..data.segmentation_checks import check_classes, select_rows, survey_maps
+from ..evaluation.classifier_views import ClassifierViews
 from ..evaluation.metrics import COCO_METRICS, classification_metrics, classification_statistics
 from ..models.backbone import get_backbone_config
+from ..models.image_processing_segmentation import IGNORE_INDEX
 from ..paper_results import PUBLISHED
 from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES
 from ..training.arguments import EvaluationArguments
 from ..training.detection import DetectionTrainer
 from ..training.segmentation import SegmentationTrainer
 from ..variants import find_variant
+from .shared import read_detection_split
 
 Measured = tuple[Trainer, dict[str, float]]
 # How many scenes of a split are drawn where there are no other images.
@@ -50,9 +56,52 @@ def build_evaluation_arguments(options: EvaluationArguments, batch_size: int) ->
     )
 
 
-def check_num_labels(model: PreTrainedModel, checkpoint: str, count: int) -> None:
-    if model.config.num_labels != count:
-        raise SystemExit(f"{checkpoint} has {model.config.num_labels} classes and the data {count}")
+def match_classes(
+    model: PreTrainedModel, checkpoint: str, found: list[str], options: EvaluationArguments
+) -> tuple[list[str], list[int]]:
+    """The names of the data's classes, and the label of each of them in the model.
+
+    Raises:
+        ClassNameError: If the classes are not the same, with both lists.
+    """
+    known = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    names = read_class_names(options.class_names) if options.class_names else found
+    for count in (len(names), len(found)):
+        if len(known) != count:
+            raise ClassNameError(f"{checkpoint} has {len(known)} classes and the data {count}: {known} and {names}.")
+    for owner, given in ((checkpoint, known), ("the data", names)):
+        if _is_numbered(given):
+            print(f"{owner} has no class names: labels are compared as numbers. --class_names names those of the data")
+            return known, list(range(len(known)))
+    places = match_class_names(known, names, (checkpoint, "the data"))
+    if places != sorted(places):
+        print(f"the data has the classes of {checkpoint} in another order: they are mapped by their names")
+    return names, places
+
+
+def _is_numbered(names: list[str]) -> bool:
+    """Whether these are no names, but numbers of classes, or ImageNet's 1000 folders, whose order is that of its
+    classes."""
+    patterns = ("LABEL_{}", "{}", "class_{}")
+    numbered = any(names == [pattern.format(label) for label in range(len(names))] for pattern in patterns)
+    return numbered or (len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names))
+
+
+def print_left_out(problems: list[str]) -> None:
+    if problems:
+        print("\n  ".join([f"{len(problems)} corrupt images are left out:", *problems]))
+
+
+class _MappedMaps(EvaluationMaps):
+    """Label maps with the labels of the model; `places` has that of each label of the data."""
+
+    places: torch.Tensor
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        table = torch.full((IGNORE_INDEX + 1,), IGNORE_INDEX)
+        table[: len(self.places)] = self.places
+        return row | {"labels": table[row["labels"]]}
 
 
 def draw_validation_scenes(options: EvaluationArguments) -> Path:
@@ -64,66 +113,86 @@ def draw_validation_scenes(options: EvaluationArguments) -> Path:
 
 def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
     model = AutoModelForImageClassification.from_pretrained(checkpoint, dtype=torch.float32)
-    rows = load_images(options.dataset_name, options.eval_split, options.dataset_config_name)
+    rows = load_images(
+        options.dataset_name, options.eval_split, options.dataset_config_name, image_column=options.image_column
+    )
     column, names = find_labels(rows, options.label_column)
-    check_num_labels(model, checkpoint, len(names))
+    if not isinstance(rows.features[column], datasets.ClassLabel):  # integers, of which some may not be there
+        names = list(map(str, range(max(len(names), model.config.num_labels))))
+    names, places = match_classes(model, checkpoint, names, options)
+
     image_processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")  # exactly as torchvision on PIL
+    augmented = options.tta_scales or options.tta_flip
     trainer = Trainer(
-        model,
+        ClassifierViews(model, options.tta_scales or (), options.tta_flip) if augmented else model,
         build_evaluation_arguments(options, batch_size=64),
         data_collator=collate,
         preprocess_logits_for_metrics=classification_statistics,
         compute_metrics=classification_metrics,
     )
     rows = rows.select(range(len(rows))[: options.max_eval_samples])
-    return trainer, trainer.evaluate(EvaluationImages(rows, column, len(names), image_processor))
+    rows, left_out = check_images_and_labels(
+        rows, column, len(names), "the data", options.skip_corrupt, options.dataloader_num_workers
+    )
+    print_left_out(left_out)
+    return trainer, trainer.evaluate(EvaluationImages(rows, column, len(names), image_processor, places))
 
 
 def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
     model = AutoModelForObjectDetection.from_pretrained(checkpoint, dtype=torch.float32)
+    known = [model.config.id2label[label] for label in range(model.config.num_labels)]
     if options.annotations and options.images:
-        data = read_coco(options.annotations, options.images, options.allow_outside)
+        data = read_coco(options.annotations, options.images, options.allow_outside, options.bbox_format)
     elif options.dataset_name:
-        data = read_detection_dataset(
-            load_images(options.dataset_name, options.eval_split, options.dataset_config_name)
-        )
+        names = read_class_names(options.class_names) if options.class_names else known
+        data = read_detection_split(options, options.eval_split, names, options.dataloader_num_workers)
     else:
         scenes = draw_validation_scenes(options)
         data = read_coco(scenes / "annotations.json", scenes / "images")
-    check_num_labels(model, checkpoint, len(data.label_names))
+    names, _ = match_classes(model, checkpoint, data.label_names, options)
+    data = replace(data, label_names=names).reorder(known, (checkpoint, "the data"))
+
     trainer = DetectionTrainer(
         model,
         build_evaluation_arguments(options, batch_size=1),  # as mmdetection: no image is padded to another's size
         recipe=DETECTION_RECIPES[recipe],
+        max_detections=options.max_detections,
         processing_class=AutoImageProcessor.from_pretrained(checkpoint),
     )
-    data = replace(data, records=data.records[: options.max_eval_samples])
+    data = replace(data, records=data.records[: options.max_eval_samples]).for_evaluation(trainer.masks)
+    data = data.check_images("the data", options.skip_corrupt, options.dataloader_num_workers)
+    data.warn_of_limit(trainer.max_detections, "the data")
+    print_left_out(data.left_out)
     return trainer, trainer.evaluate(EvaluationDetections(data))
 
 
-def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
-    model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
-    image_processor, names = AutoImageProcessor.from_pretrained(checkpoint), list(model.config.id2label.values())
-    scales = options.tta_scales or ()
-    reduce_labels = getattr(image_processor, "do_reduce_labels", False)
-    settings = {
-        "num_labels": model.config.num_labels,
+def read_label_maps(names: list[str], reduce_labels: bool, options: EvaluationArguments) -> SegmentationData:
+    """The images and maps of the options, with classes of these names."""
+    settings: dict[str, Any] = {
+        "num_labels": len(names),
         "reduce_labels": reduce_labels if options.reduce_labels is None else options.reduce_labels,
         "binary_masks": options.binary_masks,
         "palette": read_palette(options.palette, names) if options.palette else None,
     }
     if options.maps and options.images:
-        data = read_segmentation_folders(options.images, options.maps, **settings)
-    elif options.dataset_name:
+        return read_segmentation_folders(options.images, options.maps, **settings)
+    if options.dataset_name:
         rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.eval_split)
-        data = read_segmentation_dataset(rows, options.map_column, **settings)
-    else:
-        scenes = draw_validation_scenes(options)
-        data = read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
-    args = build_evaluation_arguments(options, batch_size=1)
+        return read_segmentation_dataset(rows, options.map_column, **settings)
+    scenes = draw_validation_scenes(options)
+    return read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
+
+
+def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
+    model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
+    image_processor = AutoImageProcessor.from_pretrained(checkpoint)
+    known = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    names, places = match_classes(model, checkpoint, known, options)
+    scales, args = options.tta_scales or (), build_evaluation_arguments(options, batch_size=1)
+    data = read_label_maps(names, getattr(image_processor, "do_reduce_labels", False), options)
     data = select_rows(data, range(len(data))[: options.max_eval_samples])
     with args.main_process_first(desc="checking the data"):
-        data, survey = survey_maps(data, "the data", options.dataloader_num_workers)
+        data, survey = survey_maps(data, "the data", options.dataloader_num_workers, options.skip_corrupt)
     check_classes(None, survey, names)
     trainer = SegmentationTrainer(
         model,
@@ -135,7 +204,9 @@ def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments
         tta_scales=scales,
         tta_flip=options.tta_flip,
     )
-    return trainer, trainer.evaluate(EvaluationMaps(data, image_processor, scales))
+    maps = _MappedMaps(data, image_processor, scales)
+    maps.places = torch.tensor(places)
+    return trainer, trainer.evaluate(maps)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,14 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 
+from ..data.classification import load_images
+from ..data.detection import read_detection_dataset
+from ..data.detection_folders import find_layout, read_detection_folder
+from ..data.detection_records import DetectionData
 from ..data.digits import write_scenes
 from ..data.images import ImageError
 from ..models.backbone import get_backbone_config, load_pretrained_backbone
+from ..training.arguments import DetectionDataArguments, EvaluationArguments
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
 
@@ -60,6 +65,28 @@ def exit_on_bad_data() -> Iterator[None]:
         yield
     except (ImageError, ValueError) as error:
         raise SystemExit(str(error)) from error
+
+
+def read_detection_split(
+    options: DetectionDataArguments | EvaluationArguments, split: str, label_names: list[str] | None, workers: int
+) -> DetectionData:
+    """A split of `--dataset_name`: of a folder as YOLO, Pascal VOC or Roboflow lay it out, or of a data set of the Hub.
+
+    Args:
+        options: With the name, and how the data are written.
+        split: Its name.
+        label_names: Names of the classes, where the data do not say them.
+        workers: Processes that look at files.
+    """
+    name = str(options.dataset_name)
+    if find_layout(name):
+        return read_detection_folder(
+            name, split, label_names, options.skip_corrupt, options.allow_outside, workers=workers
+        )
+    rows = load_images(name, split, options.dataset_config_name, image_column=options.image_column)
+    return read_detection_dataset(
+        rows, label_names, options.objects_column, options.bbox_format, options.skip_corrupt, workers
+    )
 
 
 def finish(trainer: VisionTrainer) -> int:

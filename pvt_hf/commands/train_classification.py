@@ -26,6 +26,7 @@ import pvt_hf
 
 from ..data import classification as images
 from ..data.augmentation import build_training_transform
+from ..data.class_names import match_class_names
 from ..models.configuration_pvt import label_fields
 from ..recipes import ImageNetRecipe, imagenet_recipe
 from ..training.arguments import (
@@ -76,14 +77,55 @@ def load_model(model_args: ClassificationModelArguments, recipe: ImageNetRecipe,
 def load_splits(data_args: ClassificationDataArguments, args: TrainingArguments) -> tuple[Images, datasets.Dataset]:
     """The training set, perhaps a stream, and the validation set."""
     config, source = data_args.dataset_config_name, data_args.eval_dataset_name or data_args.dataset_name
-    train = images.load_images(data_args.dataset_name, data_args.train_split, config, data_args.streaming)
+    image_column = data_args.image_column
+    train = images.load_images(
+        data_args.dataset_name, data_args.train_split, config, data_args.streaming, image_column=image_column
+    )
     if data_args.train_val_split:
         parts = train.train_test_split(data_args.train_val_split, seed=args.seed)
         return parts["train"], parts["test"]
     if not data_args.streaming:
-        return train, images.load_images(source, data_args.eval_split, config)
+        return train, images.load_images(source, data_args.eval_split, config, image_column=image_column)
     with args.main_process_first(desc="writing the validation set to the cache"):
-        return train, images.cache_stream(images.load_images(source, data_args.eval_split, config, streaming=True))
+        stream = images.load_images(source, data_args.eval_split, config, streaming=True, image_column=image_column)
+        return train, images.cache_stream(stream)
+
+
+def match_labels(validation: datasets.Dataset, classes: tuple[str, list[str]]) -> tuple[list[str], list[int]]:
+    """The classes of the validation set, and which of the training set's each of them is. It may lack some."""
+    column, names = classes
+    if not isinstance(validation.features.get(column), datasets.ClassLabel):
+        images.find_labels(validation, column, len(names))
+        return names, list(range(len(names)))
+    found = validation.features[column].names
+    return found, match_class_names(names, found, ("Training", "evaluation"), subset=True)
+
+
+def check_splits(
+    train: Images,
+    validation: datasets.Dataset,
+    classes: tuple[str, list[str]],
+    found: list[str],
+    data_args: ClassificationDataArguments,
+    args: TrainingArguments,
+) -> tuple[Images, datasets.Dataset, list[str]]:
+    """All that can be known about the images is checked and printed, of a stream nothing. Also the problems of what is
+    left out."""
+    column, names = classes
+    options = data_args.skip_corrupt, args.dataloader_num_workers
+    left_out: list[str] = []
+    with args.main_process_first(desc="checking the data"):
+        if not data_args.streaming:
+            train, problems = images.check_images_and_labels(train, column, len(names), "the training set", *options)
+            left_out += problems
+        validation, problems = images.check_images_and_labels(
+            validation, column, len(found), "the validation set", *options
+        )
+    if args.process_index == 0:
+        if not data_args.streaming:
+            print(f"the training set: {images.summarize_labels(train, column, names)}")
+        print(f"the validation set: {images.summarize_labels(validation, column, found)}")
+    return train, validation, [*left_out, *problems]
 
 
 def build_training_set(
@@ -115,8 +157,11 @@ def build_training_set(
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), recipe, args = parse(argv)
     set_seed(args.seed)
-    train, validation = load_splits(data_args, args)
-    column, names = images.find_labels(train, data_args.label_column, data_args.num_labels)
+    with shared.exit_on_bad_data():
+        train, validation = load_splits(data_args, args)
+        column, names = images.find_labels(train, data_args.label_column, data_args.num_labels)
+        found, places = match_labels(validation, (column, names))
+        train, validation, left_out = check_splits(train, validation, (column, names), found, data_args, args)
     image_processor = pvt_hf.PvtImageProcessorPil(crop_size=model_args.image_size)
     transform = build_training_transform(recipe, model_args.image_size)
     trainer = ImageClassificationTrainer(
@@ -128,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ema_decay=recipe_args.ema_decay,
         channels_last=model_args.channels_last,
         train_dataset=build_training_set(train, (column, len(names)), transform, data_args, args),
-        eval_dataset=images.EvaluationImages(validation, column, len(names), image_processor),
+        eval_dataset=images.EvaluationImages(validation, column, len(found), image_processor, places),
+        left_out=left_out,
         processing_class=image_processor,
         dataset_name=data_args.dataset_name,
         dataset_title=options.dataset_title,

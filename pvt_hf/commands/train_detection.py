@@ -9,6 +9,8 @@
     pvt-hf train-detection arguments.yaml --learning_rate 1e-4                      # a file of options, and others
     pvt-hf train-detection --recipe mask_rcnn_1x --model_name_or_path converted/mask_rcnn_pvt_s ...
     pvt-hf train-detection --recipe detr_50ep --dataset_name cppe-5 --eval_split test ...
+    pvt-hf train-detection --dataset_name my_export --warmup_iterations 50 ...      # a folder of YOLO, VOC or Roboflow
+
     pvt-hf train-detection --output_dir runs/x --resume_from_checkpoint true ...    # as if never interrupted
 
 The first is a cell of the papers' table. Every argument of TrainingArguments works too. Without data, it draws digits
@@ -32,9 +34,10 @@ from transformers import (
 
 import pvt_hf
 
-from ..data import detection as data
 from ..data.augmentation import DetectionAugmentation
-from ..data.classification import load_images
+from ..data.class_names import read_class_names
+from ..data.detection import EvaluationDetections, TrainingDetections, read_coco
+from ..data.detection_records import DetectionData
 from ..models.configuration_pvt import label_fields
 from ..recipes import DETECTION_RECIPES, DetectionRecipe, detection_recipe
 from ..training.arguments import (
@@ -76,27 +79,51 @@ def parse(
     return groups, backbone, recipe, build_training_arguments(options, recipe, num_train_epochs=recipe.epochs)
 
 
-def load_splits(
-    data_args: DetectionDataArguments, args: TrainingArguments
-) -> tuple[data.DetectionData, data.DetectionData]:
-    """The training set and the validation set."""
-    if data_args.train_annotations:
-        files: list[tuple[Any, Any]] = [
-            (data_args.train_annotations, data_args.train_images),
-            (data_args.eval_annotations, data_args.eval_images),
-        ]
-        train, validation = (data.read_coco(*pair, data_args.allow_outside) for pair in files)
-    elif data_args.dataset_name:
-        splits = data_args.train_split, data_args.eval_split
-        rows = (load_images(data_args.dataset_name, split, data_args.dataset_config_name) for split in splits)
-        train, validation = map(data.read_detection_dataset, rows)
+def load_splits(data_args: DetectionDataArguments, args: TrainingArguments) -> tuple[DetectionData, DetectionData]:
+    """The training set and the validation set, with the same classes."""
+    names = read_class_names(data_args.class_names) if data_args.class_names else None
+    files: list[tuple[Any, Any]] = [
+        (data_args.train_annotations, data_args.train_images),
+        (data_args.eval_annotations, data_args.eval_images),
+    ]
+    if not data_args.train_annotations and not data_args.dataset_name:
+        scenes = shared.draw_scenes(args, data_args.num_scenes)
+        files = [(scenes / split / "annotations.json", scenes / split / "images") for split in ("train", "validation")]
+    workers = args.dataloader_num_workers
+    if data_args.dataset_name:
+        train = shared.read_detection_split(data_args, data_args.train_split, names, workers)
+        validation = shared.read_detection_split(data_args, data_args.eval_split, train.label_names, workers)
     else:
-        folder = shared.draw_scenes(args, data_args.num_scenes)
-        folders = folder / "train", folder / "validation"
-        train, validation = (data.read_coco(split / "annotations.json", split / "images") for split in folders)
-    if train.label_names != validation.label_names:
-        raise SystemExit(f"Training has the classes {train.label_names}, evaluation {validation.label_names}")
-    return train, validation
+        options = data_args.allow_outside, data_args.bbox_format
+        train, validation = (read_coco(*pair, *options) for pair in files)
+    if names:
+        train = train.reorder(names, (str(data_args.class_names), "the training set"))
+    return train, validation.reorder(train.label_names, ("Training", "evaluation"))
+
+
+def check_splits(
+    splits: tuple[DetectionData, DetectionData],
+    model: PreTrainedModel,
+    data_args: DetectionDataArguments,
+    max_detections: int,
+    args: TrainingArguments,
+) -> tuple[DetectionData, DetectionData]:
+    """What is trained on and evaluated: everything that can be known about it is checked and printed."""
+    masks = getattr(model.config, "use_masks", False)
+    train = splits[0].for_training(
+        empty=data_args.keep_empty, masks=masks, skip_without_mask=data_args.skip_without_mask
+    )
+    checked = []
+    for name, split in (("the training set", train), ("the validation set", splits[1].for_evaluation(masks))):
+        with args.main_process_first(desc="checking the images"):
+            split = split.check_images(name, data_args.skip_corrupt, args.dataloader_num_workers)
+        split.warn_of_limit(max_detections, name)
+        if queries := getattr(model.config, "num_queries", None):
+            split.warn_of_limit(queries, name, "`num_queries` (`--config_overrides`)")
+        checked.append(split)
+        if args.process_index == 0:
+            print(f"{name}: {split.summary()}")
+    return checked[0], checked[1]
 
 
 def build_detector(architecture: str, backbone: PreTrainedConfig, values: dict[str, Any]) -> PreTrainedModel:
@@ -129,8 +156,14 @@ def load_model(
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), backbone, recipe, args = parse(argv)
     set_seed(args.seed)
-    train, validation = load_splits(data_args, args)
-    model = load_model(model_args, backbone, recipe, train.label_names)
+
+    with shared.exit_on_bad_data():
+        splits = load_splits(data_args, args)
+    model = load_model(model_args, backbone, recipe, splits[0].label_names)
+    max_detections = model_args.max_detections or getattr(model.config, "max_detections", 100)
+    with shared.exit_on_bad_data():
+        train, validation = check_splits(splits, model, data_args, max_detections, args)
+
     size = {"shortest_edge": max(recipe.shortest_edges), "longest_edge": recipe.longest_edge}
     augment = DetectionAugmentation(recipe.shortest_edges, recipe.longest_edge, recipe.flip, recipe.crop_shortest_edges)
     trainer = DetectionTrainer(
@@ -138,15 +171,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         args=args,
         recipe=recipe,
         recipe_schedule=options.lr_scheduler_type is None,
+        max_detections=max_detections,
+        left_out=[*train.left_out, *validation.left_out],
         ema_decay=recipe_args.ema_decay,
         channels_last=model_args.channels_last,
-        train_dataset=data.TrainingDetections(
-            train.for_training(empty=data_args.keep_empty),
-            augment,
-            masks=getattr(model.config, "use_masks", False),
-            skip_corrupt=data_args.skip_corrupt,
+        train_dataset=TrainingDetections(
+            train, augment, masks=getattr(model.config, "use_masks", False), skip_corrupt=data_args.skip_corrupt
         ),
-        eval_dataset=data.EvaluationDetections(validation),
+        eval_dataset=EvaluationDetections(validation),
         processing_class=pvt_hf.PvtDetectionImageProcessor(size=size, num_labels=len(train.label_names)),
         dataset_name=data_args.dataset_name or data_args.train_annotations,
         dataset_title=options.dataset_title,

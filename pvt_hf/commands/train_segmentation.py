@@ -115,8 +115,9 @@ def load_splits(
 
 def check_splits(
     data_args: SegmentationDataArguments, args: TrainingArguments, names: list[str]
-) -> tuple[data.SegmentationData, data.SegmentationData, LabelSurvey]:
-    """The training set, the validation set, and what the maps of the first hold; says what both have."""
+) -> tuple[data.SegmentationData, data.SegmentationData, LabelSurvey, list[str]]:
+    """The training set, the validation set, what the maps of the first hold, and what was left out of either; says what
+    both have."""
     splits = zip(("the training set", "the validation set"), load_splits(data_args, args, names), strict=True)
     workers, skip_corrupt = args.dataloader_num_workers, data_args.skip_corrupt
     with args.main_process_first(desc="checking the data"):
@@ -127,7 +128,7 @@ def check_splits(
     if args.process_index == 0:
         for subject, survey in (("training", found), ("validation", expected)):
             print(f"{len(survey.sizes)} {subject} images: {survey.describe(names)}")
-    return train, validation, found
+    return train, validation, found, [*found.left_out, *expected.left_out]
 
 
 def fit_run(
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_seed(args.seed)
     with shared.exit_on_bad_data():
         names = name_classes(data_args, model_args.model_name_or_path)
-        train, validation, survey = check_splits(data_args, args, names)
+        train, validation, survey, left_out = check_splits(data_args, args, names)
     recipe, loss = fit_run(recipe, survey, recipe_args, options, args), build_loss(recipe_args, survey)
     size = {"shortest_edge": recipe.shortest_edge, "longest_edge": recipe.longest_edge}
     image_processor = pvt_hf.PvtSegmentationImageProcessor(size=size, do_reduce_labels=data_args.reduce_labels)
@@ -235,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         processing_class=image_processor,
         dataset_name=data_args.dataset_name or data_args.train_images,
         dataset_title=options.dataset_title,
+        left_out=left_out,
         initial_weights=model_args.model_name_or_path or model_args.backbone_checkpoint,
         license=options.license,
         settings={name: getattr(model_args, name) for name in ("variant", "backbone_checkpoint", "freeze_stages")}

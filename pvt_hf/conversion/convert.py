@@ -194,7 +194,7 @@ def _take_notes(source: _Source, processor_origin: str) -> tuple[str, ...]:
     if architecture.is_dense:
         origin = "the checkpoint's own" if checkpoint.class_names else "by their number, as the checkpoint has no names"
         notes.append(f"labels: {', '.join(labels[:3])}, ... ({len(labels)}; {origin})")
-    return (*notes, f"image processor: {processor_origin}")
+    return (*notes, f"image processor: {processor_origin}", f"sha256: {checkpoint.sha256}, {checkpoint.hash_check}")
 
 
 @dataclass(frozen=True)
@@ -238,10 +238,10 @@ def _check_export(saved_dir: Path, file: Path, overwrite: bool) -> None:
         raise ConversionError(f"`SAVED_DIR` must be a folder of `save_pretrained`, but {saved_dir} has no {missing}.")
     if file.resolve().is_relative_to(saved_dir.resolve()):
         raise ConversionError(f"`FILE` {file} would lie in `SAVED_DIR` {saved_dir}; choose another place.")
-    if file.is_dir() or (file.exists() and not overwrite):
-        raise ConversionError(
-            f"`FILE` {file} exists" + (": it is a directory." if file.is_dir() else "; use --overwrite.")
-        )
+    if file.exists() and not file.is_file():  # a directory, a device
+        raise ConversionError(f"`FILE` {file} exists, and is no regular file.")
+    if file.exists() and not overwrite:
+        raise ConversionError(f"`FILE` {file} exists; use --overwrite.")
 
 
 def _write_state_dict(tensors: StateDict, file: Path) -> None:

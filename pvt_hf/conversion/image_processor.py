@@ -1,7 +1,9 @@
 """The image processor that belongs to a checkpoint."""
 
+import math
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedConfig
 from transformers.image_utils import PILImageResampling
 
@@ -10,7 +12,8 @@ from .checkpoint import Checkpoint
 from .rename import ConversionError
 
 # transformers' own processor squashes to this, and the PVTs on the Hub have it, released weights and tuned ones.
-_SQUASHED = {"height": 224, "width": 224}
+_SQUASHED = ({"height": 224, "width": 224}, [224, 224], 224)
+_MAX_EDGE = 4096  # pixels
 
 
 def read_image_processor(checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[PvtImageProcessor | None, str]:
@@ -32,22 +35,49 @@ def read_image_processor(checkpoint: Checkpoint, config: PreTrainedConfig) -> tu
     try:
         if (
             stated
-            and stated.get("size") == _SQUASHED
+            and stated.get("size") in _SQUASHED
             and not stated.get("do_center_crop")
             and config.num_labels == 1000
         ):
             return PvtImageProcessor(), "the papers' evaluation, in place of the squashing default of transformers"
         if stated:
-            return PvtImageProcessor.from_dict(stated), "the checkpoint's own"
+            return _check_usable(PvtImageProcessor.from_dict(stated)), "the checkpoint's own"
         if isinstance(timm, dict) and "input_size" in timm:
-            return PvtImageProcessor(**_from_timm(timm)), "the checkpoint's own, from timm's settings"
+            processor = _check_usable(PvtImageProcessor(**_from_timm(timm)))
+            return processor, "the checkpoint's own, from timm's settings"
         if config.model_type == "pvt" and config.image_shape != (224, 224):
             height, width = config.image_shape
             processor = PvtImageProcessor(crop_size={"height": height, "width": width})
             return processor, "the papers' evaluation at the size of the position embeddings"
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConversionError(f"The checkpoint's image settings make no image processor: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConversionError(
+            f"The checkpoint's image settings (`preprocessor_config.json`, or timm's in `config.json`) make no image "
+            f"processor: {str(error) or type(error).__name__}. Mend them, or take them away for the papers' evaluation."
+        ) from error
     return PvtImageProcessor(), "the papers' evaluation"
+
+
+def _check_usable(processor: PvtImageProcessor) -> PvtImageProcessor:
+    """The processor, if it prepares an image. Raises a `ValueError` that names the setting otherwise."""
+    for name in ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad"):
+        if not isinstance(value := getattr(processor, name, None), bool | None):
+            raise ValueError(f"`{name}` must be true or false, got {value!r:.80}")
+    for name in ("size", "crop_size", "pad_size"):
+        for side, pixels in dict(getattr(processor, name, None) or {}).items():
+            if pixels is not None and (type(pixels) is not int or not 1 <= pixels <= _MAX_EDGE):
+                raise ValueError(f"`{name}` must be 1 to {_MAX_EDGE} pixels, got {pixels!r:.80} as {side}")
+    for name, lowest in (("image_mean", -math.inf), ("image_std", 0), ("rescale_factor", 0)):
+        value = getattr(processor, name)
+        values = value if isinstance(value, list | tuple) and name != "rescale_factor" else [value] * 3
+        if len(values) != 3 or not all(type(v) in (int, float) and lowest < v < math.inf for v in values):
+            kind = "finite numbers above 0" if lowest == 0 else "finite numbers"
+            raise ValueError(f"`{name}` must be {kind}, three for the channels, got {value!r:.80}")
+    if isinstance(processor.resample, bool) or processor.resample not in list(PILImageResampling):
+        raise ValueError(f"`resample` must be one of PIL's numbers, got {processor.resample!r:.80}")
+    pixels = processor(np.zeros((32, 48, 3), dtype=np.uint8), return_tensors="pt")["pixel_values"]
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.isfinite().all():
+        raise ValueError(f"they make numbers of shape {tuple(pixels.shape)} of an image, or such that are not finite")
+    return processor
 
 
 def _from_timm(settings: dict[str, Any]) -> dict[str, Any]:

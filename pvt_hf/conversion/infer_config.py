@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from torchvision.models import ResNet50_Weights
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from ..models.configuration_pvt import PvtConfig, label_fields
 from ..models.configuration_pvt_v2 import PvtV2Config
@@ -72,7 +73,7 @@ def infer_config(weights: StateDict, known: Mapping[str, Any] | None = None) -> 
     fields = infer_fields(weights)
     config_class = _CONFIG_CLASSES[fields.pop("model_type")]
     known = known or {}
-    if known.get("model_type") in _CONFIG_CLASSES:
+    if isinstance(known.get("model_type"), str) and known["model_type"] in _CONFIG_CLASSES:
         if known["model_type"] != config_class.model_type:
             raise ConversionError(
                 f"`config.json` says model_type {known['model_type']!r}, but the tensors are those of a "
@@ -81,7 +82,9 @@ def infer_config(weights: StateDict, known: Mapping[str, Any] | None = None) -> 
         names = {field.name for field in dataclasses.fields(config_class)} - {"_out_features", "_out_indices", "dtype"}
         stated = {name: known[name] for name in names if known.get(name) is not None}
         wrong = [
-            f"{name} {stated[name]} for {value}" for name, value in fields.items() if stated.get(name, value) != value
+            f"{name} {stated[name]!s:.80} for {value}"
+            for name, value in fields.items()
+            if stated.get(name, value) != value
         ]
         if wrong:
             raise ConversionError(f"`config.json` does not describe the tensors: {'; '.join(sorted(wrong))}.")
@@ -92,8 +95,11 @@ def infer_config(weights: StateDict, known: Mapping[str, Any] | None = None) -> 
     if num_labels is not None:
         fields |= label_fields(_classifier_labels(num_labels, known))
     try:
-        return config_class(**fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+        config = config_class(**fields)
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of transformers' activations, got {config.hidden_act!r:.80}")
+        return config
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, StrictDataclassError) as error:
         raise ConversionError(f"There is no PVT with these shapes and this `config.json`: {error}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
 
+from .checks import check_images, describe_problems
 from .digits import load_digits_dataset
 from .images import ImageError, decode, drop_skipped, prepare, seed_random_state
 
@@ -26,7 +28,11 @@ logger = logging.get_logger(__name__)
 
 
 def load_images(
-    source: str | None, split: str, config_name: str | None = None, streaming: bool = False
+    source: str | None,
+    split: str,
+    config_name: str | None = None,
+    streaming: bool = False,
+    image_column: str | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Loads images from wherever they are.
 
@@ -38,6 +44,7 @@ def load_images(
         split: For example `train` or `validation`.
         config_name: Of a data set of the Hub (default: its only one).
         streaming: Whether images are read when they are needed instead of being prepared first (default: `False`).
+        image_column: The column of images (default: the only one).
 
     Returns:
         The split, with a column `image` that is not decoded yet: see [`TrainingImages`].
@@ -54,13 +61,23 @@ def load_images(
     if data.features is None:
         data = data._resolve_features()
     image_columns = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
+
+    if image_column is not None:
+        image_columns = [name for name in image_columns if name == image_column]
     if len(image_columns) != 1:
-        raise ImageError(f"{source!r} must have one column of images, got {image_columns} of {list(data.features)}.")
+        raise ImageError(
+            f"{source!r} must have one column of images{f' {image_column!r}' if image_column else ''}, got "
+            f"{image_columns} of {data.features}. `image_column` (`--image_column`) chooses one."
+        )
+
     if streaming and isinstance(data, datasets.Dataset):
         length = datasets.SplitInfo(split, num_examples=len(data))
         data = data.to_iterable_dataset(num_shards=min(8, len(data)))
         data.info.splits = datasets.SplitDict({split: length})
+
     if image_columns != ["image"]:
+        if "image" in data.features:
+            data = data.remove_columns("image")
         data = data.rename_column(image_columns[0], "image")
     return data.cast_column("image", datasets.Image(decode=False))
 
@@ -151,6 +168,58 @@ def find_labels(
     return found[0], [str(label) for label in range(num_labels or max(data.unique(found[0])) + 1)]
 
 
+def check_images_and_labels(
+    data: datasets.Dataset, label_column: str, num_labels: int, name: str, skip_corrupt: bool = False, workers: int = 0
+) -> tuple[datasets.Dataset, list[str]]:
+    """Checks that every image can be opened and every label is a class.
+
+    Args:
+        data: From [`load_images`].
+        label_column: From [`find_labels`].
+        num_labels: Number of classes.
+        name: Of the images, for messages: "the training set".
+        skip_corrupt: Whether images that cannot be decoded are left out instead of being an error (default: `False`).
+        workers: Processes that check (default: 0, this one).
+
+    Returns:
+        The data, without what was left out, and the problems of that.
+
+    Raises:
+        ImageError: If images fail, with their number and the first of them, if all do, or if labels are not classes,
+            with their counts.
+    """
+    counts = Counter(data[label_column])
+    if wrong := {label: count for label, count in counts.items() if label not in range(num_labels)}:
+        raise ImageError(
+            f"{sum(wrong.values())} of {len(data)} labels of {name} (column {label_column!r}) are not classes in [0, "
+            f"{num_labels}): {wrong} (label: images)."
+        )
+    checked = check_images(data, decoded=skip_corrupt, workers=workers)
+    problems = [found.problem for found in checked if found.problem]
+    if not problems:
+        return data, []
+    message = describe_problems(problems, len(data), f"images of {name}")
+    if not skip_corrupt or len(problems) == len(data):
+        raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
+    logger.warning(f"{message}\nThey are left out.")
+    return data.select([index for index, found in enumerate(checked) if not found.problem]), problems
+
+
+def summarize_labels(data: datasets.Dataset, label_column: str, label_names: Sequence[str]) -> str:
+    """How many images and classes there are, in a line.
+
+    Args:
+        data: From [`load_images`].
+        label_column: From [`find_labels`].
+        label_names: From [`find_labels`].
+    """
+    counts = Counter(data[label_column])
+    numbers = [counts[label] for label in range(len(label_names))]
+    missing = [name for name, count in zip(label_names, numbers, strict=True) if not count]
+    listed = f"; none of {missing[:20]}{' ...' if len(missing) > 20 else ''}" if missing else ""
+    return f"{len(data)} images of {len(numbers)} classes ({min(numbers)} to {max(numbers)} of a class){listed}"
+
+
 def check_class_index(label: Any, num_labels: int, name: str) -> int:
     """The label itself, if it is a class.
 
@@ -200,7 +269,9 @@ class TrainingImages(_AugmentedImages, Dataset):
         data: From [`load_images`].
         label_column: From [`find_labels`].
         num_labels: Number of classes.
-        transform: From a PIL image in RGB to a tensor `(3, height, width)`.
+        transform: From a PIL image in RGB to a tensor `(3, height, width)`: that of
+            [`~pvt_hf.data.augmentation.build_training_transform`], your own of `torchvision.transforms.v2`, or both in
+            a `v2.Compose`.
         skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error (default: `False`).
     """
 
@@ -233,7 +304,9 @@ class StreamedImages(_AugmentedImages, IterableDataset):
         data: A streamed data set from [`load_images`].
         label_column: From [`find_labels`].
         num_labels: Number of classes.
-        transform: From a PIL image in RGB to a tensor `(3, height, width)`.
+        transform: From a PIL image in RGB to a tensor `(3, height, width)`: that of
+            [`~pvt_hf.data.augmentation.build_training_transform`], your own of `torchvision.transforms.v2`, or both in
+            a `v2.Compose`.
         samples_per_epoch: Images of an epoch, over all processes.
         seed: Of the run.
         rank: Number of the process, from 0 (default: 0).
@@ -335,8 +408,9 @@ class EvaluationImages(Dataset):
     Args:
         data: From [`load_images`].
         label_column: From [`find_labels`].
-        num_labels: Number of classes.
+                num_labels: Number of classes of the data.
         image_processor: Of the model.
+        places: The label of each of these classes in the model (default: the same).
     """
 
     def __init__(
@@ -345,9 +419,10 @@ class EvaluationImages(Dataset):
         label_column: str,
         num_labels: int,
         image_processor: BaseImageProcessor,
+        places: Sequence[int] | None = None,
     ):
         self.data, self.label_column, self.num_labels = data, label_column, num_labels
-        self.image_processor = image_processor
+        self.image_processor, self.places = image_processor, range(num_labels) if places is None else places
 
     def __len__(self) -> int:
         return len(self.data)
@@ -357,4 +432,4 @@ class EvaluationImages(Dataset):
         name = (row["image"] or {}).get("path") or f"image {index}"
         pixel_values = prepare(decode(row["image"], name), self.image_processor, name)
         label = check_class_index(row[self.label_column], self.num_labels, name)
-        return {"pixel_values": pixel_values, "labels": label}
+        return {"pixel_values": pixel_values, "labels": self.places[label]}

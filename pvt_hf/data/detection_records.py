@@ -89,8 +89,8 @@ class DetectionData:
         image = decode_to_fit(stored, name, record.size)
         if image.shape[1:] != record.size:
             raise ImageError(
-                f"{name} has (height, width) {tuple(image.shape[1:])}, turned as its EXIF says if it has one, but "
-                f"{record.size} according to its annotations."
+                f"{name} has (height, width) {tuple(image.shape[1:])}, but {record.size} according to its annotations "
+                "(neither turned as its EXIF says nor as it is stored do they fit)."
             )
         return image
 
@@ -285,7 +285,7 @@ class DetectionData:
         annotations = [
             {"area": float(np.prod(annotation["bbox"][2:])), "iscrowd": 0}
             | {name: value for name, value in annotation.items() if value is not None}
-            | (_read_mask(annotation) if masks else {})
+            | (_read_mask(annotation, f"Annotation {annotation.get('id')} of image {record.image_id}") if masks else {})
             | {"image_id": record.image_id, "category_id": self.category_ids[annotation["category_id"]]}
             for record in self.records
             for annotation in record.annotations
@@ -327,12 +327,12 @@ def _check_mask(annotation: dict[str, Any], size: tuple[int, int], name: str) ->
     return has_mask(segmentation, name)
 
 
-def _read_mask(annotation: dict[str, Any]) -> dict[str, Any]:
+def _read_mask(annotation: dict[str, Any], name: str) -> dict[str, Any]:
     """The segmentation as COCO's code takes it: it reads a part of two points as a box."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         return {}
-    if polygons := usable_polygons(segmentation):
+    if polygons := usable_polygons(segmentation, name):
         return {"segmentation": polygons}
     x, y, width, height = annotation["bbox"]
     corners = [x, y, x + width, y, x + width, y + height, x, y + height]

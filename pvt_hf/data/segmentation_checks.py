@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ class LabelSurvey:
         maps: How many of them have each class.
         ignored: Pixels without a class.
         sizes: (height, width) of each map in pixels.
+        left_out: What was wrong with the images that were left out.
     """
 
     pixels: list[int]
     maps: list[int]
     ignored: int
     sizes: list[tuple[int, int]]
+    left_out: list[str] = field(default_factory=list)
 
     def describe(self, names: Sequence[str]) -> str:
         """Pixels and maps of each class, in words.
@@ -98,11 +100,10 @@ def survey_maps(
     """
     images, maps = _check_rows(data, workers)
     problems = [image.problem or label_map.problem for image, label_map in zip(images, maps, strict=True)]
-    if skip_corrupt and any(problems):
+    left_out = list(filter(None, problems)) if skip_corrupt else []
+    if left_out:
         kept = [index for index, problem in enumerate(problems) if problem is None]
-        logger.warning(
-            f"{describe_problems(list(filter(None, problems)), len(data), f'images of {subject}')}\nThey are skipped."
-        )
+        logger.warning(f"{describe_problems(left_out, len(data), f'images of {subject}')}\nThey are left out.")
         data = select_rows(data, kept)
         images, maps, problems = ([values[index] for index in kept] for values in (images, maps, problems))
     if not problems:
@@ -115,7 +116,8 @@ def survey_maps(
     if any(found):
         raise ImageError(describe_problems(list(filter(None, found)), len(data), f"images of {subject}"))
     _check_binary(data, maps, subject)
-    return data, _add_up(data, torch.stack(counts), [tuple(label_map.value["size"]) for label_map in maps])
+    survey = _add_up(data, torch.stack(counts), [tuple(label_map.value["size"]) for label_map in maps])
+    return data, replace(survey, left_out=left_out)
 
 
 def select_rows(data: SegmentationData, indices: Sequence[int]) -> SegmentationData:

@@ -29,6 +29,15 @@ COCO_METRICS = (
 )
 
 
+def coco_metric_names(max_detections: int = 100) -> tuple[str, ...]:
+    """`COCO_METRICS` with another number of detections.
+
+    Args:
+        max_detections: Most detections of an image that count (default: 100, COCO's).
+    """
+    return tuple(f"AR{max_detections}" if name == "AR100" else name for name in COCO_METRICS)
+
+
 def classification_statistics(
     logits: torch.Tensor | tuple[Any, ...], labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,20 +118,25 @@ def gather_results(results: Results) -> Results:
     return {image_id: found for part in parts for image_id, found in part.items()}
 
 
-def coco_metrics(results: Results, ground_truth: str | Path | dict[str, Any], masks: bool = False) -> dict[str, float]:
+def coco_metrics(
+    results: Results, ground_truth: str | Path | dict[str, Any], masks: bool = False, max_detections: int = 100
+) -> dict[str, float]:
     """COCO's twelve numbers.
 
     Args:
         results: From [`coco_results`], of every image of the ground truth.
         ground_truth: COCO json, or the path of a file with it.
         masks: Whether masks are compared instead of boxes; sizes are then those of the masks (default: `False`).
+        max_detections: Most detections of an image that count, the best ones, at least 10 (default: 100, COCO's).
 
     Returns:
-        Numbers in [0, 1], -1 where there is nothing to measure, with the names of `COCO_METRICS`.
+        Numbers in [0, 1], -1 where there is nothing to measure, with the names of [`coco_metric_names`].
 
     Raises:
         ValueError: If images of the ground truth have no results, or results are of other images or categories.
     """
+    if max_detections < 10:
+        raise ValueError(f"`max_detections` must be at least 10, got {max_detections}.")
     from faster_coco_eval import COCO, COCOeval_faster
 
     coco = ground_truth if isinstance(ground_truth, dict) else json.loads(Path(ground_truth).read_text())
@@ -142,9 +156,11 @@ def coco_metrics(results: Results, ground_truth: str | Path | dict[str, Any], ma
     found = [{name: value for name, value in result.items() if name != drop} for result in found]
     truth = COCO(coco, use_deepcopy=True)
     evaluation = COCOeval_faster(truth, truth.loadRes(found), "segm" if masks else "bbox")
+
+    evaluation.params.maxDets = [1, 10, max_detections]
     for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
         step()
-    return dict(zip(COCO_METRICS, map(float, evaluation.stats), strict=True))
+    return dict(zip(coco_metric_names(max_detections), map(float, evaluation.stats), strict=True))
 
 
 class ConfusionMatrix:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _MARGIN, _GAP, _TITLE = 8, 4, 32
 _BACKGROUND = (128, 128, 128)
 # Of wrong pixels: where the prediction has the second of two classes, where the truth has it, and any of more classes.
-_FALSE, _MISSED, _WRONG = (255, 48, 48), (48, 128, 255), (255, 48, 48)
+_FALSE, _MISSED, _WRONG = (255, 48, 48), (255, 208, 0), (255, 48, 48)
 
 
 def pick_color(label: int) -> Color:

@@ -102,7 +102,9 @@ def flatten_to_anchors(feature_map: torch.Tensor, num_values: int) -> torch.Tens
     Returns:
         `(batch, height * width * anchors of a cell, num_values)`.
     """
-    return feature_map.permute(0, 2, 3, 1).reshape(feature_map.shape[0], -1, num_values)
+    batch_size, channels, height, width = feature_map.shape
+    num_anchors = height * width * (channels // num_values)
+    return feature_map.permute(0, 2, 3, 1).reshape(batch_size, num_anchors, num_values)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

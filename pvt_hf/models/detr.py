@@ -18,6 +18,7 @@ from transformers import AutoConfig, DetrConfig, DetrForObjectDetection, PreTrai
 from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_for_object_detection import HungarianMatcher, generalized_box_iou
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .targets import check_labels
 
@@ -100,6 +101,7 @@ def prepare_detr_training(model: DetrForObjectDetection) -> DetrForObjectDetecti
     if model.loss_function is not _return_no_loss:
         model.loss_function = _return_no_loss
         model.model.encoder.dropout = 0.0
+        maybe_install_capturing_hooks(model.model.decoder)  # not at the first call: a compiler cannot trace that
         model.model.decoder.register_forward_pre_hook(_record_layers, with_kwargs=True)
         model.register_forward_hook(_add_loss, with_kwargs=True)
     return model

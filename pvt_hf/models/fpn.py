@@ -62,5 +62,5 @@ class FeaturePyramid(nn.Module):
         for index, conv in enumerate(self.extra_convs):
             levels.append(conv(levels[-1] if index else feature_maps[-1]))
         if self.extra_pooled_level:
-            levels.append(levels[-1][:, :, ::2, ::2])
+            levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
         return levels

@@ -51,7 +51,7 @@ class _PvtPreprocessing(ImagePreprocessing):
     @classmethod
     def complete_settings(cls, settings: dict[str, Any], size: Mapping[str, int] | SizeDict) -> dict[str, Any]:
         """Where only one of `size` and `crop_size` is given, the other follows in the papers' ratio of 256 to 224, or
-        in `crop_pct`; a size that fixes both sides leaves nothing to crop."""
+        in `crop_pct`; every other size is of all that the model sees, as for transformers' PVT."""
         settings = dict(settings)
         crop_pct = settings.pop("crop_pct", None)
         given = read_size(settings.get("size"), "size", SIZE_FORMS, settings.get("default_to_square") is not False)
@@ -59,12 +59,14 @@ class _PvtPreprocessing(ImagePreprocessing):
         if crop_pct is not None:
             crop_size = _find_crop(crop_size or given, crop_pct)
             return settings | {"size": _enlarge(crop_size, crop_pct), "crop_size": crop_size, "do_center_crop": True}
-        if (given is None) == (crop_size is None):
-            return settings | ({"size": given, "crop_size": crop_size} if given else {})
         crops = True
         if given is None:
+            if crop_size is None:
+                return settings
             given = _enlarge(crop_size, 224 / 256)
-        elif "shortest_edge" in given:
+        elif crop_size is not None:
+            return settings | {"size": given, "crop_size": crop_size}
+        elif set(given) == {"shortest_edge"}:
             crop_size = dict.fromkeys(SIDES, math.ceil(224 / 256 * given["shortest_edge"]))
         else:
             crop_size, crops = given if "height" in given else None, False
@@ -100,8 +102,8 @@ class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
         size (`int` or `dict`, *optional*, defaults to `{"shortest_edge": 256}`):
             In pixels. An integer, `(height, width)` or `{"height": ..., "width": ...}` resizes to exactly that and
             turns the centre crop off, as the `preprocessor_config.json` of the PVT checkpoints on the Hub asks for.
-            `{"shortest_edge": ...}`, with `longest_edge` or not, and `{"max_height": ..., "max_width": ...}` keep the
-            aspect ratio; the last turns the centre crop off.
+            `{"shortest_edge": ...}` alone is cropped; with `longest_edge`, and with `{"max_height": ..., "max_width":
+            ...}`, the whole image keeps its aspect ratio.
         crop_size (`int` or `dict`, *optional*, defaults to `{"height": 224, "width": 224}`):
             In pixels. If only `crop_size` or the shortest edge is given, the other is scaled with it (384 and 438).
         crop_pct (`float`, *optional*):
@@ -127,6 +129,9 @@ class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
             Whether the mean is subtracted, and the result divided by the standard deviation.
     """
 
+    def lay_out(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.contiguous()  # torchvision resizes other layouts to other bits
+
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
         from torchvision.transforms.v2 import functional
 
@@ -137,8 +142,8 @@ class PvtImageProcessorPil(_PvtPreprocessing, PilBackend):
     """[`PvtImageProcessor`] on the PIL backend: exactly torchvision's `Resize(256, BICUBIC)` and `CenterCrop(224)` of
     PIL images. The arguments are the same."""
 
-    def process_image(self, image: Any, **kwargs: Any) -> np.ndarray:
-        pixels = super().process_image(image, **kwargs).cpu()
+    def lay_out(self, pixels: torch.Tensor) -> np.ndarray:
+        pixels = pixels.cpu()
         # PIL resizes three channels of 8 bits only; fractions of 1 are left to the backend.
         whole = pixels.is_floating_point() and 1 < pixels.max() <= 255 and pixels.min() >= 0
         return (pixels.round().to(torch.uint8) if whole else pixels).numpy()

@@ -50,8 +50,8 @@ class MaskRCNNInstanceSegmentationOutput(ModelOutput):
         loss_dict (`dict[str, torch.Tensor]`, *optional*, returned where `labels` are given):
             `loss_objectness`, `loss_rpn_box`, `loss_class`, `loss_box` and with a mask head `loss_mask`.
         logits (`torch.Tensor` of shape `(batch, detections, num_labels + 1)`):
-            In DETR's form, for a softmax: the logit of the detection's class, last one for everything else, and -inf for
-            the other classes. Like all that follows not in a training step, which makes no detections.
+            In DETR's form, for a softmax: the logit of the detection's class, last that of everything else together,
+            and -inf for the other classes. Like all that follows not in a training step, which makes no detections.
         pred_boxes (`torch.Tensor` of shape `(batch, detections, 4)`):
             cxcywh, relative to the image's size without padding. Float32 or float64.
         scores (`torch.Tensor` of shape `(batch, detections)`):
@@ -205,7 +205,9 @@ class BoxHead(nn.Module):
         Returns:
             `loss_class` and `loss_box`, scalars.
         """
-        labels, rows, wanted, start = [], [], [], 0
+        # (They begin with nothing, which is all that an empty batch has.)
+        labels, wanted, start = [logits.new_zeros(0, dtype=torch.int64)], [deltas.new_zeros(0, 4)], 0
+        rows = labels[:]
         for rois, truth in zip(samples, truths, strict=True):
             label = torch.full((len(rois.boxes),), self.config.num_labels, device=logits.device)  # the background
             label[: len(rois.objects)] = truth.class_labels[rois.objects]
@@ -264,7 +266,9 @@ class MaskHead(nn.Module):
         """
         from torchvision.ops import roi_align
 
-        targets, labels, counted = [], [], []
+        labels = [torch.zeros(0, dtype=torch.int64, device=logits.device)]
+        targets = [torch.zeros(0, *logits.shape[2:], dtype=torch.bool, device=logits.device)]
+        counted = [labels[0].bool()]  # (nothing, as all that an empty batch has)
         for rois, truth in zip(samples, truths, strict=True):
             boxes = clip_boxes(rois.positive_boxes, rois.objects.new_tensor(truth.masks.shape[1:]))
             boxes = torch.cat((rois.objects[:, None].to(boxes), boxes), dim=1)  # (positive RoIs, 5)
@@ -330,8 +334,9 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
                 Normalised images, padded to the right and below with zeros to a height and width of multiples of 32.
             pixel_mask (`torch.Tensor` of shape `(batch, height, width)`, *optional*):
-                1 in each image and 0 in its padding; all 1 by default. It does not change what the network computes,
-                just where an image ends: boxes are clipped there, and labels are relative to that size.
+                1 in each image and 0 in its padding; all 1 by default. It says where an image ends: boxes are clipped
+                there, and labels are relative to that size. More padding than to multiples of 32 is taken off (not in
+                compiled code); the rest is computed as if it were image.
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 For each image `class_labels` int64 `(objects,)`, `boxes` `(objects, 4)`, cxcywh relative to the image's
                 size without padding, and with a mask head `masks` `(objects, height, width)`, bool or integers, of the
@@ -346,8 +351,9 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             [`MaskRCNNInstanceSegmentationOutput`]
 
         Raises:
-            TypeError: For `labels` of another type.
-            ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the annotation.
+            TypeError: For `pixel_values`, a `pixel_mask` or `labels` of another type.
+            ValueError: For `pixel_values`, a `pixel_mask` or `labels` of another form; the message names the image and
+                the annotation.
         """
         batch = pixel_values
         pixel_values, image_sizes = read_images(batch, pixel_mask, self.backbone.config.num_channels)
@@ -402,12 +408,13 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             sample_rois(image_proposals[has_area(image_proposals)], truth, self.config, shuffle=self.training)
             for image_proposals, truth in zip(proposals, truths, strict=True)
         ]
-        rois = to_rois([rois.boxes for rois in samples])
+        nothing = proposals.new_zeros(0, 4)  # all that an empty batch has
+        rois = to_rois([*(rois.boxes for rois in samples), nothing])
         features = pool_rois(levels, rois, strides, _BOX_SIZE)  # (all RoIs, channels, 7, 7)
         logits, deltas = self.box_head(features)
         losses = self.box_head.loss(logits, deltas, samples, truths)
         if self.mask_head is not None:
-            rois = to_rois([rois.positive_boxes for rois in samples])
+            rois = to_rois([*(rois.positive_boxes for rois in samples), nothing])
             features = pool_rois(levels, rois, strides, _MASK_SIZE)
             losses |= self.mask_head.loss(self.mask_head(features), samples, truths)
         return losses
@@ -428,13 +435,13 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         config, strides = self.config, self.config.strides[: len(levels)]
         batch_size, num_proposals, _ = proposals.shape
         logits, deltas = self.box_head(pool_rois(levels, flatten_rois(proposals), strides, _BOX_SIZE))
-        logits = logits.reshape(batch_size, num_proposals, -1)
-        deltas = deltas.reshape(batch_size, num_proposals, -1, 4)
-        boxes = decode_boxes(proposals[:, :, None], deltas, _BOX_STDS)  # (batch, proposals, num_labels, 4)
+        logits = logits.reshape(batch_size, num_proposals, logits.shape[-1])  # (batch, proposals, num_labels + 1)
+        deltas = deltas.reshape(batch_size, num_proposals, *deltas.shape[1:])  # (batch, proposals, num_labels, 4)
+        boxes = decode_boxes(proposals[:, :, None], deltas, _BOX_STDS)
         boxes = clip_boxes(boxes, image_sizes[:, None, None]).flatten(1, 2)  # (batch, proposals * num_labels, 4)
-        scores = logits.softmax(dim=-1)[..., :-1]  # (batch, proposals, num_labels)
+        scores, num_labels = logits.softmax(dim=-1)[..., :-1], deltas.shape[2]
         candidates = (scores > config.score_threshold) & has_area(proposals)[..., None]
-        scores, classes = scores.flatten(1), torch.arange(config.num_labels, device=boxes.device).repeat(num_proposals)
+        scores, classes = scores.flatten(1), torch.arange(num_labels, device=boxes.device).repeat(num_proposals)
         kept = suppress(
             boxes, scores, classes, candidates.flatten(1), config.nms_threshold, config.max_detections
         )  # (batch, detections)
@@ -442,7 +449,7 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         classes = classes[kept].where(found, -1)
         boxes = take_rows(boxes, kept).where(found[..., None], 0)  # (batch, detections, 4)
         fields = {
-            "logits": separate_class(take_rows(logits, kept // config.num_labels), classes),
+            "logits": separate_class(take_rows(logits, kept // num_labels), classes),
             "pred_boxes": normalize_boxes(boxes, image_sizes[:, None]),
             "scores": take_rows(scores, kept).where(found, 0),
             "class_labels": classes,
@@ -454,8 +461,8 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
     def _predict_masks(
         self, levels: Sequence[torch.Tensor], boxes: torch.Tensor, classes: torch.Tensor
     ) -> torch.Tensor:
-        """Logits `(batch, detections, 28, 28)` of boxes `(batch, detections, 4)` of these classes `(batch, detections)`;
-        0 for the class -1."""
+        """The logits of the masks in boxes `(batch, detections, 4)` of these classes `(batch, detections)`, zeros for
+        the class -1: `(batch, detections, 28, 28)`."""
         rois, all_classes = flatten_rois(boxes), classes.flatten()  # (batch * detections, 5) and (batch * detections,)
         found = all_classes >= 0
         # In compiled code, where sizes are fixed, rows without a detection are computed too.

@@ -135,7 +135,7 @@ class RetinaNetHead(nn.Module):
 
         targets = torch.zeros_like(logits)
         weights = logits.new_zeros(*logits.shape[:2], 1)  # 0 where an anchor is ignored
-        box_loss, normalizer = deltas.new_zeros(()), 0
+        box_loss, normalizer = deltas[:0].sum(), 0  # connected to the deltas in an empty batch, too
         for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
             matches = match_boxes(  # (anchors,)
                 pairwise_iou(truth.boxes, anchors),
@@ -151,6 +151,7 @@ class RetinaNetHead(nn.Module):
             wanted = encode_boxes(anchors[positives], truth.boxes[objects])  # (positives, 4)
             box_loss = box_loss + F.l1_loss(deltas[index, positives], wanted, reduction="sum")
             normalizer += max(len(positives), 1)
+        normalizer = max(normalizer, 1)
         focal = sigmoid_focal_loss(logits, targets, self.config.focal_alpha, self.config.focal_gamma)
         return {"loss_class": (focal * weights).sum() / normalizer, "loss_box": box_loss / normalizer}
 
@@ -199,8 +200,9 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
                 Normalised images, padded to the right and below with zeros to a height and width of multiples of 32.
             pixel_mask (`torch.Tensor` of shape `(batch, height, width)`, *optional*):
-                1 in each image and 0 in its padding; all 1 by default. It does not change what the network computes,
-                just where an image ends: boxes are clipped there, and labels are relative to that size.
+                1 in each image and 0 in its padding; all 1 by default. It says where an image ends: boxes are clipped
+                there, and labels are relative to that size. More padding than to multiples of 32 is taken off (not in
+                compiled code); the rest is computed as if it were image.
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 For each image `class_labels` int64 `(objects,)` and `boxes` `(objects, 4)`, cxcywh relative to the
                 image's size without padding.
@@ -213,8 +215,9 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
             [`RetinaNetObjectDetectionOutput`]
 
         Raises:
-            TypeError: For `labels` of another type.
-            ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the annotation.
+            TypeError: For `pixel_values`, a `pixel_mask` or `labels` of another type.
+            ValueError: For `pixel_values`, a `pixel_mask` or `labels` of another form; the message names the image and
+                the annotation.
         """
         pixel_values, image_sizes = read_images(pixel_values, pixel_mask, self.backbone.config.num_channels)
         truths = None

@@ -47,12 +47,13 @@ def read_orientation(image: Image.Image) -> int:
     without EXIF and with one that cannot be read.
 
     Args:
-        image: Loaded, since Pillow turns TIFF files itself when it loads them.
+        image: Loaded or not. Pillow turns TIFF files itself when it loads them, and they then say 1.
     """
     if not image.info and not hasattr(image, "tag_v2"):
         return 1
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        # Of the base class: PNG's own would decode the pixels.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # whatever a corrupt block leads Pillow to: the pixels are there nevertheless
         return 1
     return orientation if orientation in _TURNS else 1
@@ -128,6 +129,8 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         PixelError: If the image has no pixels, or pixels that cannot become RGB.
     """
     image = to_8_bits(image, name)
+    if image.mode == "RGB":
+        return image
     if image.mode == "P":  # by way of RGBA, or Pillow warns of transparency
         image = image.convert("RGBA")
     try:
@@ -168,15 +171,16 @@ def read_pixels(
         array = np.array(image)
         pixels = torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
         return pixels * 255 if pixels.dtype == torch.bool else pixels
-    pixels = _order_channels(_to_tensor(image, name), name, input_data_format)
+    pixels = _to_tensor(image, name)
     if 0 in pixels.shape:
         raise PixelError(f"{name} has no pixels: its shape is {list(image.shape)}.")
+    pixels = _check_values(pixels, name, do_rescale and math.isclose(rescale_factor, 1 / 255))
+    pixels = _order_channels(pixels, name, input_data_format)
     if do_convert_rgb and len(pixels) not in _CHANNELS:
         raise PixelError(
             f"{name} of shape {list(image.shape)} has {len(pixels)} channels with `input_data_format` "
             f"{input_data_format!r}, but RGB is made of 1, 3 or 4: `do_convert_rgb=False` keeps others."
         )
-    pixels = _check_values(pixels, name, do_rescale and math.isclose(rescale_factor, 1 / 255))
     return pixels[:3].expand(3, -1, -1) if do_convert_rgb else pixels
 
 

@@ -81,7 +81,7 @@ class RegionProposalNetwork(nn.Module):
             `loss_objectness` and `loss_rpn_box`, scalars.
         """
         config = self.config
-        objectness_loss, box_loss, normalizer = objectness.new_zeros(()), deltas.new_zeros(()), 0
+        objectness_loss, box_loss, normalizer = objectness[:0].sum(), deltas[:0].sum(), 0
         for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
             matches = match_boxes(  # (anchors,)
                 pairwise_iou(truth.boxes, anchors),
@@ -100,6 +100,7 @@ class RegionProposalNetwork(nn.Module):
             wanted = encode_boxes(anchors[positives], truth.boxes[matches[positives]])  # (positives, 4)
             box_loss = box_loss + F.l1_loss(deltas[index, positives], wanted, reduction="sum")
             normalizer += max(len(positives), 1) + max(len(negatives), 1)
+        normalizer = max(normalizer, 1)
         return {"loss_objectness": objectness_loss / normalizer, "loss_rpn_box": box_loss / normalizer}
 
     @torch.no_grad()

@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import TrainingArguments
 
+from ..data.box_formats import BBOX_FORMATS
 from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES, DetectionRecipe, ImageNetRecipe, SegmentationRecipe
 from ..variants import VARIANTS
 from ..writing.files import why_unwritable
 from .optimization import images_per_step
+from .report import check_license
 from .run_checkpoints import last_complete_checkpoint
 from .segmentation_losses import SEGMENTATION_LOSSES
 
@@ -77,8 +79,12 @@ class DetectionModelArguments(ModelArguments):
     backbone_checkpoint: str | None = option(
         None, "classifier, detector or segmenter from whose weights the backbone starts (default: random weights)"
     )
+
     config_overrides: dict | str | None = option(
         None, "JSON of fields of the detector's configuration, as '{\"neck_channels\": 64}' (default: none)"
+    )
+    max_detections: int | None = option(
+        None, "most detections in an image, made and measured, at least 10 (default: the checkpoint's, or 100)"
     )
 
     def __post_init__(self) -> None:
@@ -89,8 +95,7 @@ class DetectionModelArguments(ModelArguments):
 WINDOW = "segment in windows of this many pixels of the network's input (default: the whole image)"
 STRIDE = "pixels from one window to the next (default: none; it goes with --window)"
 TTA_SCALES = (
-    "test-time augmentation: predict at these scales beside 1, and average (default: none; mmsegmentation's are 0.5 "
-    "0.75 1.25 1.5 1.75)"
+    "test-time augmentation: predict at these scales too (default: none; mmsegmentation's: 0.5 0.75 1.25 1.5 1.75)"
 )
 TTA_FLIP = "test-time augmentation: predict mirrored images too, and average (default: false)"
 
@@ -103,9 +108,7 @@ class SegmentationModelArguments(ModelArguments):
         None, "classifier, detector or segmenter from whose weights the backbone starts (default: random weights)"
     )
     head: str | None = option(
-        None,
-        "what a new model has on its backbone; UperNet is transformers' (default: semantic_fpn, the paper's)",
-        choices=["semantic_fpn", "upernet"],
+        None, "head of a new model (default: semantic_fpn, the paper's)", choices=["semantic_fpn", "upernet"]
     )
     neck_channels: int | None = option(
         None, "channels of the FPN of a new Semantic FPN; UperNet has none of its own (default: 256, the paper's)"
@@ -130,7 +133,9 @@ class DataArguments:
     dataset_config_name: str | None = option(None, "configuration of the data set (default: its own)")
     train_split: str = option("train", "split to train on (default: train)")
     eval_split: str = option("validation", "split to evaluate on (default: validation)")
-    skip_corrupt: bool = option(False, "skip corrupt training images and count them (default: false, an error)")
+    skip_corrupt: bool = option(
+        False, "leave out images that cannot be decoded, of both splits, and list them (default: false, an error)"
+    )
 
 
 @dataclass
@@ -145,6 +150,8 @@ class ClassificationDataArguments(DataArguments):
     eval_dataset_name: str | None = option(
         None, "as --dataset_name, for evaluation; a pattern of files needs it (default: --dataset_name)"
     )
+
+    image_column: str | None = option(None, "column of images (default: the only one)")
     train_val_split: float | None = option(
         None, "part of the training split that becomes the validation set, as 0.15 (default: none)"
     )
@@ -165,12 +172,34 @@ class ClassificationDataArguments(DataArguments):
 
 @dataclass
 class DetectionDataArguments(DataArguments):
-    """Images with objects to train on: COCO json with a folder of images, or a data set with `objects`."""
+    """Images with objects to train on: COCO json with a folder of images, a folder of YOLO, Pascal VOC or Roboflow,
+    or a data set with `objects`."""
+
+    dataset_name: str | None = option(
+        None,
+        "data set of the Hub, or folder with the splits of YOLO (data.yaml), Pascal VOC or Roboflow (default: digit "
+        "scenes)",
+    )
 
     train_annotations: str | None = option(None, "COCO json of the training set (default: none)")
     train_images: str | None = option(None, "folder of its images (default: none)")
     eval_annotations: str | None = option(None, "COCO json of the validation set (default: none)")
     eval_images: str | None = option(None, "folder of its images (default: none)")
+
+    bbox_format: str = option(
+        "coco",
+        "boxes of COCO json and of the Hub: coco (x, y, width, height) or voc (two corners) in pixels; relative to the "
+        "image yolo (centre, width, height) or albumentations (two corners) (default: coco)",
+        choices=list(BBOX_FORMATS),
+    )
+    image_column: str | None = option(None, "column of images (default: the only one)")
+    objects_column: str = option("objects", "column of objects (default: objects)")
+    class_names: str | None = option(
+        None, "JSON, YAML or text file of class names in the order of the labels (default: as the data say)"
+    )
+    skip_without_mask: bool = option(
+        False, "for Mask R-CNN: leave out annotations without a mask (default: false, they train their box only)"
+    )
     num_scenes: int = option(1000, "digit scenes that are drawn for training, where no data are given (default: 1000)")
     keep_empty: bool = option(False, "train on images without objects too (default: false)")
     allow_outside: bool = option(
@@ -182,9 +211,7 @@ class DetectionDataArguments(DataArguments):
 
 
 REDUCE_LABELS = "label 0 is no class, and the others count from 0 (default: false)"
-BINARY_MASKS = (
-    "maps are masks of 0 and 255, also as JPEG: values from 128 on are the second of two classes (default: false)"
-)
+BINARY_MASKS = "maps are masks of 0 and 255, also JPEG: from 128 on it is the second of two classes (default: false)"
 PALETTE = (
     "maps are of colours: JSON file of a list of colours in the order of the classes, of an object from class names to "
     "colours, or from colours to classes; a colour is [128, 64, 0], '128,64,0' or '#804000' (default: none)"
@@ -264,9 +291,7 @@ class SegmentationRecipeArguments(RecipeArguments):
     )
     demo: bool = option(False, "a small segmenter that learns the digit scenes in minutes (default: false)")
     loss: str | None = option(
-        None,
-        "the loss (default: the model's own, which is a cross-entropy)",
-        choices=list(SEGMENTATION_LOSSES),
+        None, "the loss (default: the model's own, a cross-entropy)", choices=list(SEGMENTATION_LOSSES)
     )
     class_weights: list[str] | None = option(
         None,
@@ -316,22 +341,40 @@ class EvaluationArguments:
         choices=["imagenet", *DETECTION_RECIPES, *SEGMENTATION_RECIPES],
     )
     dataset_name: str | None = option(
-        None, "data set of the Hub; for classifiers also a folder or a pattern of files (default: the bundled data)"
+        None,
+        "data set of the Hub; for classifiers also a folder or a pattern of files, for detectors a folder of YOLO, "
+        "Pascal VOC or Roboflow (default: the bundled data)",
     )
     dataset_config_name: str | None = option(None, "configuration of the data set (default: its own)")
     eval_split: str = option("validation", "split of the data set (default: validation)")
     label_column: str | None = option(None, "of classifiers: column of labels (default: the only one of class labels)")
+
     map_column: str | None = option(
         None, "of segmenters: column of label maps (default: the only image column beside `image`)"
+    )
+    image_column: str | None = option(None, "of classifiers and detectors: column of images (default: the only one)")
+    objects_column: str = option("objects", "of detectors: column of objects (default: objects)")
+    bbox_format: str = option(
+        "coco",
+        "of detectors: format of the boxes, as in `pvt-hf train-detection` (default: coco)",
+        choices=list(BBOX_FORMATS),
+    )
+    class_names: str | None = option(
+        None,
+        "JSON, YAML or text file of the names of the data's classes in the order of their labels, to compare "
+        "with the model's (default: as the data say)",
+    )
+    max_detections: int | None = option(
+        None, "of detectors: most detections in an image, made and measured (default: the checkpoint's, or 100)"
+    )
+    skip_corrupt: bool = option(
+        False, "leave out images that cannot be decoded, and list them (default: false, an error)"
     )
     images: str | None = option(None, "of detectors and segmenters: folder of images (default: none)")
     annotations: str | None = option(None, "of detectors: COCO json of --images (default: none)")
     maps: str | None = option(None, "of segmenters: folder of the label maps of --images (default: none)")
     reduce_labels: bool | None = option(
-        None,
-        "of segmenters: label 0 is no class, and the others count from 0 (default: as the image processor)",
-        nargs="?",
-        const=True,
+        None, "of segmenters: label 0 is no class, as in training (default: as the checkpoint)", nargs="?", const=True
     )
     binary_masks: bool = option(False, f"of segmenters: {BINARY_MASKS}")
     palette: str | None = option(None, f"of segmenters: {PALETTE}")
@@ -396,7 +439,8 @@ class TrainingOptions(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        """Nothing yet: the recipe is not known."""
+        """Only what needs no recipe, which is not known yet."""
+        check_license(self.license)
 
 
 CLASSIFICATION = (

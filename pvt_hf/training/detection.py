@@ -13,8 +13,8 @@ from ..evaluation.visualization import draw_detections
 from ..models.detr import prepare_detr_training
 from ..models.image_processing_detection import PvtDetectionImageProcessor
 from ..recipes import DetectionRecipe
+from .dense_prediction import DensePredictionTrainer
 from .optimization import detection_parameter_groups, step_multiplier
-from .trainer import DensePredictionTrainer
 
 
 class DetectionTrainer(DensePredictionTrainer):
@@ -29,7 +29,10 @@ class DetectionTrainer(DensePredictionTrainer):
         model: Of the architecture that the recipe is for. transformers' DETR gets the original DETR's loss.
         recipe: Learning-rate schedule and groups of the optimiser.
         processing_class: Puts batches together, and makes detections from outputs.
+
         recipe_schedule: Whether the schedule is the recipe's (the default), and not `args.lr_scheduler_type`.
+        max_detections: Most detections in an image, made and measured, at least 10 (default: as the configuration has
+            it, or 100). Mask R-CNN's configuration keeps it.
         train_dataset: [`~pvt_hf.data.detection.TrainingDetections`], with masks where the model has a mask head.
         eval_dataset: [`~pvt_hf.data.detection.EvaluationDetections`].
         *args: As of [`~pvt_hf.training.trainer.VisionTrainer`].
@@ -46,8 +49,15 @@ class DetectionTrainer(DensePredictionTrainer):
         recipe: DetectionRecipe,
         processing_class: PvtDetectionImageProcessor,
         recipe_schedule: bool = True,
+        max_detections: int | None = None,
         **kwargs,
     ):
+        if max_detections is not None and max_detections < 10:
+            raise ValueError(f"`max_detections` must be at least 10, got {max_detections}.")
+        if max_detections is not None and hasattr(model.config, "max_detections"):
+            model.config.max_detections = max_detections
+        found = max_detections or getattr(model.config, "max_detections", None)
+        self.max_detections: int = int(found or 100)
         is_detr = isinstance(model, DetrForObjectDetection)
         if is_detr:
             prepare_detr_training(model)
@@ -89,7 +99,9 @@ class DetectionTrainer(DensePredictionTrainer):
     def evaluate_batch(self, outputs: Any, inputs: dict[str, Any]) -> None:
         labels = inputs["labels"]
         sizes = [label["orig_size"] for label in labels]
-        detections = self.processing_class.post_process_object_detection(outputs, self.threshold, sizes)
+        detections = self.processing_class.post_process_object_detection(
+            outputs, self.threshold, sizes, max_detections=self.max_detections
+        )
         if self.masks:
             instances = self.processing_class.post_process_instance_segmentation(
                 outputs, self.threshold, target_sizes=sizes, return_binary_maps=True
@@ -102,10 +114,13 @@ class DetectionTrainer(DensePredictionTrainer):
     def evaluation_metrics(self) -> dict[str, float]:
         """COCO's twelve numbers, and with the prefix `mask_` those of the masks."""
         self.results = dict(gather_results(self.results))
-        truth = self.evaluated.ground_truth()
-        metrics = coco_metrics(self.results, truth)
+
+        metrics = coco_metrics(self.results, self.evaluated.ground_truth(), max_detections=self.max_detections)
         if self.masks:
-            metrics |= {f"mask_{name}": value for name, value in coco_metrics(self.results, truth, masks=True).items()}
+            truth = self.evaluated.ground_truth(masks=True)
+            of_masks = coco_metrics(self.results, truth, masks=True, max_detections=self.max_detections)
+            metrics |= {f"mask_{name}": value for name, value in of_masks.items()}
+
         if self.is_world_process_zero():
             found = [result for image in self.results.values() for result in image]
             with self.write_file("predictions.json") as file:

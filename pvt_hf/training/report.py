@@ -94,15 +94,18 @@ class RunFacts:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
-            raise ValueError(
-                f"`license` must be the Hub's identifier of a licence, such as apache-2.0, got {self.license!r}."
-            )
+        check_license(self.license)
 
     @property
     def data(self) -> str:
         """What the card calls the data."""
         return self.dataset_title or (publish_name(self.dataset) if self.dataset else _BUNDLED_DATA)
+
+
+def check_license(license: str | None) -> None:
+    """Raises a `ValueError` unless this can be what the Hub calls a licence, or is none."""
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(f"`license` must be the Hub's identifier of a licence, such as apache-2.0, got {license!r}.")
 
 
 def is_on_hub(name: str | None) -> bool:
@@ -231,9 +234,9 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _percentages(metrics: dict[str, float], prefix: str, metric_names: dict[str, str]) -> str:
-    return ", ".join(
-        f"**{100 * metrics[f'{prefix}_{key}']:.2f} %** {escape_markdown(name)}" for key, name in metric_names.items()
-    )
+    values = ((escape_markdown(name), metrics[f"{prefix}_{key}"]) for key, name in metric_names.items())
+    # COCO has -1 where there are no objects.
+    return ", ".join(f"**{100 * value:.2f} %** {name}" if value >= 0 else f"no {name}" for name, value in values)
 
 
 def run_settings(

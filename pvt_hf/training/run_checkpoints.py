@@ -2,19 +2,50 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
+
+from ..untrusted import (
+    STORAGES,
+    Call,
+    Storage,
+    UntrustedFileError,
+    check_regular_file,
+    parse_storage,
+    read_json_object,
+    read_pickle,
+)
+from ..writing.text import escape_control
 
 logger = logging.get_logger(__name__)
 
 _COMPLETE, _PARTIAL = "complete.json", "complete.json.partial"
 _RUN = "run.json"
+_NEVER_READ = "training_args.bin"
+# What Trainer's states have, those of NumPy's random generator below.
+_GLOBALS = (
+    "collections.OrderedDict",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_tensor_v2",
+    "_codecs.encode",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct",
+)
+_WORDS = 624  # of 32 bits, in the state of NumPy's random generator
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that could not be written, or cannot be resumed from. The message says what there is instead."""
+
+    def __init__(self, message: object):
+        super().__init__(escape_control(" ".join(str(message).splitlines())))
 
 
 def incompleteness(checkpoint: str | Path) -> str | None:
@@ -22,8 +53,8 @@ def incompleteness(checkpoint: str | Path) -> str | None:
     if not Path(checkpoint).is_dir():
         return "there is no such folder"
     try:
-        sizes = json.loads((Path(checkpoint) / _COMPLETE).read_text())
-    except (OSError, ValueError):
+        sizes = read_json_object(Path(checkpoint) / _COMPLETE)
+    except UntrustedFileError:
         return "it was interrupted while it was written, or another program wrote it"
     for name, size in sizes.items():
         file = Path(checkpoint) / name
@@ -74,4 +105,131 @@ def read_run(checkpoint: str | Path) -> dict[str, Any]:
     """
     if reason := incompleteness(checkpoint):
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {reason}.")
-    return json.loads((Path(checkpoint) / _RUN).read_text())
+    try:
+        return read_json_object(Path(checkpoint) / _RUN)
+    except UntrustedFileError as error:
+        raise CheckpointError(f"{Path(checkpoint) / _RUN} {error}") from error
+
+
+def check_states(checkpoint: str | Path) -> None:
+    """Looks at weights and at the states of optimiser, schedule and random generators before `Trainer` reads them.
+
+    torch makes NumPy's types of what a file says about them, and does not look at the sizes that one states: a forged
+    file writes to memory, reads beyond its end, or takes all of it.
+
+    Raises:
+        CheckpointError: For a file that is damaged, or has what `Trainer` does not write.
+    """
+    for path in sorted(Path(checkpoint).rglob("*")):
+        if path.suffix not in _CHECKS or path.name == _NEVER_READ or path.is_dir():
+            continue
+        try:
+            _CHECKS[path.suffix](path)
+        except UntrustedFileError as error:
+            raise CheckpointError(f"{path} {error}") from error
+        except (OSError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(f"{path} is truncated or damaged: {reason}") from error
+
+
+def _check_weights(path: Path) -> None:
+    check_regular_file(path)
+    with safe_open(path, framework="pt"):  # which looks at the header, and whether all that it lists is there
+        pass
+
+
+def _check_state(path: Path) -> None:
+    check_regular_file(path)
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # as torch tells what it reads
+            raise UntrustedFileError("is refused: Trainer writes files of torch 1.6 and later.")
+    # By the reader that torch uses, so that both see the same.
+    archive = torch._C.PyTorchFileReader(str(path))
+    sizes = {name: archive.get_record_size(name) for name in archive.get_all_records()}
+    if sum(sizes.values()) > path.stat().st_size or len(sizes) < len(archive.get_all_records()):
+        raise UntrustedFileError("is refused: it claims more content than the file has.")
+    with zipfile.ZipFile(path) as checked:  # torch does not compare checksums
+        if (damaged := checked.testzip()) is not None:
+            raise UntrustedFileError(f"is damaged: {damaged!r} in it does not have the checksum that it states.")
+    calls: list[Call] = []
+
+    def note_call(name: str, arguments: tuple[Any, ...]) -> Call:
+        calls.append(Call(name, arguments))
+        return calls[-1]
+
+    def load(identity: Any) -> Storage | None:
+        storage = parse_storage(identity)
+        if storage is None or sizes.get(f"data/{storage.key}") != storage.nbytes:
+            raise UntrustedFileError("is refused: a tensor in it has another size than the file has of it.")
+        return storage
+
+    content = archive.get_record("data.pkl")
+    state = read_pickle(content, _check_global, note_call, load)
+    if wrong := next((call.name for call in calls if not _is_of_trainer(call)), None):
+        raise UntrustedFileError(f"is refused: it calls `{wrong}` as Trainer's states do not.")
+    # An array is four of them.
+    if sum(not call.name.startswith("torch.") for call in calls) > 4:
+        raise UntrustedFileError("is refused: it holds more of NumPy than the state of a random generator.")
+    if _count_entries(state, limit := 10 * len(content)) > limit:
+        raise UntrustedFileError("is refused: what it holds is nested without end.")
+    if isinstance(state, dict) and "numpy" in state and not _is_numpy_state(state["numpy"]):
+        raise UntrustedFileError("is refused: it holds another state of NumPy's random generator than Trainer's.")
+
+
+def _check_global(name: str) -> None:
+    known = name in _GLOBALS or name in STORAGES
+    if not known and not isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype):
+        raise UntrustedFileError(f"is refused: it asks for `{name:.200}`, which Trainer's states do not.")
+
+
+def _is_of_trainer(call: Call) -> bool:
+    """Whether a call has the arguments that Trainer's states have."""
+    name, arguments = call.name, call.arguments
+    if name == "_codecs.encode":  # how bytes are written: other codecs multiply what they are given
+        return len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] == "latin1"
+    if name == "numpy.dtype":
+        known = call.state in (None, (3, "<", None, None, None, -1, -1, 0))
+        return known and arguments == ("u4", False, True)
+    if name.endswith("multiarray._reconstruct"):
+        return len(arguments) == 3 and arguments[1] == (0,) and _is_numpy_array(call.state)
+    if name == "torch._utils._rebuild_tensor_v2":
+        if len(arguments) != 6 or not isinstance(arguments[0], Storage):
+            return False
+        storage, offset, size, stride, *_, hooks = arguments
+        return storage.start == 0 and storage.holds(offset, size, stride) and hooks == {}
+    return name == "torch._utils._rebuild_parameter" and len(arguments) == 3 and isinstance(arguments[0], Call)
+
+
+def _is_numpy_array(state: Any) -> bool:
+    """Whether this is the state of an array of as many words as NumPy's generator has."""
+    if not isinstance(state, tuple) or len(state) != 5:
+        return False
+    version, shape, dtype, is_fortran, content = state
+    text = content.arguments[0] if isinstance(content, Call) and content.name == "_codecs.encode" else None
+    is_whole = isinstance(text, str) and len(text) == 4 * _WORDS and max(text) <= "\xff"
+    is_plain = isinstance(dtype, Call) and dtype.name == "numpy.dtype" and dtype.state is not None
+    return is_whole and is_plain and (version, shape, is_fortran) == (1, (_WORDS,), False)
+
+
+def _is_numpy_state(state: Any) -> bool:
+    """Whether NumPy's generator can be given this: it does not check the position, by which it then reads."""
+    if not isinstance(state, tuple) or len(state) != 5:
+        return False
+    name, words, position, *_ = state
+    is_array = isinstance(words, Call) and words.name.endswith("multiarray._reconstruct")
+    return name == "MT19937" and is_array and type(position) is int and 0 <= position <= _WORDS
+
+
+def _count_entries(state: Any, limit: int) -> int:
+    """How many entries a nested state has, with those that are in several places counted as often; up to `limit`."""
+    waiting, count = [state], 1
+    while waiting and count <= limit:
+        entry = waiting.pop()
+        entries = entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list | tuple) else ()
+        count += len(entries)
+        waiting += entries if count <= limit else ()
+    return count
+
+
+# By the ending: what Trainer and accelerate read as weights, and what they read with torch.
+_CHECKS = {".safetensors": _check_weights, ".pt": _check_state, ".pth": _check_state, ".bin": _check_state}

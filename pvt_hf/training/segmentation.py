@@ -18,9 +18,9 @@ from ..models.image_processing_segmentation import IGNORE_INDEX
 from ..models.modeling_semantic_fpn import semantic_loss
 from ..models.resize import resize_nearest
 from ..recipes import SegmentationRecipe
+from .dense_prediction import DensePredictionTrainer
 from .optimization import polynomial_multiplier, segmentation_parameter_groups
 from .segmentation_losses import IGNORED, SegmentationLoss
-from .trainer import DensePredictionTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -56,8 +56,8 @@ class SegmentationTrainer(DensePredictionTrainer):
         train_dataset: [`~pvt_hf.data.segmentation.TrainingMaps`].
         eval_dataset: [`~pvt_hf.data.segmentation.EvaluationMaps`].
         processing_class: The image processor of both.
-        *args: As of [`~pvt_hf.training.trainer.DensePredictionTrainer`].
-        **kwargs: As of [`~pvt_hf.training.trainer.DensePredictionTrainer`], as are the errors.
+        *args: As of [`~pvt_hf.training.dense_prediction.DensePredictionTrainer`].
+        **kwargs: As of [`~pvt_hf.training.dense_prediction.DensePredictionTrainer`], as are the errors.
 
     Raises:
         ValueError: If only one of `window` and `stride` is given, or a scale is not positive.
@@ -101,6 +101,7 @@ class SegmentationTrainer(DensePredictionTrainer):
         if self.args.world_size > 1 and self.args.device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(self.model)  # in place, with the same parameters
         self.metric = mean_iou_metric(self.model.config.num_labels, IGNORE_INDEX)
+        processing_class.logits_stride = self._find_stride()  # with which it is saved
         if self.model.config.num_labels == 2:
             name = self.model.config.id2label[1]
             self.metric_names = self.metric_names | {
@@ -108,6 +109,14 @@ class SegmentationTrainer(DensePredictionTrainer):
                 for key, score in (("dice", "Dice"), ("iou", "IoU"))
                 for over, words in (("images", "(mean over images)"), ("set", "(over the set)"))
             }
+
+    @torch.no_grad()
+    def _find_stride(self, size: int = 64) -> int:
+        """How many times larger the model's input is than its logits."""
+        training = self.model.training
+        logits = self.model.eval()(pixel_values=torch.zeros(1, 3, size, size, device=self.model.device)).logits
+        self.model.train(training)
+        return size // logits.shape[-2]
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """One image at a time, since sizes differ; each process reads its own share."""

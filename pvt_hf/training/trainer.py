@@ -2,14 +2,14 @@
 schedules by step, an EMA of the weights, and an end with a reason when the loss is not a number.
 
 [`VisionTrainer`] is told what to train on, builds loader, optimiser and schedule, takes steps, writes checkpoints and
-resumes from them, evaluates, and finishes with a report; [`DensePredictionTrainer`] changes how it evaluates. What is
-special about a task is in `classification`, `detection` and `segmentation` beside this file.
+resumes from them, evaluates, and finishes with a report. What is special about a task is in `classification`,
+`dense_prediction`, `detection` and `segmentation` beside this file.
 """
 
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from ..data.images import keep_random_state
@@ -34,6 +35,7 @@ from ..writing.text import escape_control
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
 from .run_checkpoints import (
     CheckpointError,
+    check_states,
     last_complete_checkpoint,
     mark_complete,
     mark_incomplete,
@@ -43,6 +45,7 @@ from .run_checkpoints import (
 logger = logging.get_logger(__name__)
 
 _EMA_WEIGHTS = "ema.safetensors"
+_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
 Schedule = Callable[[int, int, int], float]
 
@@ -83,6 +86,7 @@ class VisionTrainer(Trainer):
         initial_weights: For the model card: where the weights came from, `None` for random ones. As `dataset_name`.
         license: For the model card: the Hub's identifier of a licence (default: none is chosen, and the card says so).
         settings: For the model card: what else was chosen.
+        left_out: The corrupt images that were left out before training, for the summary at the end.
         schedule: From `(step, steps per epoch, steps of the run)` to the multiplier of every learning rate; by default
             the schedule is that of `args.lr_scheduler_type`.
         parameter_groups: From the model to the groups of the optimiser; by default those of `Trainer`.
@@ -116,6 +120,7 @@ class VisionTrainer(Trainer):
         initial_weights: str | None = None,
         license: str | None = None,
         settings: dict[str, Any] | None = None,
+        left_out: Sequence[str] = (),
         schedule: Schedule | None = None,
         parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
         repeats: int = 1,
@@ -130,6 +135,7 @@ class VisionTrainer(Trainer):
         )
         self.schedule, self.parameter_groups, self.repeats = schedule, parameter_groups, repeats
         self.ema_decay, self.channels_last = ema_decay, channels_last
+        self.left_out, self._saved_step = list(left_out), -1
         self.ema, self.skipped, self.skipped_before = None, 0, 0
         self._check_arguments()
         self.args.remove_unused_columns = False
@@ -253,13 +259,12 @@ class VisionTrainer(Trainer):
         """Makes of what fails in writing a `CheckpointError` that names the last good checkpoint."""
         try:
             yield
+        except CheckpointError:
+            raise
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them: torch's is the second
-            if isinstance(error, CheckpointError):
-                raise
             reason, last = explain_write_error(error, what), last_complete_checkpoint(self.args.output_dir)
-            raise CheckpointError(
-                f"{what} could not be written: {reason}. The last good checkpoint is {last}."
-            ) from error
+            rest = f"The last good checkpoint is {last}." if last else "No checkpoint is complete."
+            raise CheckpointError(f"{what} could not be written: {reason}. {rest}") from error
 
     @contextmanager
     def write_file(self, name: str) -> Iterator[Path]:
@@ -292,10 +297,32 @@ class VisionTrainer(Trainer):
         with self._name_last_checkpoint(self.args.output_dir):
             super().save_metrics(*args, **kwargs)
 
+    def _evaluate(self, trial, *args, **kwargs) -> dict[str, float]:
+        """As in `Trainer`, after the checkpoint that is due: an evaluation that fails costs no training."""
+        if self.control.should_save:
+            self._save_checkpoint(self.model, trial)
+        return super()._evaluate(trial, *args, **kwargs)
+
+    def _add_metrics(self, folder: Path) -> None:
+        """What the evaluation changed since the checkpoint of this step was written: the metrics, and which is best."""
+        best = folder.parent / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            run, state = read_run(folder), folder / f"{TRAINER_STATE_NAME}.partial"
+            with self._name_last_checkpoint(folder):
+                self.state.save_to_json(str(state))
+                mark_incomplete(folder)
+                state.replace(folder / TRAINER_STATE_NAME)
+                mark_complete(folder, run)
+
     def _save_checkpoint(self, model, trial) -> None:
         """As in `Trainer`, and in the end a list of the files, without which it is not taken for a good checkpoint."""
         run_dir, args = self._get_output_dir(trial), self.args
         folder, limit = Path(run_dir) / f"checkpoint-{self.state.global_step}", args.save_total_limit
+        # A schedule that follows the metrics has taken its step since.
+        if self._saved_step == self.state.global_step and args.lr_scheduler_type not in _METRIC_SCHEDULES:
+            return self._add_metrics(folder)
         skipped = self.skipped_images()
         # Older checkpoints go, and the Hub gets this one, when it is complete.
         args.save_total_limit, push, args.push_to_hub = None, args.push_to_hub, False
@@ -315,6 +342,7 @@ class VisionTrainer(Trainer):
             raise
         finally:
             args.save_total_limit, args.push_to_hub = limit, push
+        self._saved_step = self.state.global_step
         if push:
             self._push_from_checkpoint(str(folder))
         if args.should_save:
@@ -330,7 +358,7 @@ class VisionTrainer(Trainer):
             **kwargs: As in `Trainer`.
 
         Raises:
-            CheckpointError: If the given checkpoint is not complete, or of another run.
+            CheckpointError: If the given checkpoint is not complete, of another run, or not what a run wrote.
         """
         self._build_card(
             [{"epoch": 0, "eval_images": 0} | {f"eval_{key}": 0.0 for key in self.metric_names}]
@@ -343,7 +371,10 @@ class VisionTrainer(Trainer):
                 else "Training starts from scratch: no checkpoint is complete."
             )
         if resume_from_checkpoint:
+            if self.is_deepspeed_enabled:
+                raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")
             saved, now = read_run(resume_from_checkpoint), self._layout()
+            check_states(resume_from_checkpoint)
             layout = saved["layout"]
             if changed := [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
@@ -396,25 +427,30 @@ class VisionTrainer(Trainer):
         return metrics
 
     def finish(self) -> str:
-        """The end of a training program, called by every process: evaluates the model (and its EMA weights), saves
-        it with `eval_results.json`, pictures, curves and card, and pushes everything to the Hub if `args` says so.
+        """The end of a training program, called by every process: saves the model, evaluates it (and its EMA weights),
+        leaves `eval_results.json`, pictures, curves and card, and pushes everything to the Hub if `args` says so.
 
         Returns:
             What was reached, in words.
         """
+        self.save_model(_internal_call=True)  # not pushed yet: the card needs the metrics
         ema: dict[str, float] = self.evaluate_ema() if self.ema is not None else {}
         metrics = ema | self.evaluate()  # whose predictions are the ones that are kept
-        self.save_model()
         self.save_metrics("eval", metrics)
         self.draw_predictions()
         self.create_model_card()
         lines = []
         for prefix in ("eval", "ema") if self.ema is not None else ("eval",):
-            values = (f"{name} {metrics[f'{prefix}_{key}']:.4f}" for key, name in self.metric_names.items())
+            found = ((escape_control(name), metrics[f"{prefix}_{key}"]) for key, name in self.metric_names.items())
+            # COCO has -1 where there are no objects.
+            values = (f"{name} {value:.4f}" if value >= 0 else f"no ground truth for {name}" for name, value in found)
             lines.append(f"{prefix}: {', '.join(values)} on {metrics[f'{prefix}_images']} images")
         skipped = self.skipped_images()
         if self.args.push_to_hub:
             self._upload()
+        if self.left_out:
+            listed = "\n  ".join(self.left_out)
+            lines.append(f"{len(self.left_out)} corrupt images were left out before training:\n  {listed}")
         lines.append(f"{skipped} corrupt images were skipped; everything is in {self.args.output_dir}")
         self.accelerator.end_training()
         return "\n".join(lines)
@@ -448,42 +484,3 @@ class VisionTrainer(Trainer):
                 f"The upload to {self.hub_model_id} failed: {reason}. Everything is in {self.args.output_dir}. To try "
                 f"again: hf upload {self.hub_model_id} {quote(self.args.output_dir)}"
             ) from error
-
-
-class DensePredictionTrainer(VisionTrainer):
-    """Trains detectors and segmenters, which own their losses, and whose outputs are not kept during an evaluation.
-
-    A subclass counts: `start_evaluation`, then `evaluate_batch` for every batch, and in the end `evaluation_metrics`.
-    Everything else, and the errors, are as of [`~pvt_hf.training.trainer.VisionTrainer`].
-    """
-
-    def start_evaluation(self) -> None:
-        """Before the first batch."""
-        raise NotImplementedError
-
-    def evaluate_batch(self, outputs: Any, inputs: dict[str, Any]) -> None:
-        """Counts a batch: what the model made of `inputs`, on the model's device."""
-        raise NotImplementedError
-
-    def evaluation_metrics(self) -> dict[str, float]:
-        """The metrics of the images of all processes, in each of them, without a prefix; `images` among them."""
-        raise NotImplementedError
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
-        """As in `Trainer`, without predictions in what it returns."""
-        self.start_evaluation()
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluation_metrics().items()}
-        return output._replace(metrics=output.metrics | metrics)
-
-    @torch.no_grad()
-    def prediction_step(
-        self, model, inputs, prediction_loss_only, ignore_keys=None
-    ) -> tuple[torch.Tensor | None, None, None]:
-        """Counts the predictions for a batch, and returns only its loss, if the model gave one."""
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        self.evaluate_batch(outputs, inputs)
-        loss = outputs.get("loss")
-        return None if loss is None else loss.detach().float().mean(), None, None

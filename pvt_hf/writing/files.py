@@ -4,13 +4,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
 
 FORMER = "former"  # in a hidden folder: somebody's, on its way out; it is not cleared
 _HIDDEN, _LOCK = ".pvt_hf-", "lock"
+# It is another's; or the file system has none, where nothing is cleared.
+_NO_LOCK = (OSError, NotImplementedError)
 _LONGEST_NAME = 255  # bytes, of most file systems
 
 
@@ -26,13 +28,15 @@ def hidden_folder(parent: Path) -> Iterator[Path]:
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(f"{_HIDDEN}*"):
-        with suppress(OSError), FileLock(left / _LOCK, timeout=0):  # a timeout is an OSError
+        with suppress(*_NO_LOCK), FileLock(left / _LOCK, timeout=0):
             if not (left / "new" / FORMER).exists():
                 shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=parent))
     try:
         try:
-            with FileLock(folder / _LOCK):
+            with ExitStack() as held:
+                with suppress(*_NO_LOCK):
+                    held.enter_context(FileLock(folder / _LOCK))
                 (folder / "new").mkdir()
                 yield folder / "new"
         finally:

@@ -1,7 +1,7 @@
 """What the Hub's refusals mean, in words for the one who uploads."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from huggingface_hub import get_token
@@ -17,6 +17,8 @@ _REASONS = {
     413: "a file is larger than it takes",
     429: "too much was asked of it in a short time",
 }
+# How the Hub's own transport of large files words an answer.
+_XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
 
 
 class UploadError(RuntimeError):
@@ -34,9 +36,13 @@ def explain_upload_error(error: Exception) -> tuple[str, bool]:
     """
     chain = list(_causes(error))
     if answered := next((cause for cause in chain if getattr(cause, "response", None) is not None), None):
-        return _explain_answer(answered), _is_commit(answered.response) and answered.response.status_code >= 500
+        response, said = answered.response, getattr(answered, "server_message", None) or ""
+        reason = _explain_answer(response.status_code, response.headers, said)
+        return reason, _is_commit(response) and response.status_code >= 500
     if any(isinstance(cause, LocalTokenNotFoundError) for cause in chain):
         return f"there is no token: {_LOG_IN}", False
+    if status := next(filter(None, (_XET_STATUS.search(str(cause)) for cause in chain)), None):
+        return _explain_answer(int(status[1]), {}, ""), False  # files are sent before the commit
     kind = f"{type(error).__name__}: {error}"
     if cut := next((cause for cause in chain if isinstance(cause, HTTPError | ConnectionError | TimeoutError)), None):
         return hide_secrets(f"the connection failed ({kind})"), _is_commit(cut)
@@ -57,9 +63,8 @@ def _is_commit(asked: Any) -> bool:
         return False
 
 
-def _explain_answer(error: Any) -> str:
+def _explain_answer(status: int, headers: Mapping[str, str], said: str) -> str:
     """What an answer other than "fine" means, with what the Hub says itself."""
-    status, headers = error.response.status_code, error.response.headers
     reason = _REASONS.get(status, "it has an error of its own; try again later" if status >= 500 else "it refuses this")
     if status == 401:
         reason = f"{reason if get_token() else 'there is no token'}: {_LOG_IN}"
@@ -67,7 +72,7 @@ def _explain_answer(error: Any) -> str:
         window = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
         wait = headers.get("Retry-After") or (window[1] if window else "")
         reason += f"; try again {f'in {wait} s' if wait.isdigit() else wait or 'later'}"
-    said = " ".join((getattr(error, "server_message", None) or "").split())[:200]
+    said = " ".join(said.split())[:200]
     return hide_secrets(f"the Hub answers {status}: {reason}" + (f" (it says: {said})" if said else ""))
 
 

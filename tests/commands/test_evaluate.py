@@ -1,8 +1,12 @@
 """`pvt-hf evaluate`: what it measures of checkpoints of each task, and what it compares that with."""
 
 import json
+import shutil
 
+import datasets
+import numpy as np
 import pytest
+from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForInstanceSegmentation,
@@ -13,7 +17,9 @@ from transformers import (
 import pvt_hf
 from pvt_hf.commands.evaluate import main
 from pvt_hf.commands.measure import published_metrics
+from pvt_hf.data.classification import load_images
 from pvt_hf.data.digits import write_scenes
+from pvt_hf.training.detection import DetectionTrainer
 from tests.support.small_models import STAGES, small_config
 
 pytestmark = pytest.mark.process
@@ -109,6 +115,81 @@ def test_other_number_of_classes_is_an_error(checkpoints, monkeypatch, tmp_path)
     AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="other has 7 classes and the data 10"):
         run(monkeypatch, tmp_path, "--model_name_or_path", "other")
+
+
+def name_classes(checkpoints, name, folder, names):
+    """The checkpoint with names of its classes."""
+    shutil.copytree(checkpoints / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(label): text for label, text in enumerate(names)}
+    config["label2id"] = {text: label for label, text in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def test_classifier_is_measured_on_its_classes_in_any_order(checkpoints, monkeypatch, tmp_path, capsys):
+    named = name_classes(checkpoints, "classifier", tmp_path / "named", DIGITS)
+    rows = load_images(None, "validation").select(range(40))
+    features = rows.features | {"label": datasets.ClassLabel(names=DIGITS[::-1])}
+    rows = rows.map(lambda row: {"label": 9 - row["label"]}).cast(datasets.Features(features))
+    rows.to_parquet(str(tmp_path / "data.parquet"))
+    arguments = ["--model_name_or_path", named, "--max_eval_samples", 40]
+    expected = run(monkeypatch, tmp_path, *arguments)[str(named)]
+    given = ["--dataset_name", tmp_path / "data.parquet"]
+    assert run(monkeypatch, tmp_path, *arguments, *given)[str(named)] == expected and expected["top5_accuracy"] > 0
+    assert "another order" in capsys.readouterr().out
+    (tmp_path / "names.txt").write_text("\n".join([*DIGITS[:0:-1], "cat"]))
+    with pytest.raises(SystemExit, match=r"only the first has \['zero'\], only the second \['cat'\]"):
+        run(monkeypatch, tmp_path, *arguments, *given, "--class_names", tmp_path / "names.txt")
+
+
+def test_segmenter_is_measured_on_its_classes_in_any_order(checkpoints, monkeypatch, tmp_path):
+    named = name_classes(checkpoints, "segmenter", tmp_path / "named", ["background", *DIGITS])
+    scenes = write_scenes(tmp_path / "scenes", 1, 4) / "validation"
+    arguments = ["--model_name_or_path", named, "--max_eval_samples", 3, "--images", scenes / "images"]
+    expected = run(monkeypatch, tmp_path, *arguments, "--maps", scenes / "maps")[str(named)]
+    (tmp_path / "maps").mkdir()
+    for file in (scenes / "maps").iterdir():
+        labels = np.array(Image.open(file))
+        Image.fromarray(np.where(labels == 255, 255, 10 - labels).astype(np.uint8)).save(tmp_path / "maps" / file.name)
+    (tmp_path / "names.json").write_text(json.dumps([*DIGITS[::-1], "background"]))
+    given = ["--maps", tmp_path / "maps", "--class_names", tmp_path / "names.json"]
+    assert run(monkeypatch, tmp_path, *arguments, *given)[str(named)] == expected
+
+
+def test_detector_is_measured_on_its_classes_in_any_order(checkpoints, monkeypatch, tmp_path):
+    """What it is measured on has the names that the json has, and the labels of the model."""
+    named = name_classes(checkpoints, "detector", tmp_path / "named", DIGITS)
+    scenes = write_scenes(tmp_path / "scenes", 1, 4) / "validation"
+    content = json.loads((scenes / "annotations.json").read_text())
+    names = {entry["id"]: DIGITS[-entry["id"]] for entry in content["categories"]}
+    for entry in content["categories"]:
+        entry["name"] = names[entry["id"]]
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    measured = []
+
+    def evaluate(self, rows):
+        measured.append((self, rows.data))
+        return {"eval_images": len(rows)}
+
+    monkeypatch.setattr(DetectionTrainer, "evaluate", evaluate)
+    arguments = ["--model_name_or_path", named, "--images", scenes / "images", "--max_detections", 300]
+    run(monkeypatch, tmp_path, *arguments, "--annotations", tmp_path / "annotations.json", "--max_eval_samples", 4)
+    ((trainer, data),) = measured
+    assert data.label_names == DIGITS and len(data) == 4 and trainer.max_detections == 300
+    for record in data.records:
+        given = [entry for entry in content["annotations"] if entry["image_id"] == record.image_id]
+        found = [DIGITS[entry["category_id"]] for entry in record.annotations]
+        assert found == [names[entry["category_id"]] for entry in given]
+    content["categories"][0]["name"] = "cat"
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    with pytest.raises(
+        SystemExit, match=r"named has the classes \['zero'.*the data \['cat'.*only the second \['cat'\]"
+    ):
+        run(monkeypatch, tmp_path, *arguments, "--annotations", tmp_path / "annotations.json")
 
 
 def test_papers_numbers_are_of_the_papers_classes_only():

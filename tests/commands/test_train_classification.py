@@ -10,7 +10,9 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from pvt_hf import build_config
-from pvt_hf.commands.train_classification import main, parse
+from pvt_hf.commands.train_classification import check_splits, load_splits, main, match_labels, parse
+from pvt_hf.data.classification import find_labels
+from pvt_hf.data.images import ImageError
 from pvt_hf.recipes import imagenet_recipe
 from pvt_hf.training.run_checkpoints import CheckpointError, mark_complete
 from tests.support.small_models import small_config
@@ -67,6 +69,9 @@ def test_output_folder_with_checkpoints_is_not_overwritten(tmp_path):
     ("arguments", "message"),
     [
         (["--variant", "pvt_small", "--model_name_or_path", "checkpoint"], "checkpoint is not a pvt_small"),
+        (["--output_dir", "x" * 300], "--output_dir x* cannot be written: a name of 300 bytes is longer"),
+        (["--output_dir", "checkpoint/config.json/run"], "cannot be written: Not a directory"),
+        (["--license", "Apache 2"], "2"),  # the exit status of a wrong option; what is wrong is printed
         (["--resume_from_checkpoint", "nowhere"], "nowhere is not a complete checkpoint: there is no such folder"),
     ],
 )
@@ -96,6 +101,33 @@ def checkpoint(tmp_path) -> str:
     model = AutoModelForImageClassification.from_config(small_config("v2", num_labels=10))
     model.save_pretrained(tmp_path / "checkpoint")
     return str(tmp_path / "checkpoint")
+
+
+def test_classes_of_the_validation_set_are_matched_by_name(tmp_path, capsys):
+    """It may lack some, and have others in between; new ones are refused with both lists."""
+    folders = {"train": ["ant", "bee", "cat"], "validation": ["bee", "cat"], "other": ["bee", "cow"]}
+    for split, names in folders.items():
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "a.png")
+    arguments = ["--dataset_name", str(tmp_path / "train"), "--eval_split", "train"]
+
+    def load(split):
+        (_, data_args, *_), _, args = parse([*arguments, "--eval_dataset_name", str(tmp_path / split)])
+        args.dataloader_num_workers = 0
+        train, validation = load_splits(data_args, args)
+        found, places = match_labels(validation, find_labels(train))
+        check_splits(train, validation, find_labels(train), found, data_args, args)
+        return places
+
+    assert load("validation") == [1, 2]
+    printed = capsys.readouterr().out
+    assert "the training set: 3 images of 3 classes (1 to 1 of a class)\nthe validation set: 2 images" in printed
+    with pytest.raises(ValueError, match=r"Training has the classes \['ant'.*, evaluation \['bee', 'cow'\]"):
+        load("other")
+    (tmp_path / "validation" / "bee" / "a.png").write_text("x")
+    with pytest.raises(ImageError, match="(?s)1 of 2 images of the validation set.*bee/a.png"):
+        load("validation")
 
 
 def test_stream_is_an_epoch_of_all_images(checkpoint, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """`pvt-hf train-detection`: runs on bundled and on own data, what a recipe decides, and bad input that ends clearly."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,8 +14,9 @@ from pycocotools.cocoeval import COCOeval
 from transformers import AutoModelForImageClassification, AutoModelForObjectDetection, pipeline
 
 import pvt_hf
-from pvt_hf.commands.train_detection import build_detector, main, parse
+from pvt_hf.commands.train_detection import build_detector, check_splits, load_splits, main, parse
 from pvt_hf.data.digits import write_scenes
+from pvt_hf.data.images import ImageError
 from pvt_hf.evaluation.metrics import COCO_METRICS
 from pvt_hf.models.annotations import AnnotationError
 from tests.support.detection_run import HEADS, build, small_detector
@@ -93,20 +95,24 @@ def test_fine_tuning_on_other_classes_keeps_the_rest(run, scenes, tmp_path, caps
         own = [entry for entry in content["annotations"] if entry["image_id"] == image["id"]]
         objects = {"bbox": [entry["bbox"] for entry in own], "category": [entry["category_id"] % 2 for entry in own]}
         path = scenes / "validation" / "images" / image["file_name"]
-        rows.append({"image_id": image["id"], "image": str(path), "objects": objects})
+        rows.append({"image_id": image["id"], "image": {"path": str(path), "bytes": None}, "objects": objects})
+    rows.append({"image_id": 99, "image": {"path": "99.png", "bytes": b"no image"}, "objects": objects})
     label = datasets.ClassLabel(names=["even", "odd"])
     objects = {"bbox": datasets.List(datasets.List(datasets.Value("float32"))), "category": datasets.List(label)}
-    features = {"image_id": datasets.Value("int64"), "image": datasets.Image(), "objects": objects}
+    features = {"image_id": datasets.Value("int64"), "image": datasets.Image(decode=False), "objects": objects}
     data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
     data.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "data.parquet"))
     run(
         *("--smoke", "--model_name_or_path", tmp_path / "first", "--dataset_name", tmp_path / "data.parquet"),
         *("--output_dir", tmp_path / "second", "--num_train_epochs", "1", "--warmup_iterations", "0"),
-        *("--save_strategy", "no"),
+        *("--save_strategy", "no", "--skip_corrupt", "--max_detections", "200"),
     )
     first, second = (AutoModelForObjectDetection.from_pretrained(tmp_path / name) for name in ("first", "second"))
     assert second.config.id2label == {0: "even", 1: "odd"} and first.config.num_labels == 10
-    assert "on 5 images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "on 5 images" in printed and "the validation set: 5 images" in printed
+    assert {"eval_AR10", "eval_AR200"} < json.loads((tmp_path / "second" / "eval_results.json").read_text()).keys()
+    assert "2 corrupt images were left out before training:\n  row 5: row 5 cannot be read" in printed
     # One step with the recipe's small rate moves nothing far: the rest really came from the checkpoint.
     torch.testing.assert_close(second.neck.state_dict(), first.neck.state_dict(), atol=2e-3, rtol=0)
 
@@ -120,7 +126,7 @@ def test_bad_input_ends_before_any_work(run, scenes, classifier, tmp_path, capsy
         del content["categories"]
         (wrong / split / "annotations.json").write_text(json.dumps(content))
     arguments = ["--smoke", "--output_dir", tmp_path / "run"]
-    with pytest.raises(AnnotationError, match=r"annotations.json is not COCO json: it has no list \['categories'\]"):
+    with pytest.raises(SystemExit, match=r"annotations.json is not COCO json: it has no list \['categories'\]"):
         run(*arguments, *coco_arguments(wrong))
     with pytest.raises(SystemExit):
         run(*arguments, *coco_arguments(scenes)[:4])
@@ -144,6 +150,100 @@ def test_bad_input_ends_before_any_work(run, scenes, classifier, tmp_path, capsy
     with pytest.raises(ValueError, match="`warmup_iterations` must be less than the 10 steps .* got 500"):
         run(*arguments, *coco_arguments(scenes), "--warmup_iterations", "500")
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def load(tmp_path, *arguments):
+    (_, data_args, *_), _, _, args = parse(["--output_dir", str(tmp_path / "run"), *map(str, arguments)])
+    args.dataloader_num_workers = 0
+    return load_splits(data_args, args), data_args, args
+
+
+def test_classes_of_both_splits_are_matched_by_name(scenes, tmp_path):
+    """In the validation set they have other ids; `--class_names` orders those of both."""
+    other = tmp_path / "other"
+    shutil.copytree(scenes, other)
+    content = json.loads((other / "validation" / "annotations.json").read_text())
+    for entry in content["categories"]:
+        entry["id"] = 100 - entry["id"]
+    for entry in content["annotations"]:
+        entry["category_id"] = 100 - entry["category_id"]
+    (other / "validation" / "annotations.json").write_text(json.dumps(content))
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({str(label): str((label + 3) % 10) for label in range(10)}))
+    (_, expected), *_ = load(tmp_path, *coco_arguments(scenes))
+    for arguments, order in (([], range(10)), (["--class_names", names], [*range(3, 10), *range(3)])):
+        (train, validation), *_ = load(tmp_path, *coco_arguments(other), *arguments)
+        assert train.label_names == validation.label_names == list(map(str, order))
+        for ours, theirs in zip(validation.records, expected.records, strict=True):
+            for one, other_one in zip(ours.annotations, theirs.annotations, strict=True):
+                assert train.label_names[one["category_id"]] == expected.label_names[other_one["category_id"]]
+    names.write_text("cat\ndog\n")
+    with pytest.raises(ValueError, match=r"names.json cannot be read"):
+        load(tmp_path, *coco_arguments(other), "--class_names", names)
+
+
+def test_validation_set_that_lacks_classes_has_those_of_the_training_set(tmp_path):
+    """Categories of the Hub are integers without names, in rows of which some have no objects."""
+    Image.new("RGB", (60, 50)).save(tmp_path / "a.png")
+    for split, labels in (("train", [[0, 2], [1], None]), ("validation", [[1]])):
+        rows = [
+            {
+                "picture": str(tmp_path / "a.png"),
+                "things": values and {"bbox": [[5, 5, 45, 45]] * len(values), "category": values},
+            }
+            for values in labels
+        ]
+        integers = datasets.List(datasets.Value("int32"))
+        things = {"bbox": datasets.List(integers), "category": integers}
+        features = datasets.Features({"picture": datasets.Image(), "things": things})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
+    columns = ["--image_column", "picture", "--objects_column", "things", "--bbox_format", "voc"]
+    splits, data_args, args = load(tmp_path, "--dataset_name", tmp_path / "data", *columns)
+    assert splits[0].label_names == splits[1].label_names == ["0", "1", "2"]
+    assert splits[1].records[0].annotations[0]["bbox"] == [5, 5, 40, 40]
+    train, validation = check_splits(splits, small_detector("retinanet", 3), data_args, 100, args)
+    assert [len(train), len(validation)] == [2, 1] and train.image(0).shape == (3, 50, 60)
+
+
+def test_folder_of_yolo_is_read(tmp_path, capsys):
+    for split in ("train", "valid"):
+        (tmp_path / "data" / split / "images").mkdir(parents=True)
+        (tmp_path / "data" / split / "labels").mkdir()
+        Image.new("RGB", (60, 50)).save(tmp_path / "data" / split / "images" / "a.png")
+        (tmp_path / "data" / split / "labels" / "a.txt").write_text("0 0.5 0.5 0.5 0.4\n")
+    (tmp_path / "data" / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnames: [cat, dog]\n")
+    splits, data_args, args = load(tmp_path, "--dataset_name", tmp_path / "data")
+    assert splits[1].records[0].annotations[0]["bbox"] == pytest.approx([15, 15, 30, 20])
+    check_splits(splits, small_detector("retinanet", 2), data_args, 100, args)
+    printed = capsys.readouterr().out
+    assert "the training set: 1 images, 1 objects of 2 classes (0 to 1 of a class)" in printed
+    assert "at most 1 in an image (valid/images/a.png); none of ['dog']" in printed
+
+
+def test_data_are_checked_before_the_first_step(scenes, tmp_path, caplog):
+    """Files of the validation set and objects of both: everything that would stop a run hours later."""
+    splits, data_args, args = load(tmp_path, *coco_arguments(scenes))
+    model = small_detector("detr", num_queries=1)
+    check_splits(splits, model, data_args, 100, args)
+    assert "raise `num_queries` (`--config_overrides`)" in caplog.text and "`--max_detections`" not in caplog.text
+    check_splits(splits, model, data_args, 1, args)
+    assert "but at most 1 are found in an image and measured: raise `max_detections`" in caplog.text
+    data = splits[1]
+    splits = (
+        splits[0],
+        dataclasses.replace(
+            data, records=[dataclasses.replace(record, stored=f"{record.stored}.gone") for record in data.records]
+        ),
+    )
+    with pytest.raises(ImageError, match=r"5 of 5 images of the validation set cannot be used:\n.*FileNotFoundError"):
+        check_splits(splits, model, data_args, 100, args)
+    splits = (
+        splits[0],
+        dataclasses.replace(data, records=[dataclasses.replace(record, annotations=[]) for record in data.records]),
+    )
+    with pytest.raises(AnnotationError, match="There is nothing to measure"):
+        check_splits(splits, model, data_args, 100, args)
 
 
 def test_recipe_decides_what_the_command_line_leaves_open(tmp_path):

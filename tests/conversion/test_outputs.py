@@ -1,19 +1,16 @@
 """Whatever goes wrong with what a conversion writes: one line, exit 1, nothing left behind."""
 
-import contextlib
 import errno
-import io
 import os
 import re
 import signal
 import threading
 
 import pytest
-import torch
 
 from pvt_hf.conversion import convert
-from pvt_hf.writing.files import hidden_folder
-from tests.support.checkpoints import TINY, official_weights, run, save
+from pvt_hf.writing.files import atomic_file, hidden_folder
+from tests.support.checkpoints import run
 from tests.support.disk import full_disk, read_only_folder
 
 
@@ -67,26 +64,6 @@ def test_folders_that_may_not_be_written_are_refused(command, capsys):
         assert not list(folder.iterdir())
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """With a checkpoint, `a.pth`, and what it was converted to, `saved`, which printed what is in `printed`."""
-    folder, printed = tmp_path_factory.mktemp("converted"), io.StringIO()
-    weights = {"state_dict": official_weights(TINY["v2"]), "epoch\x1b[2J\x07": torch.ones(1)}
-    with contextlib.redirect_stdout(printed):
-        assert run(save(weights, folder / "a.pth"), folder / "saved\x1b[31m") == 0
-    (folder / "saved\x1b[31m").rename(folder / "saved")
-    (folder / "printed").write_text(printed.getvalue())
-    return folder
-
-
-@pytest.fixture
-def converted(folder):
-    """The same folder, which a test leaves as it was."""
-    before = {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
-    yield folder
-    assert {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")} == before
-
-
 @pytest.mark.parametrize("output", ["new/out", "new/out.pth", "new/out.safetensors"])
 def test_full_disk_leaves_nothing(output, converted, capsys):
     output = converted / output
@@ -134,6 +111,17 @@ def test_leftovers_of_the_killed_are_cleared_and_those_of_the_running_are_not(tm
         with hidden_folder(tmp_path) as other:
             assert (running / "mine").exists() and other != running
     assert not list(tmp_path.iterdir())
+
+
+def test_without_locks_files_are_written_and_nothing_is_cleared(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("pvt_hf.writing.files.FileLock.__enter__", refuse)
+    with hidden_folder(tmp_path), atomic_file(tmp_path / "file") as path:
+        assert len(list(tmp_path.iterdir())) == 2
+        path.touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_errors_that_nobody_thought_of_are_one_line_too(tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Uploads over HTTP to a local Hub, loading from it, and every way in which the network fails."""
 
+import hashlib
 import importlib
 import json
 import re
@@ -11,8 +12,10 @@ import torch
 
 import pvt_hf
 from pvt_hf.conversion import formats, rename
+from pvt_hf.conversion.checkpoint import read_checkpoint
 from pvt_hf.conversion.publish import publish
-from pvt_hf.writing.hub import hide_secrets
+from pvt_hf.conversion.rename import ConversionError
+from pvt_hf.writing.hub import explain_upload_error, hide_secrets
 from tests.support.checkpoints import TINY, equal, official_weights, run, save
 from tests.support.hub import TOKEN
 from tests.support.small_models import ROOT, STAGES, randomize, small_config
@@ -193,13 +196,6 @@ def test_private_uploads_are_never_public(online, tmp_path, capsys):
     assert "org/pvt exists and is public" in capsys.readouterr().err and online.repos["org/pvt"] == {}
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("converted")
-    assert run(save(official_weights(TINY["v2"]), folder / "a.pth"), folder / "out") == 0
-    return folder / "out"
-
-
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -222,19 +218,19 @@ def converted(tmp_path_factory):
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_failed_upload_tells_why_and_can_be_repeated(fault, message, online, converted):
-    before = {file.name: file.read_bytes() for file in converted.iterdir()}
+    folder = converted / "saved"
     online.fault = fault
     with pytest.raises(rename.ConversionError) as raised:
-        publish(converted, "me/pvt", private=False)
+        publish(folder, "me/pvt", private=False)
     error = str(raised.value)
     is_unknown = fault in ({"/commit/": "cut"}, {"/commit/": 500})  # all the other requests come before the commit
     outcome = "Whether the commit arrived is not known" if is_unknown else "Nothing was committed there"
-    assert re.search(message, error) and f"hf upload me/pvt {converted}" in error and outcome in error, error
+    assert re.search(message, error) and f"hf upload me/pvt {folder}" in error and outcome in error, error
     assert TOKEN not in error and ("connection" in error) == ("cut" in fault.values())
     assert not online.repos.get("me/pvt")
     online.fault = {}
-    assert publish(converted, "me/pvt", private=False).startswith(online.url)
-    assert before == online.repos["me/pvt"] == {file.name: file.read_bytes() for file in converted.iterdir()}
+    assert publish(folder, "me/pvt", private=False).startswith(online.url)
+    assert online.repos["me/pvt"] == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_conversion_whose_upload_fails_is_there(online, tmp_path, capsys, monkeypatch):
@@ -255,7 +251,32 @@ def test_conversion_whose_upload_fails_is_there(online, tmp_path, capsys, monkey
     assert not online.repos
 
 
+def test_answers_to_the_transport_of_large_files_are_known_too():
+    error = RuntimeError("Data processing error: HTTP status client error (403 Forbidden) for url (https://cas/x?y=z)")
+    assert explain_upload_error(error) == ("the Hub answers 403: your token may not write there", False)
+    assert explain_upload_error(RuntimeError("what?")) == ("RuntimeError: what?", True)
+
+
 def test_secrets_are_not_in_messages(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     text = f"{TOKEN} 'Bearer xyz' hf_{'a' * 34} https://s3.host/object?X-Amz-Signature=abc&y=1 hf_hub_download(x)"
     assert hide_secrets(text) == "... '... ... https://s3.host/object?... hf_hub_download(x)"
+
+
+def test_downloads_are_held_against_the_hash_of_the_hub(online, tmp_path):
+    """sha256 of large files, git's hash of small ones; what is stored under another hash is refused."""
+    content = save(official_weights(TINY["v2"]), tmp_path / "a.safetensors").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    wrong, words = "is damaged: the Hub states the hash 0", "as the Hub states"
+    for index, (etag, result) in enumerate(
+        [(sha256, words), (git, words), ("0" * 64, wrong), ("0" * 40, wrong), ("W/abc", "the Hub states no hash")]
+    ):
+        repo = f"me/pvt{index}"
+        online.repos[repo], online.etags["model.safetensors"] = {"model.safetensors": content}, etag
+        if result is wrong:
+            with pytest.raises(ConversionError, match=wrong):
+                read_checkpoint(repo)
+        else:
+            checkpoint = read_checkpoint(repo)
+            assert checkpoint.sha256 == sha256 and checkpoint.hash_check.endswith(result)

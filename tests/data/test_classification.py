@@ -18,10 +18,12 @@ from pvt_hf.data.classification import (
     StreamedImages,
     TrainingImages,
     cache_stream,
+    check_images_and_labels,
     collate,
     count_images,
     find_labels,
     load_images,
+    summarize_labels,
 )
 from pvt_hf.data.images import ImageError, decode
 from pvt_hf.data.samplers import EpochSampler
@@ -151,8 +153,41 @@ def test_wrong_label_is_an_error_that_names_the_image(label):
 def test_two_columns_of_images_are_an_error(tmp_path):
     features = datasets.Features({"a": datasets.Image(), "b": datasets.Image()})
     datasets.Dataset.from_dict({"a": [png(1)], "b": [png(2)]}, features=features).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(ImageError, match=r"must have one column of images, got \['a', 'b'\]"):
+    with pytest.raises(ImageError, match=r"must have one column of images, got \['a', 'b'\].*`--image_column`"):
         load_images(str(tmp_path / "x.parquet"), "train")
+    for streaming in (False, True):
+        data = load_images(str(tmp_path / "x.parquet"), "train", streaming=streaming, image_column="b")
+        assert decode(next(iter(data))["image"], "x").getpixel((0, 0))[0] == 2
+    with pytest.raises(ImageError, match=r"must have one column of images 'c', got \[\]"):
+        load_images(str(tmp_path / "x.parquet"), "train", image_column="c")
+
+
+def test_images_and_labels_are_checked_at_once(folder, caplog):
+    """All of them, before any is trained on; truncated ones where they are to be left out."""
+    data = load_images(str(folder), "train")
+    assert check_images_and_labels(data, "label", 2, "the training set") == (data, [])
+    assert summarize_labels(data, "label", ["cat", "dog", "emu"]) == (
+        "12 images of 3 classes (0 to 6 of a class); none of ['emu']"
+    )
+    with pytest.raises(ImageError, match=r"6 of 12 labels of x \(column 'label'\) are not classes in \[0, 1\): {1: 6}"):
+        check_images_and_labels(data, "label", 1, "x")
+    (folder / "train" / "dog" / "03.png").write_bytes(b"no image")
+    cut = folder / "train" / "cat" / "04.png"
+    cut.write_bytes(cut.read_bytes()[:60])
+    with pytest.raises(ImageError, match=r"(?s)1 of 12 images of the training set.*dog/03\.png cannot be read.*--skip"):
+        check_images_and_labels(data, "label", 2, "the training set")
+    kept, problems = check_images_and_labels(data, "label", 2, "the training set", skip_corrupt=True)
+    assert len(kept) == 10 and len(problems) == 2 and "cat/04.png" in problems[0]
+    assert "2 of 12 images of the training set cannot be used" in caplog.text
+    (folder / "train" / "cat" / "00.png").unlink()
+    with pytest.raises(ImageError, match=r"FileNotFoundError.*cat/00\.png"):
+        check_images_and_labels(data, "label", 2, "the training set")
+
+
+def test_labels_of_other_data_become_those_of_the_model():
+    data = [{"image": {"bytes": png(1), "path": "a.png"}, "label": label} for label in (0, 1)]
+    rows = EvaluationImages(data, "label", 2, pvt_hf.PvtImageProcessorPil(crop_size=32), places=[7, 3])
+    assert [rows[index]["labels"] for index in (0, 1)] == [7, 3]
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", png(3)[:60]], ids=["empty", "text", "cut"])

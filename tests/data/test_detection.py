@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import cv2
 import datasets
@@ -127,6 +128,57 @@ def test_file_that_is_not_json_is_an_error(tmp_path):
             read_coco(tmp_path / f"{name}.json", tmp_path)
     with pytest.raises(AnnotationError, match=r"an object has keys twice: \['images'\]"):
         read_coco(tmp_path / "twice.json", tmp_path)
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    0.5,
+    math.nan,
+    math.inf,
+    10**30,
+    "",
+    "7",
+    "\0",
+    [],
+    [[]],
+    [None] * 4,
+    ["1"] * 6,
+    {},
+    {"size": 1},
+]
+ODD += [{"size": [40, 60], "counts": value} for value in ("", "x", "\xe9", [-1], [1.5], ["1"], [10**12], None)]
+ODD += [[[math.nan] * 6], [["1"] * 6], [[1] * 7], [[1, 1] * 2], {"size": [40, 60]}, {"counts": [2400]}]
+
+
+def test_no_value_of_any_field_ends_in_a_traceback(coco_json):
+    """Each is read, or an error that names the file."""
+    refused = 0
+    fields = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name", "supercategory")}
+    fields["annotations"] = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore", "segmentation")
+    for part, names in fields.items():
+        for name in names:
+            for value in ODD:
+
+                def change(content, entry=(part, name, value)):
+                    content[entry[0]][0][entry[1]] = entry[2]
+
+                files = coco_json(change)
+                try:
+                    data = read_coco(*files)
+                except AnnotationError as error:
+                    assert str(files[0]) in str(error)
+                    refused += 1
+                    continue
+                for check in (data.for_training, data.for_evaluation, data.ground_truth):
+                    try:
+                        check(masks=True)
+                    except AnnotationError as error:
+                        refused += 1
+                        assert re.search("Annotation .* of image 3 |No annotation of ", str(error))
+    assert refused > 300
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "a/../../secret.png"])

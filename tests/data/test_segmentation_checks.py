@@ -121,7 +121,13 @@ def test_every_unusable_file_of_a_split_is_found_at_once(tmp_path, caplog):
     with pytest.raises(ImageError, match=r"(?s)3 of 6 images of the validation set cannot be used:.*0\.jpg.*1\.jpg"):
         survey_maps(data, "the validation set")
     left, found = survey_maps(data, "the validation set", skip_corrupt=True)
-    assert len(left) == 3 and found.maps == [3, 3] and "3 of 6 images" in caplog.text and "2.png" in caplog.text
+    assert (
+        len(left) == 3
+        and found.maps == [3, 3]
+        and len(found.left_out) == 3
+        and "3 of 6 images" in caplog.text
+        and "2.png" in caplog.text
+    )
     Image.fromarray(MASK[:-1] // 255).save(tmp_path / "masks" / "4.png")
     with pytest.raises(
         ImageError, match=r"(?s)4\.png of .*4\.jpg has \(height, width\) \[39, 56\], the image \[40, 56\]"

@@ -20,6 +20,7 @@ from pvt_hf.evaluation.metrics import (
     ConfusionMatrix,
     classification_metrics,
     classification_statistics,
+    coco_metric_names,
     coco_metrics,
     coco_results,
     gather_results,
@@ -98,6 +99,27 @@ def test_coco_metrics_are_1_for_all_and_0_for_nothing(data, tmp_path):
     results[99] = results.pop(2)
     with pytest.raises(ValueError, match=r"of the 30 images .* 1 are missing \(\[2\]\), 1 are others \(\[99\]\)"):
         coco_metrics(results, truth)
+
+
+def test_more_than_100_detections_of_an_image_count_where_they_are_asked_for():
+    """150 perfect ones: COCO's own numbers stop at 100."""
+    boxes = [[10 * (index % 15), 10 * (index // 15), 9, 9] for index in range(150)]
+    truth = {
+        "images": [{"id": 1, "height": 100, "width": 150}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [
+            {"id": index + 1, "image_id": 1, "category_id": 1, "bbox": box, "area": 81, "iscrowd": 0}
+            for index, box in enumerate(boxes)
+        ],
+    }
+    results = {1: [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.9} for box in boxes]}
+    metrics = coco_metrics(results, truth)
+    assert metrics["AP"] == pytest.approx(0.663, abs=1e-3) and metrics["AR100"] == pytest.approx(100 / 150)
+    metrics = coco_metrics(results, truth, max_detections=150)
+    assert tuple(metrics) == coco_metric_names(150) and "AR100" not in metrics
+    assert metrics["AP"] == metrics["AR150"] == metrics["AP_small"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="`max_detections` must be at least 10, got 9"):
+        coco_metrics(results, truth, max_detections=9)
 
 
 def _gather(rank: int, store: str, queue) -> None:

@@ -121,6 +121,101 @@ def test_batches_are_padded_to_the_largest_image(processor_class):
     assert "pixel_mask" not in unpadded
 
 
+# As DETR's processor takes it, its own size of an image of 480 x 640, and ours, which rounds to the nearest pixel.
+SIZES_OF_DETR = {
+    "integer": ({"size": 300}, (300, 400), (300, 400)),
+    "integer and limit": ({"size": 300, "max_size": 333}, (250, 333), (250, 333)),
+    "pair": ({"size": (96, 128)}, (96, 128), (96, 128)),
+    "limits": ({"size": {"max_height": 250, "max_width": 300}}, (225, 300), (225, 300)),
+    "sides": ({"size": {"height": 96, "width": 64}}, (96, 64), (96, 64)),
+    "edges": ({"size": {"shortest_edge": 300, "longest_edge": 333}}, (250, 333), (250, 333)),
+}
+
+
+@pytest.mark.parametrize("form", SIZES_OF_DETR)
+def test_sizes_are_as_detr_takes_them(form):
+    settings, theirs, ours = SIZES_OF_DETR[form]
+    image = np.zeros((480, 640, 3), np.uint8)
+    detr = transformers.DetrImageProcessor(**settings, do_pad=False)(image)
+    assert tuple(detr.pixel_values[0].shape[1:]) == theirs
+    old = {"format": "coco_detection", "do_convert_annotations": True, "pad_and_return_pixel_mask": False}
+    for processor in (PROCESSORS[0](**settings, do_pad=False), PROCESSORS[1].from_dict(settings | old)):
+        assert tuple(processor(image).pixel_values[0].shape[1:]) == ours
+    assert tuple(PROCESSORS[0]()(image, **settings, do_pad=False).pixel_values[0].shape[1:]) == ours
+    for name, value in (("format", "coco_panoptic"), ("do_convert_annotations", False)):
+        with pytest.raises(ValueError, match=f"`{name}` must be .*got {value!r}"):
+            PROCESSORS[0](**{name: value})
+        with pytest.raises(ValueError, match=f"`{name}` must be .*got {value!r}"):
+            PROCESSORS[0]()(image, **{name: value})
+
+
+@BACKENDS
+def test_padding_to_a_square_gives_the_same_boxes_and_detections(processor_class, tmp_path):
+    """As transformers' program for object detection loads the processor: labels and detections are relative to the
+    image without its padding, whatever that is."""
+    square = {"do_pad": True, "pad_size": {"height": 150, "width": 150}}
+    settings = {"do_resize": True, "size": {"max_height": 150, "max_width": 150}, **square}
+    processor_class().save_pretrained(tmp_path)
+    processors = [processor_class(size=settings["size"]), processor_class.from_pretrained(tmp_path, **settings)]
+    processors += [processor_class(**square), processor_class.from_pretrained(tmp_path, **square)]
+    images = [noise(80, 120), noise(90, 60)]
+    targets = [
+        {"image_id": 9, "annotations": [annotation([10, 12, 60, 50], 1), annotation([70, 20, 30, 30], 2)]},
+        {"image_id": 11, "annotations": [annotation([5, 0, 25, 30], 0, segmentation=[[5, 0, 30, 0, 30, 30, 5, 30]])]},
+    ]
+    batches = [processor(images, annotations=targets, return_tensors="pt") for processor in processors]
+    batches.append(processor_class()(images, annotations=targets, return_tensors="pt", **square))
+    assert batches[0].pixel_values.shape == (2, 3, 160, 160)
+    for batch in batches[1:]:
+        assert batch.pixel_values.shape == (2, 3, 150, 150) and batch.pixel_mask.shape == (2, 150, 150)
+        assert torch.equal(batch.pixel_values, batches[0].pixel_values[..., :150, :150])
+        assert torch.equal(batch.pixel_mask, batches[0].pixel_mask[..., :150, :150])
+        assert batch.pixel_mask.sum((1, 2)).tolist() == [100 * 150, 150 * 100]
+        for label, expected in zip(batch["labels"], batches[0]["labels"], strict=True):
+            assert all(torch.equal(label[key], expected[key]) for key in expected)
+    # A model that finds what there is.
+    boxes = torch.stack([labels["boxes"][[0, -1]] for labels in batches[1]["labels"]])
+    classes = torch.stack([labels["class_labels"][[0, -1]] for labels in batches[1]["labels"]])
+    logits = 9 * torch.nn.functional.one_hot(classes, 4).float()
+    outputs = DetrObjectDetectionOutput(logits=logits, pred_boxes=boxes)
+    found = processors[1].post_process_object_detection(outputs, 0.5, [(80, 120), (90, 60)])
+    for detections, target in zip(found, targets, strict=True):
+        corners = [[x, y, x + w, y + h] for x, y, w, h in (entry["bbox"] for entry in target["annotations"])]
+        for corner in corners:
+            assert (detections["boxes"] - torch.tensor(corner)).abs().amax(1).min() < 1e-3
+
+
+def test_padding_alone_keeps_sizes_that_fit():
+    assert dict(PROCESSORS[0](pad_size=1333).size) == {"shortest_edge": 800, "longest_edge": 1333}
+    assert dict(PROCESSORS[0](pad_size=1332).size) == {"max_height": 1332, "max_width": 1332}
+    assert dict(PROCESSORS[0](pad_size=64, do_pad=False).size) == {"shortest_edge": 800, "longest_edge": 1333}
+    process = PROCESSORS[0](size={"shortest_edge": 48, "longest_edge": 64})
+    inputs = process(noise(80, 90), pad_size={"height": 64, "width": 70}, return_tensors="pt")
+    assert inputs.pixel_values.shape == (1, 3, 64, 70) and inputs.pixel_mask.sum() == 48 * 54
+    with pytest.raises(
+        ValueError, match=r"`pad_size` is .* With `size=\{'max_height': 32, 'max_width': 32\}` they fit"
+    ):
+        process(noise(80, 90), pad_size=32, size=48)
+
+
+@pytest.mark.parametrize("kind", ["np", None])
+def test_tensors_are_returned_as_they_are_asked_for(kind):
+    targets = {"image_id": 3, "annotations": [annotation([10, 12, 30, 20], 1)]}
+    pt, other = (PROCESSORS[0](size=64)(noise(50, 60), targets, return_tensors=value) for value in ("pt", kind))
+    assert isinstance(other.pixel_values, np.ndarray if kind else list)
+    np.testing.assert_array_equal(np.asarray(other.pixel_values[0]), pt.pixel_values[0])
+    for key, value in pt["labels"][0].items():
+        np.testing.assert_array_equal(np.asarray(other["labels"][0][key]), value)
+
+
+@pytest.mark.parametrize("name", ["Detection", "Segmentation"])
+@pytest.mark.parametrize("backend", ["", "Pil"])
+def test_a_thin_image_is_refused_before_it_is_enlarged(name, backend):
+    process = getattr(pvt_hf, f"Pvt{name}ImageProcessor{backend}")(size={"shortest_edge": 800})
+    with pytest.raises(ValueError, match="Image number 1 of 1 x 20000 pixels .* would become 800 x 16000000"):
+        process([noise(8, 9), Image.new("RGB", (20000, 1))])
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "I;16", "uint16", "int64"])
 def test_images_of_every_mode_are_read(mode):
     grey = Image.fromarray(noise(60, 80)).convert("L")

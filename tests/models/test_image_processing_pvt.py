@@ -1,6 +1,8 @@
 """`PvtImageProcessor` on both backends against torchvision's pipeline of the papers' evaluation."""
 
+import functools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, pil_torch_interpolation_mapping
+from transformers.models.pvt import image_processing_pil_pvt, image_processing_pvt
 
 import pvt_hf
 
@@ -141,6 +144,113 @@ def test_preprocessor_config_of_the_hub_turns_the_crop_off(processor_class, side
     )(image)
     pixels = processor(image, return_tensors="pt").pixel_values[0]
     assert_same(pixels, squashed, processor_class)
+
+
+# Files in every form that sizes have had, and the size of what they make of a photo of 60 x 90.
+FILES_OF_TRANSFORMERS = {
+    "v1 checkpoints": ({"do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "size": 24}, (24, 24)),
+    "tuple": ({"size": [24, 32]}, (24, 32)),
+    "sides": ({"size": {"height": 24, "width": 32}}, (24, 32)),
+    "both edges": ({"size": {"shortest_edge": 32, "longest_edge": 36}}, (24, 36)),
+    "limits": ({"size": {"max_height": 50, "max_width": 30}}, (20, 30)),
+    "edge": ({"size": {"shortest_edge": 32}, "do_center_crop": False}, (32, 48)),
+    "integer edge": ({"size": 32, "default_to_square": False, "do_center_crop": False}, (32, 48)),
+    "DeiT": ({"size": 32, "crop_size": 28, "do_center_crop": True, "resample": 3}, (28, 28)),
+    "crop of two sides": ({"size": [32, 40], "crop_size": [28, 20], "do_center_crop": True}, (28, 20)),
+    "feature extractor": ({"feature_extractor_type": "ViTFeatureExtractor", "size": 24, "resample": 2}, (24, 24)),
+    "nulls": ({"size": {"height": 24, "width": 24}, "crop_size": None, "do_center_crop": None}, (24, 24)),
+}
+
+
+@BACKENDS
+@pytest.mark.parametrize("form", FILES_OF_TRANSFORMERS)
+def test_sizes_of_every_form_are_those_of_transformers(processor_class, form):
+    """Read from a file, given to the constructor, over the settings of a file, and given to a call."""
+    file, size = FILES_OF_TRANSFORMERS[form]
+    theirs = {
+        pvt_hf.PvtImageProcessor: image_processing_pvt.PvtImageProcessor,
+        pvt_hf.PvtImageProcessorPil: image_processing_pil_pvt.PvtImageProcessorPil,
+    }[processor_class]
+    expected = theirs.from_dict(file)(photo(60, 90), return_tensors="pt").pixel_values
+    assert expected.shape == (1, 3, *size)
+    names = ("size", "crop_size", "do_center_crop", "default_to_square")
+    sizes = {key: value for key, value in file.items() if key in names}
+    kept = {key: value for key, value in file.items() if key not in names}
+    for processor, call in (
+        (processor_class.from_dict(file), {}),
+        (processor_class(**file), {}),
+        (processor_class.from_dict({"size": {"shortest_edge": 99}, "crop_size": 77} | kept, **sizes), {}),
+        (processor_class(**kept), sizes),
+    ):
+        pixels = processor(photo(60, 90), return_tensors="pt", **call).pixel_values
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [{}, {"feature_extractor_type": "PvtFeatureExtractor"}], ids=["none", "old"])
+@pytest.mark.parametrize("model_type", ["pvt", "pvt_v2"])
+def test_files_with_an_integer_size_load_by_the_auto_class(kind, model_type, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_resize": True, "size": 48} | kind))
+    for backend, processor_class in (("torchvision", pvt_hf.PvtImageProcessor), ("pil", pvt_hf.PvtImageProcessorPil)):
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
+        assert type(processor) is processor_class
+        assert processor(photo(60, 90), return_tensors="pt").pixel_values.shape == (1, 3, 48, 48)
+        assert "feature_extractor_type" not in processor.to_dict()
+
+
+@BACKENDS
+@pytest.mark.parametrize("size", [32, [32, 32], {"shortest_edge": 32}, {"height": 32, "width": 32}], ids=str)
+def test_crop_pct_is_the_share_that_the_crop_keeps(processor_class, size):
+    """As timm's and ConvNeXT's files have it, and saved as every processor of PVT understands it."""
+    processor = processor_class.from_dict({"size": size, "crop_pct": 0.9})
+    pixels = processor(photo(60, 90), return_tensors="pt").pixel_values[0]
+    assert_same(pixels, papers_pixels(photo(60, 90), 35, 32), processor_class)
+    saved = processor.to_dict()
+    assert saved["size"] == {"shortest_edge": 35} and saved["crop_size"] == {"height": 32, "width": 32}
+    assert saved["do_center_crop"] is True and "crop_pct" not in saved
+    assert dict(processor_class.from_dict({"size": 32, "crop_pct": 0.9}, size=48).size) == {"height": 48, "width": 48}
+    for wrong, message in (({"crop_pct": 0.9}, "must say the size"), ({"size": 9, "crop_pct": 90}, r"in \(0, 1\]")):
+        with pytest.raises(ValueError, match=f"`crop_pct`.*{message}"):
+            processor_class(**wrong)
+
+
+WRONG_SIZES = [0, -1, 2.5, "224", True, [224], [1, 2, 3], [4, 0], {}, {"longest_edge": 9}, {"width": 9}]
+WRONG_SIZES += [{"height": "9", "width": 9}, {"min_pixels": 9, "max_pixels": 99}]
+
+
+@pytest.mark.parametrize("name", ["size", "crop_size", "pad_size"])
+def test_wrong_sizes_are_refused_by_name(name):
+    """When a processor is made and when it is called, before an image is looked at."""
+    dense = [pvt_hf.PvtDetectionImageProcessor, pvt_hf.PvtSegmentationImageProcessor]
+    classes = {"size": [pvt_hf.PvtImageProcessor, *dense], "crop_size": [pvt_hf.PvtImageProcessorPil]}
+    for processor_class in classes.get(name, dense[:1]):
+        process = processor_class()
+        for wrong in WRONG_SIZES:
+            for use in (processor_class, functools.partial(process, None)):
+                with pytest.raises(ValueError, match=f"`{name}` must have .*got {re.escape(repr(wrong))}"):
+                    use(**{name: wrong})
+
+
+def test_scripts_that_read_the_size_evaluate_as_the_processor(tmp_path):
+    """transformers' program for image classification reads `size` and resizes to it itself: with a processor whose
+    `size` is what the model sees, the size is right and the evaluation is that of the pipeline."""
+    processor_class = pvt_hf.PvtImageProcessorPil  # which resizes as the program does, to the bit
+    processor_class().save_pretrained(tmp_path)
+    processor_class.from_pretrained(tmp_path, size=224).save_pretrained(tmp_path)
+    processor = processor_class.from_pretrained(tmp_path)
+    assert "shortest_edge" not in processor.size
+    size = processor.size["height"], processor.size["width"]
+    evaluate = transforms.Compose(
+        [
+            transforms.Resize(size, pil_torch_interpolation_mapping[processor.resample]),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(processor.image_mean, processor.image_std),
+        ]
+    )
+    pixels = processor(photo(300, 260), return_tensors="pt").pixel_values[0]
+    assert size == (224, 224) == pixels.shape[1:]
+    assert_same(pixels, evaluate(photo(300, 260)), processor_class)
 
 
 @BACKENDS

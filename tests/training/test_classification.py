@@ -1,9 +1,11 @@
 """Training: the same result however it is split, interrupted or computed, and a clear end where it cannot continue."""
 
 import errno
+import json
 import re
 from unittest import mock
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -14,7 +16,8 @@ from transformers import AutoModelForImageClassification
 from pvt_hf.data.images import ImageError
 from pvt_hf.training import trainer as training
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
-from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
+from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint, mark_complete
+from pvt_hf.writing.hub import UploadError
 from tests.support import classification_run
 from tests.support.classification_run import build
 from tests.support.disk import full_disk
@@ -81,6 +84,16 @@ def test_resuming_another_run_is_an_error(settings, message, tmp_path):
     build(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     with pytest.raises(CheckpointError, match=message):
         build(tmp_path, **settings).train(True)
+
+
+def test_training_resumes_from_no_forged_state(tmp_path):
+    """An array of NumPy in the optimiser's state, which torch refuses with the advice to run the file's code."""
+    trainer, folder = build(tmp_path), tmp_path / "checkpoint-1"
+    folder.mkdir()
+    torch.save({"state": np.zeros(3)}, folder / "optimizer.pt")
+    mark_complete(folder, {"layout": trainer._layout(), "skipped": 0})
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is refused: it calls `numpy\.dtype`"):
+        trainer.train(str(folder))
 
 
 def test_data_seed_changes_the_order_only(tmp_path):
@@ -234,6 +247,50 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
         with full_disk(100), pytest.raises(CheckpointError, match=r"could not be written: .* is .*checkpoint-6\.$"):
             getattr(resumed, name)(*(["eval", {"eval_x": "x" * 200}] if name == "save_metrics" else []))
     assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_failed_upload_of_a_finished_run_tells_where_it_is(tmp_path, monkeypatch):
+    trainer = build(tmp_path)
+    trainer.hub_model_id = "me/run"
+
+    def push():
+        raise RuntimeError("Error while uploading 'model.safetensors' to the Hub.") from ConnectionError("reset")
+
+    monkeypatch.setattr(trainer, "push_to_hub", push)
+    message = (
+        f"to me/run failed: the connection failed .* Everything is in {tmp_path}. .*: hf upload me/run {tmp_path}$"
+    )
+    with pytest.raises(UploadError, match=message):
+        trainer._upload()
+
+
+def test_evaluation_that_fails_costs_no_training(tmp_path, monkeypatch):
+    """The checkpoint that is due is written before it; what it measures is added after it."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"metric_for_best_model": "accuracy", "load_best_model_at_end": True, "save_total_limit": 1}
+    trainer = build(tmp_path, **settings)
+    evaluate, seen = trainer.evaluate, []
+
+    def fail_late(*args, **kwargs):
+        seen.append(incompleteness(tmp_path / f"checkpoint-{trainer.state.global_step}"))
+        if len(seen) == 2:
+            raise ImageError("x.png cannot be read")
+        return evaluate(*args, **kwargs)
+
+    trainer.evaluate = fail_late
+    with pytest.raises(ImageError, match=r"x\.png"):
+        trainer.train()
+    assert seen == [None, None] and last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    states = [json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text()) for step in (2, 4)]
+    assert [["eval_accuracy" in entry for entry in state["log_history"]].count(True) for state in states] == [1, 1]
+    assert [state["best_global_step"] for state in states] == [2, 2]
+    assert states[0]["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")
+    saved = mock.Mock(wraps=trainer._save_optimizer_and_scheduler)
+    monkeypatch.setattr(training.VisionTrainer, "_save_optimizer_and_scheduler", lambda self, folder: saved(folder))
+    resumed = build(tmp_path, **settings | {"max_steps": 6})
+    resumed.train(True)
+    assert resumed.state.global_step == 6 and saved.call_count == 1  # before the evaluation, and not again after it
+    assert resumed.state.best_global_step in (2, 6)
 
 
 def test_only_as_many_checkpoints_as_wanted_are_kept(tmp_path):

@@ -104,9 +104,12 @@ class Architecture(ABC):
         """The processor, or `None` for a model that takes other than three channels, and where it is from, in words."""
 
     def build_empty(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """The model on the meta device, in evaluation mode."""
-        with torch.device("meta"):
-            return self.auto_class.from_config(config).eval()
+        """The model on the meta device, in evaluation mode. Raises a `ConversionError` if there is none."""
+        try:
+            with torch.device("meta"):
+                return self.auto_class.from_config(config).eval()
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ConversionError(f"There is no {self.name} with this configuration: {error}") from error
 
 
 def reference_options(config: PreTrainedConfig) -> dict[str, Any]:
@@ -165,9 +168,9 @@ class DensePredictor(Architecture):
 
     def read_config(self, official, known, class_names=()):
         def shape(key: str) -> tuple[int, ...]:
-            if key not in official or not official[key].numel():
+            if key not in official or not official[key].ndim or not official[key].numel():
                 raise ConversionError(
-                    f"The checkpoint lacks {key!r} (or it is empty) and is not a complete {self.name}. "
+                    f"The checkpoint lacks {key!r} (or it is empty, or one number) and is not a complete {self.name}. "
                     "`--backbone-only` converts its backbone."
                 )
             return tuple(official[key].shape)
@@ -177,9 +180,9 @@ class DensePredictor(Architecture):
             fields = self.read_fields(shape, official)
             names = label_names(fields.pop("num_labels"), class_names, self.class_names)
             return self.build_config(backbone, **self.fixed_fields, **fields, **label_fields(names))
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            if isinstance(error, ConversionError):
-                raise
+        except ConversionError:
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
             raise ConversionError(f"There is no {self.name} with these shapes: {error}") from error
 
     def from_official(self, official):
@@ -235,7 +238,7 @@ class Detector(DensePredictor):
 
 def count_matches(names: Iterable[str], pattern: str) -> int:
     """How many values the group of a pattern has in these names: the layers, if it is their number."""
-    return len({match[1] for name in names if (match := re.match(pattern, name))})
+    return len({match[1] for name in names if (match := re.match(pattern, name, flags=re.ASCII))})
 
 
 def _split_at(tensors: StateDict, prefix: str) -> tuple[StateDict, StateDict]:

@@ -1,0 +1,202 @@
+"""Segmentation of a foreground as the README says it, start to end: train, evaluate, predict."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
+
+import pvt_hf
+from pvt_hf.commands import evaluate, predict, train_segmentation
+from pvt_hf.commands.main import main as start
+from tests.support.polyps import write_polyps
+from tests.support.small_models import ROOT, small_config
+
+pytestmark = pytest.mark.process
+NAMES = ("--train_images", "--train_maps", "--eval_images", "--eval_maps")
+
+
+@pytest.fixture(scope="module")
+def polyps(tmp_path_factory):
+    return write_polyps(tmp_path_factory.mktemp("polyps"), train=8, validation=3, size=64)
+
+
+def folders(data) -> list[str]:
+    pairs = [data / split / kind for split in ("train", "validation") for kind in ("images", "masks")]
+    return [str(value) for pair in zip(NAMES, pairs, strict=True) for value in pair]
+
+
+def train(data, output_dir, *arguments) -> None:
+    arguments = ["--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none", *map(str, arguments)]
+    arguments += ["--dataloader_num_workers", "0", "--output_dir", str(output_dir)]
+    train_segmentation.main([*folders(data), *arguments])
+
+
+@pytest.fixture(scope="module")
+def run(polyps, tmp_path_factory):
+    """A short run of UperNet from a classifier's backbone, and what it prints."""
+    folder = tmp_path_factory.mktemp("run")
+    pvt_hf.PvtV2ForImageClassification(small_config("v2")).save_pretrained(folder / "classifier")
+    return folder
+
+
+def test_train_evaluate_and_predict(run, polyps, capsys, monkeypatch):
+    """Losses, heads and sizes of choice; the same metrics from `evaluate`; masks of 0 and 255 from `predict`."""
+    monkeypatch.chdir(run)
+    arguments = ["--backbone_checkpoint", "classifier", "--head", "upernet", "--head_channels", "8", "--binary_masks"]
+    arguments += [
+        "--loss",
+        "cross_entropy+dice",
+        "--class_weights",
+        "auto",
+        "--max_steps",
+        "10",
+        "--save_strategy",
+        "no",
+    ]
+    train(polyps, "trained", *arguments, "--learning_rate", "1e-3", "--per_device_train_batch_size", "4")
+    output = capsys.readouterr().out
+    assert re.search(r"8 training images: background [\d,]+ pixels in 8 maps; foreground [\d,]+ pixels in 8", output)
+    assert "10 steps of 4 crops of 64 x 64 pixels" in output and output.count("'eval_dice_images'") >= 10
+    for name in ("Dice", "IoU"):
+        for over in ("mean over images", "over the set"):
+            assert re.search(rf"{name} of foreground \({over}\) [\d.]+", output)
+    assert re.search(r"foreground: IoU [\d.]+, Dice [\d.]+, accuracy [\d.]+, [\d,]+ pixels", output)
+    model = AutoModelForSemanticSegmentation.from_pretrained("trained")
+    assert model.config.model_type == "upernet" and model.config.id2label == {0: "background", 1: "foreground"}
+    assert AutoImageProcessor.from_pretrained("trained").size.shortest_edge == 64
+    assert pipeline("image-segmentation", model="trained")(str(polyps / "validation" / "images" / "0.jpg"))
+
+    image = torch.from_numpy(np.array(Image.open(polyps / "validation" / "images" / "0.jpg"))).permute(2, 0, 1)
+    pixel_values = AutoImageProcessor.from_pretrained("trained")(image, return_tensors="pt").pixel_values
+    with torch.no_grad():  # so short a run finds nothing: the classes shall both be there
+        model.decode_head.classifier.bias -= model(pixel_values).logits.mean((0, 2, 3))
+    model.save_pretrained("trained")
+    data = ["--images", str(polyps / "validation" / "images"), "--maps", str(polyps / "validation" / "masks")]
+    common = ["--dataloader_num_workers", "0", "--model_name_or_path", "trained"]
+    measured = {}
+    for name, options in (
+        ("plain", []),
+        ("more", ["--window", "48", "--stride", "32", "--tta_scales", "1.5", "--tta_flip"]),
+    ):
+        evaluate.main([*common, *data, "--binary_masks", *options, "--output_dir", name])
+        measured[name] = json.loads((run / name / "results.json").read_text())["trained"]
+    assert measured["more"] != measured["plain"] and measured["more"].keys() == measured["plain"].keys()
+    with pytest.raises(SystemExit, match=r"(?s)is a JPEG.*`--binary_masks`"):
+        evaluate.main([*common, *data])
+    capsys.readouterr()
+
+    predict.main(["--model_name_or_path", "trained", "--images", data[1], "--output_dir", "masks", "--binary_masks"])
+    assert "predictions for 3 images are in masks" in capsys.readouterr().out
+    masks = [np.array(Image.open(run / "masks" / f"{index}.png")) for index in range(3)]
+    assert all(mask.shape == (64, 64) and set(np.unique(mask)) <= {0, 255} for mask in masks)
+    truth = [
+        np.array(Image.open(next((polyps / "validation" / "masks").glob(f"{index}.*"))).convert("L"))
+        for index in range(3)
+    ]
+    found, true = np.stack(masks) > 0, np.stack(truth) >= 128
+    dice = 200 * (found & true).sum() / (found.sum() + true.sum())
+    assert measured["plain"]["dice_set"] == pytest.approx(dice, abs=1e-3) and 1 < dice < 99
+    assert sorted(path.name for path in (run / "masks").iterdir()) == ["0.png", "1.png", "2.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--class_names is missing"),
+        (["--class_names", "names.json"], r"values 0 and 255 only.*`--binary_masks`"),
+        (["--class_names", "names.json", "--binary_masks", "--reduce_labels"], "Only one of `binary_masks`"),
+        (["--class_names", "three.json", "--binary_masks"], "`binary_masks` are of two classes, `num_labels` is 3"),
+        (["--class_names", "names.json", "--palette", "none.json"], "The palette none.json cannot be read"),
+        (["--binary_masks", "--class_weights", "1"], "--class_weights must be 2 numbers, one for each class, got 1"),
+    ],
+)
+def test_what_is_wrong_with_data_is_said_before_the_first_step(arguments, message, polyps, tmp_path, monkeypatch):
+    """With a message instead of a traceback, which names an option that the program has."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.json").write_text('["background", "polyp"]')
+    (tmp_path / "three.json").write_text('["a", "b", "c"]')
+    for path in (polyps / "train" / "masks").glob("*.png"):
+        data = tmp_path / "data"
+        for split in ("train", "validation"):
+            for kind, name in (("images", f"{path.stem}.jpg"), ("masks", path.name)):
+                (data / split / kind).mkdir(parents=True, exist_ok=True)
+                (data / split / kind / name).write_bytes((polyps / "train" / kind / name).read_bytes())
+    with pytest.raises(SystemExit, match=f"(?s){message}"):
+        train(data, tmp_path / "run", *arguments)
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--class_weights", "x"], "--class_weights must be `auto` or positive numbers, got x"),
+        (["--class_weights", "1", "2", "--loss", "dice"], "--class_weights are of the cross-entropy"),
+        (["--head", "upernet", "--model_name_or_path", "x"], "--head is for a new model"),
+        (["--loss", "focal"], "invalid choice: 'focal'"),
+    ],
+)
+def test_options_that_contradict_each_other_are_a_usage_error(arguments, message, polyps, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(polyps, tmp_path, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_hints_name_options_that_the_programs_have(capsys):
+    """Those of the readers of label maps, which training and evaluation share."""
+    helps = {}
+    for command in ("train-segmentation", "evaluate"):
+        with pytest.raises(SystemExit):
+            start([command, "--help"])
+        helps[command] = capsys.readouterr().out
+    files = [ROOT / "pvt_hf" / "data" / f"{name}.py" for name in ("segmentation", "label_maps", "segmentation_checks")]
+    hints = {hint for file in files for hint in re.findall(r"`(--\w+)`", file.read_text())}
+    assert {"--binary_masks", "--palette", "--reduce_labels"} <= hints
+    of_training = {"--class_names"}  # said of a training set only
+    assert all(re.search(rf"{hint}\b", helps["train-segmentation"]) for hint in hints)
+    assert all(re.search(rf"{hint}\b", helps["evaluate"]) for hint in hints - of_training)
+
+
+def test_predictions_of_classifiers_and_detectors(tmp_path, polyps, monkeypatch, capsys):
+    """A table by image, and COCO's results; corrupt images are an error or listed."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    pvt_hf.PvtV2ForImageClassification(small_config("v2")).save_pretrained("classifier")
+    pvt_hf.PvtImageProcessor(crop_size=32).save_pretrained("classifier")
+    stages = ["stage2", "stage3", "stage4"]
+    config = pvt_hf.RetinaNetConfig(
+        backbone_config=small_config("v2", out_features=stages), num_labels=3, neck_channels=8
+    )
+    pvt_hf.RetinaNetForObjectDetection(config).save_pretrained("detector")
+    pvt_hf.PvtDetectionImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained("detector")
+    images = tmp_path / "images" / "deep"
+    images.mkdir(parents=True)
+    for path in (polyps / "validation" / "images").iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    common = ["--images", "images", "--output_dir", "found", "--model_name_or_path"]
+    predict.main([*common, "classifier", "--top_k", "2", "--tta_flip"])
+    header, *rows = (tmp_path / "found" / "predictions.csv").read_text().splitlines()
+    assert header == "image,class,probability" and [row.split(",")[0] for row in rows[::2]] == [
+        f"deep/{index}.jpg" for index in range(3)
+    ]
+    assert all(
+        float(one.split(",")[2]) >= float(two.split(",")[2]) for one, two in zip(rows[::2], rows[1::2], strict=True)
+    )
+    predict.main([*common, "detector", "--threshold", "0.001"])
+    results = json.loads((tmp_path / "found" / "predictions.json").read_text())
+    assert results and {"file_name", "category", "category_id", "bbox", "score"} == results[0].keys()
+    assert all(result["score"] > 0.001 and result["category"] == f"LABEL_{result['category_id']}" for result in results)
+
+    (images / "0.jpg").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match=r"(?s)1 of 3 images cannot be used.*0\.jpg.*--skip_corrupt skips them"):
+        predict.main([*common, "classifier"])
+    predict.main([*common, "classifier", "--skip_corrupt"])
+    assert "0.jpg cannot be read" in capsys.readouterr().out
+    assert len((tmp_path / "found" / "predictions.csv").read_text().splitlines()) == 3
+    with pytest.raises(SystemExit, match="--binary_masks is for a segmenter of two classes"):
+        predict.main([*common, "classifier", "--binary_masks"])
+    with pytest.raises(SystemExit, match="There are no images in classifier"):
+        predict.main([*common[2:], "classifier", "--images", "classifier"])

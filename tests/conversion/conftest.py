@@ -1,0 +1,27 @@
+import contextlib
+import io
+
+import pytest
+import torch
+
+from tests.support.checkpoints import TINY, official_weights, run, save
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """With a checkpoint, `a.pth`, and what it was converted to, `saved`; what that printed is in `printed`."""
+    folder, printed = tmp_path_factory.mktemp("converted"), io.StringIO()
+    weights = {"state_dict": official_weights(TINY["v2"]), "epoch\x1b[2J\x07": torch.ones(1)}
+    with contextlib.redirect_stdout(printed):
+        assert run(save(weights, folder / "a.pth"), folder / "saved\x1b[31m") == 0
+    (folder / "saved\x1b[31m").rename(folder / "saved")
+    (folder / "printed").write_text(printed.getvalue())
+    return folder
+
+
+@pytest.fixture
+def converted(shared_folder):
+    """The same folder, which a test leaves as it was."""
+    before = {path: path.is_dir() or path.read_bytes() for path in shared_folder.rglob("*")}
+    yield shared_folder
+    assert {path: path.is_dir() or path.read_bytes() for path in shared_folder.rglob("*")} == before

@@ -1,0 +1,106 @@
+"""Run checkpoints that are damaged or forged: they are refused by name, before torch reads them."""
+
+import _codecs
+import random
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pvt_hf.training.run_checkpoints import CheckpointError, check_states
+
+
+class Made:
+    """What is pickled as a call."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.parts = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.parts
+
+
+OBJECTS = (3, "|", None, None, None, -1, -1, 0)  # an array of objects that says it has none: bytes become addresses
+PLAIN = (3, "<", None, None, None, -1, -1, 0)
+words = np.random.get_state()[1]
+
+
+def nested(depth):
+    entry = ()
+    for _ in range(depth):
+        entry = (entry, entry)
+    return entry
+
+
+def holding_itself():
+    state = {}
+    state["state"] = state
+    return state
+
+
+FORGED = {
+    "dtype": ({"x": Made(np.dtype, "O8", False, True, state=OBJECTS)}, "calls `numpy.dtype`"),
+    "scalar": ({"x": np.float64(1)}, r"asks for `numpy\._?core\.multiarray\.scalar`"),
+    "array of its own size": ({"x": np.zeros(3, dtype=np.uint32)}, r"calls `numpy\._?core\.multiarray\._reconstruct`"),
+    "arrays": ({"x": [words, words.copy()]}, "more of NumPy than"),
+    "huge array": ({"x": Made(np.ndarray, (10**9,))}, r"calls `numpy\.ndarray`"),
+    "position": ({"numpy": ("MT19937", words, 10**6, 0, 0.0)}, "another state of NumPy's random generator"),
+    "codec": ({"x": Made(_codecs.encode, "ab" * 99, "hex")}, r"calls `_codecs\.encode`"),
+    "bytes": ({"x": Made(bytearray, 10**9)}, r"asks for `(builtins|__builtin__)\.bytearray`"),
+    "code": ({"x": Made(random.seed, 3)}, "asks for `random.Random.seed|asks for `(builtins|__builtin__).getattr"),
+    "itself": (holding_itself(), "nested without end"),
+    "nested": ({"x": [nested(40)]}, "nested without end"),
+    "keys": ({nested(4): 1}, "nested keys"),
+    "expanded": ({"x": torch.ones(1).expand(10**9)}, r"calls `torch\._utils\._rebuild_tensor_v2`"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_state_is_refused(name, tmp_path):
+    state, message = FORGED[name]
+    torch.save(state, tmp_path / "rng_state.pth")
+    with pytest.raises(CheckpointError, match=rf"rng_state\.pth is refused: .*{message}"):
+        check_states(tmp_path)
+
+
+def test_honest_states_are_accepted(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.sum().backward()
+    optimizer = torch.optim.AdamW([{"params": [weight], "betas": (0.9, 0.99)}])
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    random_states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    torch.save(schedule.state_dict(), tmp_path / "scheduler.pt")
+    torch.save(random_states | {"cuda": [torch.get_rng_state()] * 2}, tmp_path / "rng_state_0.pth")
+    torch.save({"weight": weight}, tmp_path / "pytorch_model.bin")
+    torch.save(object, tmp_path / "training_args.bin")  # which nothing reads
+    save_file({"weight": weight.detach()}, tmp_path / "ema.safetensors")
+    check_states(tmp_path)
+
+
+def test_damaged_states_are_refused(tmp_path):
+    """A storage of fewer bytes than its tensor is read beyond its end by torch, checksum or not."""
+    path = tmp_path / "optimizer.pt"
+    torch.save({"x": torch.arange(100)}, path)
+    content = path.read_bytes()
+    start = content.index(torch.arange(100).numpy().tobytes())
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, member in members.items():
+            archive.writestr(name, member[:8] if name.endswith("data/0") else member)
+    shortened = path.read_bytes()
+    flipped = content[:start] + b"\1" + content[start + 1 :]
+    for damaged in (shortened, flipped, content[:-30], b"PK\3\4", b"", b"\x80\2}."):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"optimizer\.pt is (refused|.*damaged): ") as error:
+            check_states(tmp_path)
+        assert len(str(error.value).splitlines()) == 1
+    path.unlink()
+    save_file({"x": torch.ones(9)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or damaged"):
+        check_states(tmp_path)
