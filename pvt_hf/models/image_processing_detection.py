@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -70,13 +71,11 @@ class _DetectionPreprocessing(DensePreprocessing):
         max_size = settings.pop("max_size", None)
         given = read_size(settings.get("size"), "size", SIZE_FORMS, settings.get("default_to_square") is True)
         pad_size = read_size(settings.get("pad_size"), "pad_size")
-        if isinstance(settings.get("size"), int) and "shortest_edge" in given:
+        if given and "shortest_edge" in given and isinstance(settings["size"], Integral):
             given["longest_edge"] = max_size or 1333
-        elif given is None and pad_size is not None and settings.get("do_pad") is not False:
+        elif pad_size and not given and settings.get("do_pad") is not False:
             given = _fit_size(dict(size), pad_size)
-        return settings | {
-            name: value for name, value in (("size", given), ("pad_size", pad_size)) if value is not None
-        }
+        return settings | ({"size": given} if given else {}) | ({"pad_size": pad_size} if pad_size else {})
 
     def name_images(self, count: int, *args: Any) -> list[str]:
         annotations = _list_annotations(args[0])
