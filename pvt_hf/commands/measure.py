@@ -87,6 +87,11 @@ def _is_numbered(names: list[str]) -> bool:
     return numbered or (len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names))
 
 
+def print_left_out(problems: list[str]) -> None:
+    if problems:
+        print("\n  ".join([f"{len(problems)} corrupt images are left out:", *problems]))
+
+
 class _MappedMaps(EvaluationMaps):
     """Label maps with the labels of the model; `places` has that of each label of the data."""
 
@@ -126,9 +131,10 @@ def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArgument
         compute_metrics=classification_metrics,
     )
     rows = rows.select(range(len(rows))[: options.max_eval_samples])
-    rows, _ = check_images_and_labels(
+    rows, left_out = check_images_and_labels(
         rows, column, len(names), "the data", options.skip_corrupt, options.dataloader_num_workers
     )
+    print_left_out(left_out)
     return trainer, trainer.evaluate(EvaluationImages(rows, column, len(names), image_processor, places))
 
 
@@ -156,6 +162,7 @@ def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments)
     data = replace(data, records=data.records[: options.max_eval_samples]).for_evaluation(trainer.masks)
     data = data.check_images("the data", options.skip_corrupt, options.dataloader_num_workers)
     data.warn_of_limit(trainer.max_detections, "the data")
+    print_left_out(data.left_out)
     return trainer, trainer.evaluate(EvaluationDetections(data))
 
 

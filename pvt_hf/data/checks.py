@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
+from ..models.pixels import read_orientation
 from .images import ImageError, decode
 
 if TYPE_CHECKING:
@@ -214,9 +215,8 @@ class _ImageCheck:
             decode({"path": source}, name)
         try:
             with Image.open(source) as image:
-                # That of the base class: PNG's own decodes the pixels. Orientations from 5 to 8 lie on their sides.
-                orientation = Image.Image.getexif(image).get(0x0112, 1)
-                return {"height": image.height, "width": image.width, "turned": orientation in (5, 6, 7, 8)}
+                # Orientations from 5 to 8 lie on their sides.
+                return {"height": image.height, "width": image.width, "turned": read_orientation(image) >= 5}
         except Exception as error:  # Pillow's readers raise whatever a corrupt file leads them to
             raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
 

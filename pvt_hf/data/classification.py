@@ -269,7 +269,9 @@ class TrainingImages(_AugmentedImages, Dataset):
         data: From [`load_images`].
         label_column: From [`find_labels`].
         num_labels: Number of classes.
-        transform: From a PIL image in RGB to a tensor `(3, height, width)`.
+        transform: From a PIL image in RGB to a tensor `(3, height, width)`: that of
+            [`~pvt_hf.data.augmentation.build_training_transform`], your own of `torchvision.transforms.v2`, or both in
+            a `v2.Compose`.
         skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error (default: `False`).
     """
 
@@ -302,7 +304,9 @@ class StreamedImages(_AugmentedImages, IterableDataset):
         data: A streamed data set from [`load_images`].
         label_column: From [`find_labels`].
         num_labels: Number of classes.
-        transform: From a PIL image in RGB to a tensor `(3, height, width)`.
+        transform: From a PIL image in RGB to a tensor `(3, height, width)`: that of
+            [`~pvt_hf.data.augmentation.build_training_transform`], your own of `torchvision.transforms.v2`, or both in
+            a `v2.Compose`.
         samples_per_epoch: Images of an epoch, over all processes.
         seed: Of the run.
         rank: Number of the process, from 0 (default: 0).

@@ -18,6 +18,7 @@ from ..models.annotations import AnnotationError, is_integer, read_objects
 from .checks import check_images, describe_problems
 from .detection_records import DetectionData, ImageRecord, check_records
 from .images import ImageError, drop_skipped
+from .user_transforms import Transform, transform_objects
 
 if TYPE_CHECKING:
     import datasets
@@ -291,10 +292,20 @@ class TrainingDetections(Dataset):
             [`~pvt_hf.data.augmentation.DetectionAugmentation`].
         masks: Whether the objects have masks (default: `False`).
         skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error (default: `False`).
+        transform: Of `torchvision.transforms.v2`, before `augment`: see
+            [`~pvt_hf.data.user_transforms.transform_objects`] (default: none).
     """
 
-    def __init__(self, data: DetectionData, augment: Augment, masks: bool = False, skip_corrupt: bool = False):
+    def __init__(
+        self,
+        data: DetectionData,
+        augment: Augment,
+        masks: bool = False,
+        skip_corrupt: bool = False,
+        transform: Transform | None = None,
+    ):
         self.data, self.augment, self.masks, self.skip_corrupt = data, augment, masks, skip_corrupt
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.data)
@@ -310,7 +321,10 @@ class TrainingDetections(Dataset):
             logger.warning(f"{error} It is skipped.")
             return None
         objects = read_objects(self.data.target(index), record.size, self.masks, len(self.data.label_names))
-        image, objects = self.augment(image, objects, np.random.default_rng(seed))
+        generator = np.random.default_rng(seed)
+        if self.transform is not None:
+            image, objects = transform_objects(self.transform, image, objects, generator)
+        image, objects = self.augment(image, objects, generator)
         return {
             "image": image,
             "target": {"objects": objects, "image_id": record.image_id, "orig_size": record.size},

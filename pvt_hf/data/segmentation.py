@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..models.image_processing_segmentation import IGNORE_INDEX, check_label_map, read_label_map, reduce_labels
 from .images import ImageError, decode, decode_to_fit, drop_skipped, prepare
 from .label_maps import Palette, is_jpeg, label_colors, read_binary_mask, read_color_codes
+from .user_transforms import Transform, transform_map
 
 if TYPE_CHECKING:
     import datasets
@@ -265,10 +266,18 @@ class TrainingMaps(Dataset):
         augment: From an image (uint8 `(3, height, width)`), its labels (int64 `(height, width)`) and a generator to
             both, such as a [`~pvt_hf.data.augmentation.SegmentationAugmentation`].
         skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error (default: `False`).
+        transform: Of `torchvision.transforms.v2`, before `augment`: see
+            [`~pvt_hf.data.user_transforms.transform_map`] (default: none).
     """
 
-    def __init__(self, data: SegmentationData, augment: Augment, skip_corrupt: bool = False):
-        self.data, self.augment, self.skip_corrupt = data, augment, skip_corrupt
+    def __init__(
+        self,
+        data: SegmentationData,
+        augment: Augment,
+        skip_corrupt: bool = False,
+        transform: Transform | None = None,
+    ):
+        self.data, self.augment, self.skip_corrupt, self.transform = data, augment, skip_corrupt, transform
 
     def __len__(self) -> int:
         return len(self.data)
@@ -282,7 +291,10 @@ class TrainingMaps(Dataset):
                 raise
             logger.warning(f"{error} It is skipped.")
             return None
-        image, labels = self.augment(image, labels, np.random.default_rng(seed))
+        generator = np.random.default_rng(seed)
+        if self.transform is not None:
+            image, labels = transform_map(self.transform, image, labels, generator)
+        image, labels = self.augment(image, labels, generator)
         return {"image": image, "labels": labels, "names": self.data.name(index)}
 
 
