@@ -99,7 +99,7 @@ class _MappedMaps(EvaluationMaps):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = super().__getitem__(index)
-        table = torch.full((IGNORE_INDEX + 1,), IGNORE_INDEX)
+        table = torch.arange(max(len(self.places), IGNORE_INDEX + 1))  # what is ignored stays so
         table[: len(self.places)] = self.places
         return row | {"labels": table[row["labels"]]}
 
@@ -178,7 +178,7 @@ def read_label_maps(names: list[str], reduce_labels: bool, options: EvaluationAr
         return read_segmentation_folders(options.images, options.maps, **settings)
     if options.dataset_name:
         rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.eval_split)
-        return read_segmentation_dataset(rows, options.map_column, **settings)
+        return read_segmentation_dataset(rows, options.map_column, options.image_column, **settings)
     scenes = draw_validation_scenes(options)
     return read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
 

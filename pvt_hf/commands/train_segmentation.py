@@ -103,7 +103,8 @@ def load_splits(
         splits = data_args.train_split, data_args.eval_split
         name, config = data_args.dataset_name, data_args.dataset_config_name
         rows = (datasets.load_dataset(name, config, split=split) for split in splits)
-        return [data.read_segmentation_dataset(split, data_args.map_column, **settings) for split in rows]
+        columns = data_args.map_column, data_args.image_column
+        return [data.read_segmentation_dataset(split, *columns, **settings) for split in rows]
     folders: list[tuple[Any, Any]]
     if data_args.train_images:
         folders = [(data_args.train_images, data_args.train_maps), (data_args.eval_images, data_args.eval_maps)]

@@ -42,6 +42,12 @@ def check_together(arguments: Any, *names: str) -> None:
         raise ValueError(f"{', '.join(first)} and {last} go together")
 
 
+def check_max_detections(value: int | None) -> None:
+    """Raises a `ValueError` for less than COCO's numbers need."""
+    if value is not None and value < 10:
+        raise ValueError(f"--max_detections must be at least 10, got {value}")
+
+
 @dataclass
 class ModelArguments:
     """What is trained."""
@@ -88,6 +94,7 @@ class DetectionModelArguments(ModelArguments):
     )
 
     def __post_init__(self) -> None:
+        check_max_detections(self.max_detections)
         if isinstance(self.config_overrides, str):
             self.config_overrides = json.loads(self.config_overrides)
 
@@ -226,12 +233,13 @@ class SegmentationDataArguments(DataArguments):
     train_maps: str | None = option(None, "folder of its label maps, PNG, TIFF or BMP (default: none)")
     eval_images: str | None = option(None, "folder of the images of the validation set (default: none)")
     eval_maps: str | None = option(None, "folder of its label maps, PNG, TIFF or BMP (default: none)")
-    map_column: str | None = option(None, "column of label maps (default: the only image column beside `image`)")
+    map_column: str | None = option(None, "column of label maps (default: the only other column of images)")
+    image_column: str | None = option(None, "column of images (default: image, or else pixel_values)")
     reduce_labels: bool = option(False, REDUCE_LABELS)
     binary_masks: bool = option(False, BINARY_MASKS)
     palette: str | None = option(None, PALETTE)
     class_names: str | None = option(
-        None, "JSON file of a list of class names, or of an object from labels to names (default: the checkpoint's)"
+        None, "JSON, YAML or text file of class names in the order of the labels (default: the checkpoint's)"
     )
     num_scenes: int = option(1000, "digit scenes that are drawn for training, where no data are given (default: 1000)")
 
@@ -352,7 +360,9 @@ class EvaluationArguments:
     map_column: str | None = option(
         None, "of segmenters: column of label maps (default: the only image column beside `image`)"
     )
-    image_column: str | None = option(None, "of classifiers and detectors: column of images (default: the only one)")
+    image_column: str | None = option(
+        None, "column of images (default: the only one; of segmenters image, or else pixel_values)"
+    )
     objects_column: str = option("objects", "of detectors: column of objects (default: objects)")
     bbox_format: str = option(
         "coco",
@@ -394,6 +404,7 @@ class EvaluationArguments:
     smoke: bool = option(False, "measure on 16 images, without workers (default: false)")
 
     def __post_init__(self) -> None:
+        check_max_detections(self.max_detections)
         if (self.variant is None) == (self.model_name_or_path is None):
             raise ValueError("pass either --variant or --model_name_or_path")
         if bool(self.annotations or self.maps) != bool(self.images):
