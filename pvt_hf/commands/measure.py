@@ -27,7 +27,7 @@ from ..data.detection import EvaluationDetections, read_coco
 from ..data.digits import write_scenes
 from ..data.label_maps import read_palette
 from ..data.segmentation import EvaluationMaps, SegmentationData, read_segmentation_dataset, read_segmentation_folders
-from ..data.segmentation_checks import check_classes, select_rows, survey_maps
+from ..data.segmentation_checks import check_classes, survey_maps
 from ..evaluation.classifier_views import ClassifierViews
 from ..evaluation.metrics import COCO_METRICS, classification_metrics, classification_statistics
 from ..models.backbone import get_backbone_config
@@ -190,7 +190,7 @@ def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments
     names, places = match_classes(model, checkpoint, known, options)
     scales, args = options.tta_scales or (), build_evaluation_arguments(options, batch_size=1)
     data = read_label_maps(names, getattr(image_processor, "do_reduce_labels", False), options)
-    data = select_rows(data, range(len(data))[: options.max_eval_samples])
+    data = data.select(range(len(data))[: options.max_eval_samples])
     with args.main_process_first(desc="checking the data"):
         data, survey = survey_maps(data, "the data", options.dataloader_num_workers, options.skip_corrupt)
     check_classes(None, survey, names)

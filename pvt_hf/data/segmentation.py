@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -62,6 +62,32 @@ class SegmentationData:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def select(self, indices: Sequence[int]) -> SegmentationData:
+        """Some of the images.
+
+        Args:
+            indices: Of their rows.
+        """
+        rows = self.rows
+        chosen = rows.select(indices) if hasattr(rows, "select") else [rows[index] for index in indices]
+        return replace(self, rows=chosen)
+
+    def split(self, share: float, seed: int) -> tuple[SegmentationData, SegmentationData]:
+        """The images in two parts by chance, each in their order.
+
+        Args:
+            share: Of the second part, at least one image, in (0, 1).
+            seed: Decides which.
+
+        Raises:
+            ValueError: If nothing would be left for the first part.
+        """
+        count = max(1, round(share * len(self)))
+        if not 0 < share < 1 or count >= len(self):
+            raise ValueError(f"A share of {share} of {len(self)} images leaves none of them.")
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.select(sorted(order[count:].tolist())), self.select(sorted(order[:count].tolist()))
 
     def name(self, index: int) -> str:
         """What messages call an image: its path, or its place.
