@@ -21,6 +21,12 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES,
+    MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+)
 
 from .models.backbone import load_pretrained_backbone
 from .models.configuration_mask_rcnn import MaskRCNNConfig
@@ -76,6 +82,15 @@ __all__ = [
 ]
 
 
+# Where pipelines look up which classes they support; what is not there they run, but report as an error.
+_PIPELINE_NAMES = {
+    AutoModelForImageSegmentation: MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES,
+    AutoModelForInstanceSegmentation: MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES,
+    AutoModelForObjectDetection: MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    AutoModelForSemanticSegmentation: MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+}
+
+
 def _register(
     config_class: type[PreTrainedConfig],
     model_classes: dict[Any, type[PreTrainedModel]],
@@ -90,6 +105,8 @@ def _register(
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class, model_class in model_classes.items():
         auto_class.register(config_class, model_class, exist_ok=True)
+        if auto_class in _PIPELINE_NAMES:
+            _PIPELINE_NAMES[auto_class][config_class.model_type] = model_class.__name__
     image_processors = {"torchvision": image_processor, "pil": image_processor_pil}
     AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
 

@@ -5,12 +5,13 @@ This needs the standard library only, because the converter and the training pro
 
 import json
 import math
+import mmap
 import pickletools
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 # By the name of its class: the dtype of a storage, and the bytes of an element.
 STORAGES = {
@@ -141,9 +142,7 @@ class Storage:
         """Whether a view lies in the storage, and shows no more elements than that has."""
         if not (isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= _MAX_DIMENSIONS):
             return False
-        if not all(type(number) is int and 0 <= number <= max(self.numel, 1) for number in (offset, *size)):
-            return False
-        if not all(type(number) is int and 0 <= number < 2**63 for number in stride):
+        if not all(type(number) is int and 0 <= number < 2**63 for number in (offset, *size, *stride)):
             return False
         if not math.prod(size):
             return True
@@ -176,7 +175,7 @@ def parse_storage(identity: Any) -> Storage | None:
 
 
 def read_pickle(
-    stream: bytes | BinaryIO,
+    stream: bytes | IO[bytes] | mmap.mmap,
     find: Callable[[str], None],
     call: Callable[[str, tuple[Any, ...]], Any] = Call,
     load: Callable[[Any], Any] = parse_storage,
@@ -198,7 +197,7 @@ def read_pickle(
     """
     machine = _Machine(find, call, load)
     try:
-        for instruction, argument, _ in pickletools.genops(stream):
+        for instruction, argument, _ in pickletools.genops(cast(IO[bytes], stream)):
             if instruction.name not in _STEPS:
                 raise UntrustedFileError(f"is refused: its pickle has {instruction.name}, which torch does not write.")
             _STEPS[instruction.name](machine, argument)

@@ -1,8 +1,10 @@
-"""transformers' example programs, with `import pvt_hf` added and a checkpoint of ours: they run, and (slow) they learn."""
+"""transformers' example programs, with `import pvt_hf` and a checkpoint of ours: they run, and (slow) they learn."""
 
+import importlib
 import math
 
 import pytest
+import torch
 from PIL import Image
 from transformers import (
     Mask2FormerConfig,
@@ -11,18 +13,20 @@ from transformers import (
     pipeline,
     set_seed,
 )
+from transformers.utils import ModelOutput
 
 import pvt_hf
 from pvt_hf.data.digits import CLASSES, write_scenes
 from tests.support.detection_run import small_detector
 from tests.support.small_models import STAGES, small_config
 
-pytest.importorskip("albumentations")
-pytest.importorskip("torchmetrics")
 
-from tests.support import example_programs as programs  # noqa: E402  (it needs them)
-
-RUN = {"trainer": programs.run_with_trainer, "no_trainer": programs.run_without_trainer}
+@pytest.fixture(scope="module")
+def programs():
+    """They are imported where they run: each worker that collects this file would pay for their packages."""
+    for package in ("albumentations", "torchmetrics"):
+        pytest.importorskip(package)
+    return importlib.import_module("tests.support.example_programs")
 
 
 @pytest.fixture(scope="module")
@@ -30,84 +34,122 @@ def scenes(tmp_path_factory):
     return write_scenes(tmp_path_factory.mktemp("scripts") / "scenes", images=8, validation=4)
 
 
-def save(folder, model, image_processor):
-    model.save_pretrained(folder)
-    image_processor.save_pretrained(folder)
-    return folder
+def small_classifier():
+    model = pvt_hf.PvtForImageClassification(small_config("v1", num_labels=3))
+    return model, pvt_hf.PvtImageProcessor(size={"height": 32, "width": 32})
 
 
-def small_classifier(folder, version):
-    set_seed(0)
-    models = {"v1": pvt_hf.PvtForImageClassification}
-    model = models.get(version, pvt_hf.PvtV2ForImageClassification)(small_config(version, num_labels=3))
-    return save(folder, model, pvt_hf.PvtImageProcessor(size={"height": 32, "width": 32}))
+def small_retinanet():
+    return small_detector("retinanet", num_labels=3), pvt_hf.PvtDetectionImageProcessor()
 
 
-def small_detector_folder(folder, architecture):
-    set_seed(0)
-    name, options = ("mask_rcnn", {"use_masks": False}) if architecture == "faster_rcnn" else (architecture, {})
-    return save(folder, small_detector(name, num_labels=3, **options), pvt_hf.PvtDetectionImageProcessor())
-
-
-def small_segmenter(folder):
-    set_seed(0)
-    config = pvt_hf.SemanticFPNConfig(
-        backbone_config=small_config("v2", out_features=STAGES), num_labels=3, neck_channels=8, head_channels=8
-    )
+def small_segmenter():
+    backbone = small_config("v2", out_features=STAGES)
+    config = pvt_hf.SemanticFPNConfig(backbone_config=backbone, num_labels=3, neck_channels=8, head_channels=8)
     image_processor = pvt_hf.PvtSegmentationImageProcessor(size={"shortest_edge": 64, "longest_edge": 256})
-    return save(folder, pvt_hf.SemanticFPNForSemanticSegmentation(config), image_processor)
+    return pvt_hf.SemanticFPNForSemanticSegmentation(config), image_processor
 
 
-def small_mask2former(folder, version="v2"):
-    set_seed(0)
+def small_mask2former():
+    sizes = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "train_num_points"), 32)
+    sizes |= dict.fromkeys(("encoder_feedforward_dim", "dim_feedforward", "num_queries"), 8)
     config = Mask2FormerConfig(
-        backbone_config=small_config(version, out_features=STAGES),
+        backbone_config=small_config("v2", out_features=STAGES),
         num_labels=3,
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
         encoder_layers=1,
-        encoder_feedforward_dim=8,
-        dim_feedforward=8,
         decoder_layers=2,
         num_attention_heads=2,
-        num_queries=6,
-        train_num_points=64,
+        **sizes,
     )
-    return save(folder, Mask2FormerForUniversalSegmentation(config), Mask2FormerImageProcessor(ignore_index=255))
+    return Mask2FormerForUniversalSegmentation(config), Mask2FormerImageProcessor(ignore_index=255)
 
 
-@pytest.mark.parametrize("run, version", [("trainer", "v1"), ("no_trainer", "v2")])
-def test_image_classification(tmp_path, run, version):
-    program = programs.Classification(small_classifier(tmp_path / "start", version), images=16)
-    losses, metrics = RUN[run](program, tmp_path / "end")
-    assert len(losses) == 2 and all(map(math.isfinite, losses)) and 0 <= metrics["accuracy"] <= 1
-    classify = pipeline("image-classification", model=str(tmp_path / "end"))
-    assert {found["label"] for found in classify(Image.new("RGB", (40, 50)), top_k=10)} == set(CLASSES)
+# The program, what it starts from, its metric, and steps after which the loss has fallen to this share.
+TASKS = {
+    "image_classification": ("Classification", small_classifier, "accuracy", 150, 0.8),
+    "object_detection": ("Detection", small_retinanet, "map", 60, 0.8),
+    "semantic_segmentation": ("SemanticSegmentation", small_segmenter, "mean_iou", 60, 0.8),
+    "instance_segmentation": ("InstanceSegmentation", small_mask2former, "map", 60, 0.8),
+}
 
 
-@pytest.mark.parametrize(
-    "run, architecture",
-    [("trainer", "retinanet"), ("trainer", "faster_rcnn"), ("trainer", "detr"), ("no_trainer", "retinanet")],
-)
-def test_object_detection(tmp_path, scenes, run, architecture):
-    program = programs.Detection(small_detector_folder(tmp_path / "start", architecture), scenes)
-    losses, metrics = RUN[run](program, tmp_path / "end")
+def start(programs, task, scenes, folder):
+    """The program on a checkpoint of three other classes in `folder`."""
+    set_seed(0)
+    name, build, *_ = TASKS[task]
+    for part in build():
+        part.save_pretrained(folder)
+    return getattr(programs, name)(folder, *([scenes] if task != "image_classification" else []))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("task", TASKS)
+def test_a_program_runs(programs, scenes, tmp_path, task):
+    losses, metrics = programs.run_with_trainer(start(programs, task, scenes, tmp_path / "start"), tmp_path / "end")
     assert len(losses) == 2 and all(map(math.isfinite, losses))
-    assert 0 <= metrics["map"] <= 1
+    assert -1 <= metrics[TASKS[task][2]] <= 1
+    if task == "image_classification":
+        classify = pipeline(task.replace("_", "-"), model=str(tmp_path / "end"))
+        assert {found["label"] for found in classify(Image.new("RGB", (40, 50)), top_k=10)} == set(CLASSES)
 
 
-@pytest.mark.parametrize("run", ["trainer", "no_trainer"])
-def test_semantic_segmentation(tmp_path, scenes, run):
-    program = programs.SemanticSegmentation(small_segmenter(tmp_path / "start"), scenes)
-    losses, metrics = RUN[run](program, tmp_path / "end")
-    assert len(losses) == 2 and all(map(math.isfinite, losses))
-    assert 0 <= metrics["mean_iou"] <= 1 and 0 <= metrics["iou_background"] <= 1
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["run_with_trainer", "run_without_trainer"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_program_learns(programs, scenes, tmp_path, task, run):
+    _, _, metric, steps, share = TASKS[task]
+    program = start(programs, task, scenes, tmp_path / "start")
+    losses, metrics = getattr(programs, run)(program, tmp_path / "end", steps=steps, learning_rate=3e-3)
+    quarter = steps // 4
+    print(task, run, sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter, metrics[metric])
+    assert sum(losses[-quarter:]) < share * sum(losses[:quarter])
+    assert task != "image_classification" or metrics[metric] > 0.3
 
 
-@pytest.mark.parametrize("run", ["trainer", "no_trainer"])
-def test_instance_segmentation(tmp_path, scenes, run):
-    program = programs.InstanceSegmentation(small_mask2former(tmp_path / "start"), scenes)
-    losses, metrics = RUN[run](program, tmp_path / "end")
-    assert len(losses) == 2 and all(map(math.isfinite, losses))
-    assert -1 <= metrics["map"] <= 1
+@pytest.mark.parametrize("architecture", ["retinanet", "faster_rcnn", "detr"])
+def test_logits_and_boxes_are_enough_to_find_objects(architecture):
+    """`Trainer` gathers the outputs as tuples without the loss; the programs take the second and the third as logits
+    and boxes, and hand over nothing else."""
+    name, options = ("mask_rcnn", {"use_masks": False}) if architecture == "faster_rcnn" else (architecture, {})
+    model = small_detector(name, num_labels=3, **options).eval()
+    square = {"height": 96, "width": 96}
+    image_processor = pvt_hf.PvtDetectionImageProcessor(size={"max_height": 96, "max_width": 96}, pad_size=square)
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((60, 90), (80, 64))]
+    objects = [{"bbox": [8, 8, 30, 20], "category_id": 1, "area": 600, "iscrowd": 0}]
+    annotations = [{"image_id": index, "annotations": objects} for index in range(2)]
+    inputs = image_processor(images=images, annotations=annotations, return_tensors="pt")
+    del inputs["pixel_mask"]
+    with torch.no_grad():
+        outputs = model(**inputs)
+    gathered = tuple(value for name, value in outputs.items() if name != "loss")
+    part = ModelOutput(logits=torch.tensor(gathered[1].numpy()), pred_boxes=torch.tensor(gathered[2].numpy()))
+    sizes = torch.tensor([[60, 90], [80, 64]])
+    found, wanted = (
+        image_processor.post_process_object_detection(given, threshold=0.0, target_sizes=sizes)
+        for given in (part, outputs)
+    )
+    for image, other in zip(found, wanted, strict=True):
+        assert len(image["scores"]) and image.keys() == other.keys()
+        for key, value in other.items():
+            torch.testing.assert_close(image[key], value)
+
+
+@pytest.mark.process
+def test_supervision_reads_what_is_found():
+    supervision = pytest.importorskip("supervision")
+    model = small_detector("mask_rcnn").eval()
+    image_processor = pvt_hf.PvtDetectionImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    inputs = image_processor(torch.randint(256, (3, 60, 90), dtype=torch.uint8), return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    (found,) = image_processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(60, 90)])
+    detections = supervision.Detections.from_transformers(found, id2label=model.config.id2label)
+    assert len(detections) == len(found["scores"]) > 0
+    assert detections["class_name"][0] == model.config.id2label[int(found["labels"][0])]
+    for binary in (False, True):
+        (found,) = image_processor.post_process_instance_segmentation(
+            outputs, threshold=0.0, target_sizes=[(60, 90)], return_binary_maps=binary
+        )
+        instances = supervision.Detections.from_transformers(found, id2label=model.config.id2label)
+        assert instances.mask.shape == (len(detections), 60, 90)
+        assert instances.class_id.tolist() == detections.class_id.tolist()

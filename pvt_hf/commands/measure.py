@@ -87,6 +87,11 @@ def _is_numbered(names: list[str]) -> bool:
     return numbered or (len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names))
 
 
+def print_left_out(problems: list[str]) -> None:
+    if problems:
+        print("\n  ".join([f"{len(problems)} corrupt images are left out:", *problems]))
+
+
 class _MappedMaps(EvaluationMaps):
     """Label maps with the labels of the model; `places` has that of each label of the data."""
 
@@ -94,7 +99,7 @@ class _MappedMaps(EvaluationMaps):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = super().__getitem__(index)
-        table = torch.full((IGNORE_INDEX + 1,), IGNORE_INDEX)
+        table = torch.arange(max(len(self.places), IGNORE_INDEX + 1))  # what is ignored stays so
         table[: len(self.places)] = self.places
         return row | {"labels": table[row["labels"]]}
 
@@ -126,9 +131,10 @@ def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArgument
         compute_metrics=classification_metrics,
     )
     rows = rows.select(range(len(rows))[: options.max_eval_samples])
-    rows, _ = check_images_and_labels(
+    rows, left_out = check_images_and_labels(
         rows, column, len(names), "the data", options.skip_corrupt, options.dataloader_num_workers
     )
+    print_left_out(left_out)
     return trainer, trainer.evaluate(EvaluationImages(rows, column, len(names), image_processor, places))
 
 
@@ -156,6 +162,7 @@ def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments)
     data = replace(data, records=data.records[: options.max_eval_samples]).for_evaluation(trainer.masks)
     data = data.check_images("the data", options.skip_corrupt, options.dataloader_num_workers)
     data.warn_of_limit(trainer.max_detections, "the data")
+    print_left_out(data.left_out)
     return trainer, trainer.evaluate(EvaluationDetections(data))
 
 
@@ -171,7 +178,7 @@ def read_label_maps(names: list[str], reduce_labels: bool, options: EvaluationAr
         return read_segmentation_folders(options.images, options.maps, **settings)
     if options.dataset_name:
         rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.eval_split)
-        return read_segmentation_dataset(rows, options.map_column, **settings)
+        return read_segmentation_dataset(rows, options.map_column, options.image_column, **settings)
     scenes = draw_validation_scenes(options)
     return read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
 

@@ -110,19 +110,19 @@ def check_splits(
 ) -> tuple[DetectionData, DetectionData]:
     """What is trained on and evaluated: everything that can be known about it is checked and printed."""
     masks = getattr(model.config, "use_masks", False)
-    with args.main_process_first(desc="checking the data"):
-        train = splits[0].for_training(
-            empty=data_args.keep_empty, masks=masks, skip_without_mask=data_args.skip_without_mask
-        )
-        checked = []
-        for name, split in (("the training set", train), ("the validation set", splits[1].for_evaluation(masks))):
+    train = splits[0].for_training(
+        empty=data_args.keep_empty, masks=masks, skip_without_mask=data_args.skip_without_mask
+    )
+    checked = []
+    for name, split in (("the training set", train), ("the validation set", splits[1].for_evaluation(masks))):
+        with args.main_process_first(desc="checking the images"):
             split = split.check_images(name, data_args.skip_corrupt, args.dataloader_num_workers)
-            split.warn_of_limit(max_detections, name)
-            if queries := getattr(model.config, "num_queries", None):
-                split.warn_of_limit(queries, name, "`num_queries` (`--config_overrides`)")
-            checked.append(split)
-            if args.process_index == 0:
-                print(f"{name}: {split.summary()}")
+        split.warn_of_limit(max_detections, name)
+        if queries := getattr(model.config, "num_queries", None):
+            split.warn_of_limit(queries, name, "`num_queries` (`--config_overrides`)")
+        checked.append(split)
+        if args.process_index == 0:
+            print(f"{name}: {split.summary()}")
     return checked[0], checked[1]
 
 

@@ -101,7 +101,8 @@ def load_splits(
         name, config = data_args.dataset_name, data_args.dataset_config_name
         chosen = [data_args.train_split, data_args.eval_split][: 1 if data_args.train_val_split else 2]
         rows = (datasets.load_dataset(name, config, split=split) for split in chosen)
-        splits = [data.read_segmentation_dataset(split, data_args.map_column, **settings) for split in rows]
+        columns = data_args.map_column, data_args.image_column
+        splits = [data.read_segmentation_dataset(split, *columns, **settings) for split in rows]
     else:
         folders = _list_folders(data_args, args)
         splits = [data.read_segmentation_folders(*pair, **settings) for pair in folders]

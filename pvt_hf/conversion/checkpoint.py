@@ -8,6 +8,7 @@ import os
 import re
 import struct
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,20 @@ _FILE_ENDINGS = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _JSON_FILES = ("config.json", "preprocessor_config.json")
 _WRAPPERS = ("state_dict", "model")  # mmcv, timm and Lightning; the official training code
-_PREFIXES = r"(module\.|_orig_mod\.|model\.|net\.)*"  # DistributedDataParallel; torch.compile; Lightning
+_PREFIXES = r"\A(module\.|_orig_mod\.|model\.|net\.)*"  # DistributedDataParallel; torch.compile; Lightning
 _MAX_LISTED = 20
 # The start of a file's own sha256 at the end of its name: what torch.hub, timm and the mm* libraries publish.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+")
+# How files begin that were taken for checkpoints, in small letters, and what to do.
+_OTHER_FILES = (
+    ((b"<!", b"<html", b"<?xml"), "is an HTML page, not a checkpoint: the page of a download was saved instead."),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the checkpoint: run `git lfs pull`."),
+    (
+        b"{",
+        "is JSON, not weights. If it is the index of several files, save them as one: "
+        "`model.save_pretrained(folder, max_shard_size='10GB')`.",
+    ),
+)
 # What zipfile, torch and safetensors raise for files that are not what they say.
 _DAMAGE = (
     *(EOFError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError, ValueError),
@@ -91,7 +102,7 @@ def read_checkpoint(name: str) -> Checkpoint:
     if is_there:
         # The files of a folder saved by `save_pretrained` belong together; those around a lone `.pth` do not.
         beside = path.parent if path.name in _HUB_FILES else None
-        return _read(path.name, path, *(read_json(beside and beside / file) for file in _JSON_FILES))
+        return _read(path.name, path, [beside and beside / file for file in _JSON_FILES])
     if path.suffix in _FILE_ENDINGS:
         raise ConversionError(f"`CHECKPOINT` is {name}, and there is no such file.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name, flags=re.ASCII):
@@ -125,7 +136,7 @@ def _read_release(name: str) -> Checkpoint:
         except (OSError, http.client.HTTPException) as error:
             raise ConversionError(f"{url} could not be downloaded: {error}") from error
     try:
-        return _read(url, path, {}, {})
+        return _read(url, path)
     except ConversionError as error:
         if downloaded:
             path.unlink()
@@ -151,7 +162,7 @@ def _read_from_hub(repo: str) -> Checkpoint:
     for file in filter(None, beside):
         check_hash(file, _find_hub_hash(repo, file))
     source = f"{HfApi().endpoint}/{repo}"
-    return _read(source, path, *map(read_json, beside), hub_hash=_find_hub_hash(repo, path))
+    return _read(source, path, beside, _find_hub_hash(repo, path))
 
 
 def _find_hub_hash(repo: str, path: Path) -> str:
@@ -207,9 +218,12 @@ def check_hash(path: Path, hub_hash: str | None) -> tuple[str, str]:
 
 
 def _read(
-    source: str, path: Path, config: dict[str, Any], preprocessor: dict[str, Any], hub_hash: str | None = None
+    source: str, path: Path, beside: Sequence[Path | None] = (None, None), hub_hash: str | None = None
 ) -> Checkpoint:
-    loaded, set_aside = load_file(path), []
+    """The checkpoint in a file, with the JSON files beside it: `config.json` and `preprocessor_config.json`."""
+    config, preprocessor = map(read_json, beside)
+    set_aside: list[Any] = []
+    loaded = load_file(path)
     class_names, unwrapped = _class_names(loaded.get("meta")), set()
     while wrapper := next((key for key in _WRAPPERS if isinstance(loaded.get(key), dict) and loaded[key]), None):
         if id(loaded) in unwrapped:
@@ -228,7 +242,8 @@ def _read(
     # Tensors may share memory, but not so that a small file becomes a large model.
     if sum(tensor.nbytes for tensor in loaded.values()) > 2 * path.stat().st_size:
         raise ConversionError(f"{path} is refused: its tensors claim more content than the file has.")
-    start = re.match(_PREFIXES, os.path.commonprefix(list(loaded))).end()
+    common = os.path.commonprefix(list(loaded))
+    start = len(common) - len(re.sub(_PREFIXES, "", common))
     weights = add_base_prefix({key[start:]: tensor for key, tensor in loaded.items()})
     sha256, hash_check = check_hash(path, hub_hash)
     more = [f"{len(set_aside) - _MAX_LISTED} more"] if len(set_aside) > _MAX_LISTED else []
@@ -270,16 +285,14 @@ def load_file(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path} {error}") from error
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not start:
         raise ConversionError(f"{path} is empty.")
-    if text.startswith((b"<!", b"<html", b"<?xml")):
-        raise ConversionError(f"{path} is an HTML page, not a checkpoint: the page of a download was saved instead.")
-    if text.startswith(b"version https://git-lfs"):
-        raise ConversionError(f"{path} is a Git LFS pointer, not the checkpoint: run `git lfs pull`.")
     is_safetensors, is_zip = start[8:9] == b"{", start.startswith(b"PK")
     if not (is_safetensors or is_zip or start.startswith(b"\x80")):
-        raise ConversionError(f"{path} is neither a file of `torch.save` nor a `.safetensors` file.")
+        text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        unknown = "is neither a file of `torch.save` nor a `.safetensors` file."
+        known = (what for opening, what in _OTHER_FILES if text.startswith(opening))
+        raise ConversionError(f"{path} {next(known, unknown)}")
     if not is_safetensors and path.suffix == ".safetensors":
         raise ConversionError(f"{path} is a pickle of `torch.save` under the name of a `.safetensors` file.")
     try:

@@ -93,6 +93,8 @@ def mmdetection_3_to_official(tensors: StateDict) -> StateDict:
     for key, name in names.items():
         tensor = parts[key]
         if name == "pos_embed4":
+            if tensor.ndim != 3:
+                raise ConversionError(f"{key!r} must have 3 dimensions, got shape {tuple(tensor.shape)}.")
             tensor = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
         official[start + name] = tensor
     return official

@@ -12,7 +12,7 @@ from .checkpoint import Checkpoint
 from .rename import ConversionError
 
 # transformers' own processor squashes to this, and the PVTs on the Hub have it, released weights and tuned ones.
-_SQUASHED = {"height": 224, "width": 224}
+_SQUASHED = ({"height": 224, "width": 224}, [224, 224], 224)
 _MAX_EDGE = 4096  # pixels
 
 
@@ -35,7 +35,7 @@ def read_image_processor(checkpoint: Checkpoint, config: PreTrainedConfig) -> tu
     try:
         if (
             stated
-            and stated.get("size") == _SQUASHED
+            and stated.get("size") in _SQUASHED
             and not stated.get("do_center_crop")
             and config.num_labels == 1000
         ):

@@ -116,6 +116,14 @@ def invert(rules: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(other, official) for official, other in rules]
 
 
+def fuse(parts: StateDict) -> torch.Tensor:
+    """Projections as one, in their order. Raises a `ConversionError` unless they have one shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
+    if len(set(shapes.values())) > 1 or () in shapes.values():
+        raise ConversionError(f"These must have one shape with dimensions, to be fused: {shapes}.")
+    return torch.cat(list(parts.values()))
+
+
 def from_official(state_dict: StateDict) -> StateDict:
     """The tensors of an official classification checkpoint with the names of [`PvtForImageClassification`] or of the v2
     class. The fused keys and values are split into views; no value changes.
@@ -153,7 +161,7 @@ def to_official(state_dict: StateDict) -> StateDict:
         if (partner := f"{start}{'v' if part == 'k' else 'k'}.{end}") not in renamed:
             raise ConversionError(f"{key!r} has no {partner!r} to be fused with.")
         if part == "k":
-            official[f"{start}kv.{end}"] = torch.cat((tensor, renamed[partner]))
+            official[f"{start}kv.{end}"] = fuse({key: tensor, partner: renamed[partner]})
     return official
 
 

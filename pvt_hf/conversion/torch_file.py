@@ -107,7 +107,8 @@ def _read_legacy(path: Path) -> Any:
         protocol, system = (read_pickle(stream, _check_global) for _ in range(2))
         if protocol != _PROTOCOL or not isinstance(system, dict) or system.get("little_endian") is not True:
             raise UntrustedFileError("is damaged, or of a version of `torch.save` or a machine that is not known.")
-        position, storages = stream.tell(), {}
+        position = stream.tell()
+        storages: dict[str, Storage] = {}
 
         def note_storage(identity: Any) -> Storage:
             if (storage := parse_storage(identity)) is None:

@@ -3,13 +3,13 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import ImageInput, SizeDict, load_image
 from transformers.utils import logging
 
@@ -40,7 +40,7 @@ def read_size(
     """
     if value is None:
         return None
-    if isinstance(value, Integral) and not isinstance(value, bool):
+    if isinstance(value, int | np.integer):
         size = dict.fromkeys(SIDES if square else ("shortest_edge",), value)
     elif isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
         size = dict(zip(SIDES, value, strict=True))
@@ -48,7 +48,8 @@ def read_size(
         size = {key: side for key, side in dict(value).items() if side is not None}
     else:
         size = {}
-    valid = all(isinstance(side, Integral) and not isinstance(side, bool) and side > 0 for side in size.values())
+    sides = size.values()
+    valid = all(isinstance(side, int | np.integer) and not isinstance(side, bool) and side > 0 for side in sides)
     if not valid or set(size) not in [set(form) for form in forms]:
         given = size if isinstance(value, SizeDict) else value
         wanted = ", or ".join(" and ".join(f"`{key}`" for key in form) for form in forms)
@@ -75,9 +76,11 @@ def check_resize(height: int, width: int, size: SizeDict, name: str) -> None:
         )
 
 
-class ImagePreprocessing:
+class ImagePreprocessing(BaseImageProcessor):
     """Mixin of the image processors, before a backend of transformers: what the settings mean, which images there are
     and which pixels they have is the same for all of them."""
+
+    size: dict[str, int] | SizeDict
 
     def __init__(self, **kwargs: Any):
         super().__init__(**self.complete_settings(kwargs, type(self).size))
@@ -127,7 +130,7 @@ class ImagePreprocessing:
         read = [self.process_image(image, name=name, **kwargs) for image, name in zip(listed, names, strict=True)]
         if kwargs["do_resize"]:
             for image, name in zip(read, names, strict=True):
-                check_resize(*image.shape[-2:], kwargs["size"], name)
+                check_resize(image.shape[-2], image.shape[-1], kwargs["size"], name)
         return self._preprocess(read, *args, **kwargs)
 
     def process_image(
@@ -140,7 +143,7 @@ class ImagePreprocessing:
         input_data_format: str | None = None,
         device: Any = None,
         **kwargs: Any,
-    ) -> torch.Tensor | np.ndarray:
+    ) -> Any:
         """Reads one image: see [`~pvt_hf.models.pixels.read_pixels`].
 
         Args:
@@ -154,7 +157,7 @@ class ImagePreprocessing:
             **kwargs: The other settings.
 
         Returns:
-            `(channels, height, width)`.
+            `(channels, height, width)`, a tensor or an array.
         """
         if isinstance(image, str | os.PathLike):
             name = f"{name} ({image})" if os.path.exists(image) else name
@@ -165,4 +168,12 @@ class ImagePreprocessing:
                 "There are images whose EXIF says that they are to be turned. They are taken as they are stored, like "
                 "annotations and target sizes: `PIL.ImageOps.exif_transpose` turns them, as whatever reads files does."
             )
-        return pixels.to(device)
+        return self.lay_out(pixels.to(device))
+
+    def lay_out(self, pixels: torch.Tensor) -> Any:
+        """The pixels as the backend takes them.
+
+        Args:
+            pixels: `(channels, height, width)`.
+        """
+        return pixels

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +20,7 @@ from .image_processing_dense import (
     normalize,
     pad,
 )
-from .post_processing import detect_objects, detr_detections, segment_instances
+from .post_processing import complete_outputs, detect_objects, detr_detections, read_outputs, segment_instances
 from .resize import resize_bilinear
 
 # The settings that the second half of the preprocessing takes.
@@ -70,13 +71,11 @@ class _DetectionPreprocessing(DensePreprocessing):
         max_size = settings.pop("max_size", None)
         given = read_size(settings.get("size"), "size", SIZE_FORMS, settings.get("default_to_square") is True)
         pad_size = read_size(settings.get("pad_size"), "pad_size")
-        if isinstance(settings.get("size"), int) and "shortest_edge" in given:
+        if given and "shortest_edge" in given and isinstance(settings["size"], Integral):
             given["longest_edge"] = max_size or 1333
-        elif given is None and pad_size is not None and settings.get("do_pad") is not False:
+        elif pad_size and not given and settings.get("do_pad") is not False:
             given = _fit_size(dict(size), pad_size)
-        return settings | {
-            name: value for name, value in (("size", given), ("pad_size", pad_size)) if value is not None
-        }
+        return settings | ({"size": given} if given else {}) | ({"pad_size": pad_size} if pad_size else {})
 
     def name_images(self, count: int, *args: Any) -> list[str]:
         annotations = _list_annotations(args[0])
@@ -203,7 +202,8 @@ class _DetectionPreprocessing(DensePreprocessing):
         DETR of 0.
 
         Args:
-            outputs: What the model returned.
+            outputs: What the model returned, or an object with its `logits` and `pred_boxes` alone, as tensors or
+                arrays; or the tuple of a batch that `Trainer` gathers (`eval_do_concat_batches=False`).
             threshold: Detections have a larger score (default: 0.5).
             target_sizes: Height and width in pixels of each image, `(batch, 2)`, usually the original one. Without them
                 boxes are relative to the image's size.
@@ -215,12 +215,31 @@ class _DetectionPreprocessing(DensePreprocessing):
             within the image, best first.
 
         Raises:
-            ValueError: If there are not as many `target_sizes` as images.
+            ValueError: If there are not as many `target_sizes` as images, or if RetinaNet's logits and boxes alone do
+                not say which level they are of.
         """
+        outputs = read_outputs(outputs, "pred_boxes")
+        if "scores" not in outputs:
+            outputs = read_outputs(outputs, "logits", "pred_boxes")
+            outputs = complete_outputs(outputs, self.num_labels, self._find_input_size(target_sizes))
         is_detr = not {"level_sizes", "scores"} & outputs.keys()
 
         detect = detr_detections if is_detr else detect_objects
         return detect(outputs, threshold, target_sizes, max_detections=max_detections)
+
+    def _find_input_size(self, target_sizes: TargetSizes) -> tuple[int, int] | None:
+        """Height and width in pixels of what the network computes of a batch of images of these sizes."""
+        if target_sizes is None or not len(target_sizes):
+            return None
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
+        if self.do_resize:
+            sizes = [compute_resized_size(*size, self.size) for size in sizes]
+        needed = compute_padded_size(sizes, None, 32)  # the models take more padding off
+        if self.pad_size:
+            padded = dict(self.pad_size)["height"], dict(self.pad_size)["width"]
+        else:
+            padded = compute_padded_size(sizes, None, self.pad_size_divisor if self.do_pad else 1)
+        return min(needed[0], padded[0]), min(needed[1], padded[1])
 
     def post_process_instance_segmentation(
         self,
@@ -302,7 +321,8 @@ class PvtDetectionImageProcessor(_DetectionPreprocessing, TorchvisionBackend):
             Height and width of the batch are padded to multiples of it, in pixels.
         pad_size (`int` or `dict`, *optional*):
             `{"height": ..., "width": ...}` in pixels, to pad to instead. Given without `size`, images are resized to
-            fit into it, unless all of them do anyway.
+            fit into it, unless all of them do anyway. Labels are those of any other padding; sides that are no
+            multiples of 32 cut the last cells of the coarse maps.
         num_labels (`int`, *optional*):
             Where it is given, annotations of classes beyond it are an error.
         resample (`int`, *optional*, defaults to 2):

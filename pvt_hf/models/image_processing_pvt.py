@@ -59,11 +59,13 @@ class _PvtPreprocessing(ImagePreprocessing):
         if crop_pct is not None:
             crop_size = _find_crop(crop_size or given, crop_pct)
             return settings | {"size": _enlarge(crop_size, crop_pct), "crop_size": crop_size, "do_center_crop": True}
-        if (given is None) == (crop_size is None):
-            return settings | ({"size": given, "crop_size": crop_size} if given else {})
         crops = True
         if given is None:
+            if crop_size is None:
+                return settings
             given = _enlarge(crop_size, 224 / 256)
+        elif crop_size is not None:
+            return settings | {"size": given, "crop_size": crop_size}
         elif set(given) == {"shortest_edge"}:
             crop_size = dict.fromkeys(SIDES, math.ceil(224 / 256 * given["shortest_edge"]))
         else:
@@ -127,8 +129,8 @@ class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
             Whether the mean is subtracted, and the result divided by the standard deviation.
     """
 
-    def process_image(self, image: Any, **kwargs: Any) -> torch.Tensor:
-        return super().process_image(image, **kwargs).contiguous()  # torchvision resizes other layouts to other bits
+    def lay_out(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.contiguous()  # torchvision resizes other layouts to other bits
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
         from torchvision.transforms.v2 import functional
@@ -140,8 +142,8 @@ class PvtImageProcessorPil(_PvtPreprocessing, PilBackend):
     """[`PvtImageProcessor`] on the PIL backend: exactly torchvision's `Resize(256, BICUBIC)` and `CenterCrop(224)` of
     PIL images. The arguments are the same."""
 
-    def process_image(self, image: Any, **kwargs: Any) -> np.ndarray:
-        pixels = super().process_image(image, **kwargs).cpu()
+    def lay_out(self, pixels: torch.Tensor) -> np.ndarray:
+        pixels = pixels.cpu()
         # PIL resizes three channels of 8 bits only; fractions of 1 are left to the backend.
         whole = pixels.is_floating_point() and 1 < pixels.max() <= 255 and pixels.min() >= 0
         return (pixels.round().to(torch.uint8) if whole else pixels).numpy()

@@ -22,6 +22,7 @@ from .image_processing_dense import (
     normalize,
     pad,
 )
+from .post_processing import read_outputs
 from .resize import resize_bilinear, resize_nearest
 
 IGNORE_INDEX = 255
@@ -144,8 +145,8 @@ class _SegmentationPreprocessing(DensePreprocessing):
         from there to the target (both bilinear), which is not the same as one resize.
 
         Args:
-            outputs: Of a model for semantic segmentation, with `logits` `(batch, classes, height, width)`. The input
-                was `logits_stride` times as large.
+            outputs: Of a model for semantic segmentation, with `logits` `(batch, classes, height, width)`, as a tensor
+                or an array. The input was `logits_stride` times as large.
             target_sizes: (height, width) of each image, usually the original one. Without them the maps have the size
                 of the logits.
 
@@ -155,7 +156,7 @@ class _SegmentationPreprocessing(DensePreprocessing):
         Raises:
             ValueError: If there are not as many target sizes as images.
         """
-        logits = outputs.logits
+        logits = read_outputs(outputs, "logits")["logits"]
         if target_sizes is None:
             return list(logits.argmax(dim=1))
         if len(target_sizes) != len(logits):

@@ -334,8 +334,9 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
                 Normalised images, padded to the right and below with zeros to a height and width of multiples of 32.
             pixel_mask (`torch.Tensor` of shape `(batch, height, width)`, *optional*):
-                1 in each image and 0 in its padding; all 1 by default. It does not change what the network computes,
-                just where an image ends: boxes are clipped there, and labels are relative to that size.
+                1 in each image and 0 in its padding; all 1 by default. It says where an image ends: boxes are clipped
+                there, and labels are relative to that size. More padding than to multiples of 32 is taken off (not in
+                compiled code); the rest is computed as if it were image.
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 For each image `class_labels` int64 `(objects,)`, `boxes` `(objects, 4)`, cxcywh relative to the image's
                 size without padding, and with a mask head `masks` `(objects, height, width)`, bool or integers, of the
@@ -350,8 +351,9 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
             [`MaskRCNNInstanceSegmentationOutput`]
 
         Raises:
-            TypeError: For `labels` of another type.
-            ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the annotation.
+            TypeError: For `pixel_values`, a `pixel_mask` or `labels` of another type.
+            ValueError: For `pixel_values`, a `pixel_mask` or `labels` of another form; the message names the image and
+                the annotation.
         """
         batch = pixel_values
         pixel_values, image_sizes = read_images(batch, pixel_mask, self.backbone.config.num_channels)

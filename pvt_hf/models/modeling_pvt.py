@@ -282,6 +282,8 @@ class PvtModel(PvtPreTrainedModel):
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 Return one `(batch, tokens, channels)` tensor per block, and the normed last one. An index or a list of
                 indices returns only those.
+            **kwargs:
+                Ignored, as elsewhere in transformers.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` of shape `(batch, 1 + tokens of the last stage,
@@ -339,6 +341,8 @@ class PvtForImageClassification(PvtPreTrainedModel):
                 As in [`PvtModel`].
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 As in [`PvtModel`].
+            **kwargs:
+                For the loss, as `num_items_in_batch`; others are ignored.
 
         Returns:
             `ImageClassifierOutput`: `logits` of shape `(batch, num_labels)`, and `loss` where `labels` are given.
@@ -401,6 +405,8 @@ class PvtBackbone(BackboneMixin, PvtPreTrainedModel):
                 As in [`PvtModel`].
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 As in [`PvtModel`], without the normed hidden state.
+            **kwargs:
+                Ignored, as elsewhere in transformers.
 
         Returns:
             `BackboneOutput`: `feature_maps`, for each of `config.out_features` one

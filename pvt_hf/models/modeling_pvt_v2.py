@@ -261,6 +261,8 @@ class PvtV2Model(PvtV2PreTrainedModel):
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 Return one `(batch, channels, height, width)` map per stage. An index or a list of indices returns only
                 those.
+            **kwargs:
+                Ignored, as elsewhere in transformers.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` of shape `(batch, channels, height / 32, width / 32)`,
@@ -315,6 +317,8 @@ class PvtV2ForImageClassification(PvtV2PreTrainedModel):
                 As in [`PvtV2Model`].
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 As in [`PvtV2Model`].
+            **kwargs:
+                For the loss, as `num_items_in_batch`; others are ignored.
 
         Returns:
             `ImageClassifierOutput`: `logits` of shape `(batch, num_labels)`, and `loss` where `labels` are given.
@@ -377,6 +381,8 @@ class PvtV2Backbone(BackboneMixin, PvtV2PreTrainedModel):
                 As in [`PvtV2Model`].
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 As in [`PvtV2Model`].
+            **kwargs:
+                Ignored, as elsewhere in transformers.
 
         Returns:
             `BackboneOutput`: `feature_maps`, for each of `config.out_features` one

@@ -200,8 +200,9 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
                 Normalised images, padded to the right and below with zeros to a height and width of multiples of 32.
             pixel_mask (`torch.Tensor` of shape `(batch, height, width)`, *optional*):
-                1 in each image and 0 in its padding; all 1 by default. It does not change what the network computes,
-                just where an image ends: boxes are clipped there, and labels are relative to that size.
+                1 in each image and 0 in its padding; all 1 by default. It says where an image ends: boxes are clipped
+                there, and labels are relative to that size. More padding than to multiples of 32 is taken off (not in
+                compiled code); the rest is computed as if it were image.
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 For each image `class_labels` int64 `(objects,)` and `boxes` `(objects, 4)`, cxcywh relative to the
                 image's size without padding.
@@ -214,8 +215,9 @@ class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
             [`RetinaNetObjectDetectionOutput`]
 
         Raises:
-            TypeError: For `labels` of another type.
-            ValueError: For a `pixel_mask` or `labels` of another form; the message names the image and the annotation.
+            TypeError: For `pixel_values`, a `pixel_mask` or `labels` of another type.
+            ValueError: For `pixel_values`, a `pixel_mask` or `labels` of another form; the message names the image and
+                the annotation.
         """
         pixel_values, image_sizes = read_images(pixel_values, pixel_mask, self.backbone.config.num_channels)
         truths = None

@@ -15,6 +15,7 @@ from .backbone import build_backbone
 from .configuration_semantic_fpn import SemanticFPNConfig
 from .fpn import FeaturePyramid
 from .layers import runs_transformed
+from .modeling_common import check_pixel_values
 from .pretrained import PretrainedMixin
 
 _LOSS_IGNORE_INDEX = -100  # what torch, and Trainer where it counts labels, take for "no label"
@@ -195,10 +196,11 @@ class SemanticFPNForSemanticSegmentation(SemanticFPNPreTrainedModel):
             `labels` are given. The image processor's `post_process_semantic_segmentation` makes maps of them.
 
         Raises:
-            TypeError: If `labels` are not integers.
+            TypeError: If `pixel_values` is no tensor of floats, or `labels` are not integers.
             ValueError: If `labels` have another size than the images, or values that are no class; the message lists
                 them. And what the backbone raises about `pixel_values`.
         """
+        check_pixel_values(pixel_values, self.backbone.config.num_channels, 1)
         if labels is not None:
             check_semantic_labels(labels, pixel_values, self.config)
         outputs = self.backbone.forward_with_filtered_kwargs(

@@ -47,12 +47,13 @@ def read_orientation(image: Image.Image) -> int:
     without EXIF and with one that cannot be read.
 
     Args:
-        image: Loaded, since Pillow turns TIFF files itself when it loads them.
+        image: Loaded or not. Pillow turns TIFF files itself when it loads them, and they then say 1.
     """
     if not image.info and not hasattr(image, "tag_v2"):
         return 1
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        # Of the base class: PNG's own would decode the pixels.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # whatever a corrupt block leads Pillow to: the pixels are there nevertheless
         return 1
     return orientation if orientation in _TURNS else 1

@@ -5,19 +5,110 @@ here is xyxy, in pixels of the target or, without one, relative to the image.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import floordiv
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers.image_transforms import center_to_corners_format
-from transformers.utils import ModelOutput
 
 from .boxes import at_least_float32, batched_nms
 
+# What is read here of outputs.
+_FIELDS = ("logits", "pred_boxes", "level_sizes", "scores", "class_labels", "pred_masks", "image_sizes")
+# Anchors of each cell of RetinaNet, where only their number is left.
+_ANCHORS_PER_CELL = 9
+
+
+def read_outputs(outputs: Any, *needed: str) -> dict[str, torch.Tensor]:
+    """The fields of a model's outputs that post-processing reads, as tensors.
+
+    Args:
+        outputs: What the model returned, a mapping or any object with such attributes, as tensors or arrays; or a tuple
+            of the fields in their order, as `Trainer` gathers them for a batch (`eval_do_concat_batches=False`).
+        *needed: Names of fields.
+
+    Raises:
+        ValueError: If there is no such field.
+    """
+    if isinstance(outputs, tuple | list):
+        # Losses have fewer dimensions or are in a dictionary, hidden states are in tuples.
+        values = [value for value in outputs if getattr(value, "ndim", 0) >= 2]
+        masks = next((value for value in values[2:] if value.ndim == 4), None)
+        outputs = dict(zip(("logits", "pred_boxes"), values, strict=False)) | {"pred_masks": masks}
+    elif not isinstance(outputs, Mapping):
+        outputs = {name: getattr(outputs, name, None) for name in _FIELDS}
+    fields = {name: torch.as_tensor(outputs[name]) for name in _FIELDS if outputs.get(name) is not None}
+    if missing := [name for name in needed if name not in fields]:
+        raise ValueError(f"`outputs` must have {list(needed)}, got {sorted(fields)} without {missing}.")
+    return fields
+
+
+def complete_outputs(
+    outputs: dict[str, torch.Tensor], num_labels: int | None, input_size: tuple[int, int] | None
+) -> dict[str, torch.Tensor]:
+    """Finds the `level_sizes` of RetinaNet from the number of its anchors, where logits and boxes are all that is left.
+
+    Without them other outputs are in DETR's form, as Mask R-CNN's are, too: as many logits as classes and one more.
+
+    Args:
+        outputs: See [`read_outputs`].
+        num_labels: Number of classes, if it is known.
+        input_size: Height and width in pixels that the network has had, if they are known.
+
+    Raises:
+        ValueError: If the levels cannot be told, or if rows have been added to the boxes of a batch.
+    """
+    if "level_sizes" in outputs or "scores" in outputs:
+        return outputs
+    _, num_anchors, num_logits = outputs["logits"].shape
+    if num_labels is not None and num_logits == num_labels + 1:
+        return outputs
+    found = _find_level_sizes(num_anchors, input_size)
+    if not found and num_logits != num_labels:
+        return outputs
+    if len(found) != 1:
+        raise ValueError(
+            f"`outputs` with {num_anchors} anchors do not say how many each level has ({len(found)} possibilities): "
+            "hand over the model's `level_sizes`, too, or `target_sizes` with the original sizes of the images."
+        )
+    if (outputs["pred_boxes"] < 0).any():
+        raise ValueError(
+            "`outputs` have negative boxes, with which `Trainer` fills batches up that are smaller than others: set "
+            "`eval_do_concat_batches=False`."
+        )
+    return outputs | {"level_sizes": torch.tensor(found.pop())}
+
+
+def _find_level_sizes(num_anchors: int, input_size: tuple[int, int] | None) -> set[tuple[int, ...]]:
+    """All numbers of anchors per level that add up, for the input's size or else for sides of multiples of 32."""
+
+    def size_levels(height: int, width: int, divide: Callable[[int, int], int]) -> tuple[int, ...]:
+        shapes = [(divide(height, stride), divide(width, stride)) for stride in (8, 16, 32)]  # of C3 to C5
+        for _ in range(2):  # P6 and P7
+            shapes.append((_ceil(shapes[-1][0], 2), _ceil(shapes[-1][1], 2)))
+        return tuple(rows * columns * _ANCHORS_PER_CELL for rows, columns in shapes)
+
+    # The patch embedding of v1 drops what is left of an odd side, that of v2 does not.
+    options = [size_levels(*input_size, divide) for divide in (floordiv, _ceil)] if input_size is not None else []
+    if matching := {sizes for sizes in options if sum(sizes) == num_anchors}:
+        return matching
+    most = num_anchors // (21 * _ANCHORS_PER_CELL)  # cells of stride 32; those of stride 16 and 8 are 20 times as many
+    options = (
+        size_levels(32 * rows, 32 * columns, _ceil)
+        for rows in range(1, math.isqrt(most) + 1)
+        for columns in range(rows, most // rows + 1)
+    )
+    return {sizes for sizes in options if sum(sizes) == num_anchors}
+
+
+def _ceil(side: int, stride: int) -> int:
+    return -(-side // stride)
+
 
 def detect_objects(
-    outputs: Mapping[str, torch.Tensor],
+    outputs: Any,
     threshold: float = 0.05,
     target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
     nms_threshold: float = 0.5,
@@ -32,7 +123,7 @@ def detect_objects(
     settings), which are just filtered and scaled.
 
     Args:
-        outputs: What the model returned.
+        outputs: What the model returned, see [`read_outputs`].
         threshold: Detections have a larger score (default: 0.05).
         target_sizes: Size of each image, `(batch, 2)`. Without them boxes are relative to the image.
         nms_threshold: Of RetinaNet: detections of a class do not overlap by a larger IoU (default: 0.5).
@@ -46,6 +137,7 @@ def detect_objects(
     Raises:
         ValueError: If there are not as many `target_sizes` as images.
     """
+    outputs = read_outputs(outputs, "pred_boxes")
     boxes = center_to_corners_format(at_least_float32(outputs["pred_boxes"]))  # (batch, anchors or detections, 4)
     if target_sizes is not None:
         boxes = boxes * check_target_sizes(target_sizes, len(boxes)).to(boxes)[:, None, [1, 0, 1, 0]]
@@ -65,7 +157,7 @@ def detect_objects(
 
 
 def detr_detections(
-    outputs: ModelOutput,
+    outputs: Any,
     threshold: float = 0.0,
     target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
     max_detections: int = 100,
@@ -86,14 +178,16 @@ def detr_detections(
     Raises:
         ValueError: If there are not as many `target_sizes` as images.
     """
-    batch_size = len(outputs.logits)
+    outputs = read_outputs(outputs, "logits", "pred_boxes")
+    all_logits, all_boxes = outputs["logits"], outputs["pred_boxes"]
+    batch_size = len(all_logits)
     sizes = torch.ones(batch_size, 2) if target_sizes is None else check_target_sizes(target_sizes, batch_size)
-    limits = sizes.to(outputs.pred_boxes)[:, [1, 0, 1, 0]]  # (batch, 4): width, height, width, height
+    limits = sizes.to(all_boxes)[:, [1, 0, 1, 0]]  # (batch, 4): width, height, width, height
     detections = []
     for index in range(batch_size):
-        scores, labels = outputs.logits[index].softmax(-1)[:, :-1].max(-1)  # (queries,)
+        scores, labels = all_logits[index].softmax(-1)[:, :-1].max(-1)  # (queries,)
         scores, queries = scores.topk(min(max_detections, len(scores)))
-        boxes = center_to_corners_format(outputs.pred_boxes[index, queries]) * limits[index]
+        boxes = center_to_corners_format(all_boxes[index, queries]) * limits[index]
         boxes = torch.minimum(boxes.clamp(min=0), limits[index])
         kept = scores > threshold
         detections.append({"scores": scores[kept], "labels": labels[queries][kept], "boxes": boxes[kept]})
@@ -101,7 +195,7 @@ def detr_detections(
 
 
 def segment_instances(
-    outputs: Mapping[str, torch.Tensor],
+    outputs: Any,
     threshold: float = 0.5,
     mask_threshold: float = 0.5,
     target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
@@ -110,7 +204,7 @@ def segment_instances(
     """The instances of [`MaskRCNNForInstanceSegmentation`], in the form of transformers' other models.
 
     Args:
-        outputs: What the model returned.
+        outputs: What the model returned, see [`read_outputs`].
         threshold: Instances have a larger score (default: 0.5).
         mask_threshold: Pixels of an instance have at least this probability (default: 0.5).
         target_sizes: Size of each image, `(batch, 2)`; by default that of the model's input without padding.
@@ -125,8 +219,14 @@ def segment_instances(
     Raises:
         ValueError: If the model has no mask head, or there are not as many `target_sizes` as images.
     """
+    outputs = read_outputs(outputs, "pred_boxes")
     if "pred_masks" not in outputs:
         raise ValueError("`outputs` have no `pred_masks`: the model was configured with `use_masks=False`.")
+    if "scores" not in outputs:
+        scores, labels = outputs["logits"].softmax(-1)[..., :-1].max(-1)  # (batch, detections)
+        outputs |= {"scores": scores, "class_labels": labels}
+    if target_sizes is None and "image_sizes" not in outputs:
+        raise ValueError("`outputs` have no `image_sizes`: `target_sizes` are needed.")
     sizes = outputs["image_sizes"] if target_sizes is None else check_target_sizes(target_sizes, len(outputs["scores"]))
     boxes = center_to_corners_format(at_least_float32(outputs["pred_boxes"]))  # (batch, detections, 4)
     boxes = boxes * sizes.to(boxes)[:, None, [1, 0, 1, 0]]

@@ -40,6 +40,12 @@ def check_together(arguments: Any, *names: str) -> None:
         raise ValueError(f"{', '.join(first)} and {last} go together")
 
 
+def check_max_detections(value: int | None) -> None:
+    """Raises a `ValueError` for less than COCO's numbers need."""
+    if value is not None and value < 10:
+        raise ValueError(f"--max_detections must be at least 10, got {value}")
+
+
 @dataclass
 class ModelArguments:
     """What is trained."""
@@ -86,6 +92,7 @@ class DetectionModelArguments(ModelArguments):
     )
 
     def __post_init__(self) -> None:
+        check_max_detections(self.max_detections)
         if isinstance(self.config_overrides, str):
             self.config_overrides = json.loads(self.config_overrides)
 
@@ -259,7 +266,9 @@ class EvaluationArguments:
     map_column: str | None = option(
         None, "of segmenters: column of label maps (default: the only image column beside `image`)"
     )
-    image_column: str | None = option(None, "of classifiers and detectors: column of images (default: the only one)")
+    image_column: str | None = option(
+        None, "column of images (default: the only one; of segmenters image, or else pixel_values)"
+    )
     objects_column: str = option("objects", "of detectors: column of objects (default: objects)")
     bbox_format: str = option(
         "coco",
@@ -301,6 +310,7 @@ class EvaluationArguments:
     smoke: bool = option(False, "measure on 16 images, without workers (default: false)")
 
     def __post_init__(self) -> None:
+        check_max_detections(self.max_detections)
         if (self.variant is None) == (self.model_name_or_path is None):
             raise ValueError("pass either --variant or --model_name_or_path")
         if bool(self.annotations or self.maps) != bool(self.images):

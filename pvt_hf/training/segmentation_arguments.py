@@ -56,12 +56,13 @@ class SegmentationDataArguments(DataArguments):
     train_val_split: float | None = option(
         None, "part of the training set that becomes the validation set, as 0.1 (default: none)"
     )
-    map_column: str | None = option(None, "column of label maps (default: the only image column beside `image`)")
+    map_column: str | None = option(None, "column of label maps (default: the only other column of images)")
+    image_column: str | None = option(None, "column of images (default: image, or else pixel_values)")
     reduce_labels: bool = option(False, REDUCE_LABELS)
     binary_masks: bool = option(False, BINARY_MASKS)
     palette: str | None = option(None, PALETTE)
     class_names: str | None = option(
-        None, "JSON file of a list of class names, or of an object from labels to names (default: the checkpoint's)"
+        None, "JSON, YAML or text file of class names in the order of the labels (default: the checkpoint's)"
     )
     num_scenes: int = option(1000, "digit scenes that are drawn for training, where no data are given (default: 1000)")
 

@@ -259,13 +259,12 @@ class VisionTrainer(Trainer):
         """Makes of what fails in writing a `CheckpointError` that names the last good checkpoint."""
         try:
             yield
+        except CheckpointError:
+            raise
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them: torch's is the second
-            if isinstance(error, CheckpointError):
-                raise
             reason, last = explain_write_error(error, what), last_complete_checkpoint(self.args.output_dir)
-            raise CheckpointError(
-                f"{what} could not be written: {reason}. The last good checkpoint is {last}."
-            ) from error
+            rest = f"The last good checkpoint is {last}." if last else "No checkpoint is complete."
+            raise CheckpointError(f"{what} could not be written: {reason}. {rest}") from error
 
     @contextmanager
     def write_file(self, name: str) -> Iterator[Path]:

@@ -226,6 +226,7 @@ def test_labels_and_preprocessing_of_timm_are_kept(names, tmp_path):
             256,
             "the papers' evaluation, in place of the squashing default",
         ),
+        ({"size": 224}, 256, "the papers' evaluation, in place of the squashing default"),
         ({"size": {"shortest_edge": 438}, "crop_size": {"height": 384, "width": 384}}, 438, "the checkpoint's own"),
         ({}, 256, "the papers' evaluation"),
     ],

@@ -1,5 +1,6 @@
 """Uploads over HTTP to a local Hub, loading from it, and every way in which the network fails."""
 
+import hashlib
 import importlib
 import json
 import re
@@ -11,7 +12,9 @@ import torch
 
 import pvt_hf
 from pvt_hf.conversion import formats, rename
+from pvt_hf.conversion.checkpoint import read_checkpoint
 from pvt_hf.conversion.publish import publish
+from pvt_hf.conversion.rename import ConversionError
 from pvt_hf.writing.hub import explain_upload_error, hide_secrets
 from tests.support.checkpoints import TINY, equal, official_weights, run, save
 from tests.support.hub import TOKEN
@@ -258,3 +261,22 @@ def test_secrets_are_not_in_messages(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     text = f"{TOKEN} 'Bearer xyz' hf_{'a' * 34} https://s3.host/object?X-Amz-Signature=abc&y=1 hf_hub_download(x)"
     assert hide_secrets(text) == "... '... ... https://s3.host/object?... hf_hub_download(x)"
+
+
+def test_downloads_are_held_against_the_hash_of_the_hub(online, tmp_path):
+    """sha256 of large files, git's hash of small ones; what is stored under another hash is refused."""
+    content = save(official_weights(TINY["v2"]), tmp_path / "a.safetensors").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    wrong, words = "is damaged: the Hub states the hash 0", "as the Hub states"
+    for index, (etag, result) in enumerate(
+        [(sha256, words), (git, words), ("0" * 64, wrong), ("0" * 40, wrong), ("W/abc", "the Hub states no hash")]
+    ):
+        repo = f"me/pvt{index}"
+        online.repos[repo], online.etags["model.safetensors"] = {"model.safetensors": content}, etag
+        if result is wrong:
+            with pytest.raises(ConversionError, match=wrong):
+                read_checkpoint(repo)
+        else:
+            checkpoint = read_checkpoint(repo)
+            assert checkpoint.sha256 == sha256 and checkpoint.hash_check.endswith(result)

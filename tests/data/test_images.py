@@ -41,8 +41,8 @@ ALPHA = np.random.default_rng(2).integers(0, 256, (20, 30, 1), dtype=np.uint8)
 INK = np.concatenate([255 - COLOURS, np.zeros_like(ALPHA)], axis=-1)
 # What a file holds, and the image that it is everywhere.
 FILES = {
-    "16.png": (GREY.astype(np.uint16) * 257, np.dstack([GREY] * 3)),
-    "16.tif": (GREY.astype(np.uint16) * 257, np.dstack([GREY] * 3)),
+    "16.png": (GREY.astype(np.uint16) * 256 + 77, np.dstack([GREY] * 3)),
+    "16.tif": (GREY.astype(np.uint16) * 256 + 77, np.dstack([GREY] * 3)),
     "alpha.png": (np.concatenate([COLOURS, ALPHA], axis=-1), COLOURS),
     "alpha.webp": (np.concatenate([COLOURS, np.maximum(ALPHA, 1)], axis=-1), COLOURS),
     "grey_alpha.png": (np.concatenate([GREY[..., None], ALPHA], axis=-1), np.dstack([GREY] * 3)),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -136,6 +137,6 @@ def test_names_are_drawn_as_they_are(tmp_path, monkeypatch):
     assert shown[6:] == ["ignored", "validation Dice of $polyp_1$"]
     assert len(shown[5]) == 39 and shown[5].startswith("long long") and "\u2026" in shown[5]
     for figure in figures:
-        figure.canvas.draw()  # which fails at \\frac unless it is text
+        FigureCanvasAgg(figure).draw()  # which fails at \\frac unless it is text
     drawn = [pixels(draw_objects(GREY, BOX, [0], [name])) for name in ("a\nb", r"a\nb", "x" * 300)]
     assert (drawn[0] == drawn[1]).all()

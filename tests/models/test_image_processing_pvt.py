@@ -186,6 +186,18 @@ def test_sizes_of_every_form_are_those_of_transformers(processor_class, form):
         torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [{}, {"feature_extractor_type": "PvtFeatureExtractor"}], ids=["none", "old"])
+@pytest.mark.parametrize("model_type", ["pvt", "pvt_v2"])
+def test_files_with_an_integer_size_load_by_the_auto_class(kind, model_type, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_resize": True, "size": 48} | kind))
+    for backend, processor_class in (("torchvision", pvt_hf.PvtImageProcessor), ("pil", pvt_hf.PvtImageProcessorPil)):
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
+        assert type(processor) is processor_class
+        assert processor(photo(60, 90), return_tensors="pt").pixel_values.shape == (1, 3, 48, 48)
+        assert "feature_extractor_type" not in processor.to_dict()
+
+
 @BACKENDS
 @pytest.mark.parametrize("size", [32, [32, 32], {"shortest_edge": 32}, {"height": 32, "width": 32}], ids=str)
 def test_crop_pct_is_the_share_that_the_crop_keeps(processor_class, size):

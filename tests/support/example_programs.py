@@ -1,4 +1,4 @@
-"""What transformers' example programs ask of a checkpoint: what they read from its image processor and how they call it,
+"""What transformers' example programs ask of a checkpoint: what they read from its image processor, how they call it,
 what they hand to `Trainer` or to accelerate, and how they evaluate what comes out. On the bundled data."""
 
 import json
@@ -51,8 +51,8 @@ class Classification:
     arguments = {"remove_unused_columns": False}
 
     def __init__(self, folder, images=64):
-        train, validation = (load_digits_dataset(split).shuffle(seed=0) for split in ("train", "validation"))
-        names = train.features["label"].names
+        data = load_digits_dataset().shuffle(seed=0)
+        names = data.features["label"].names
         config = AutoConfig.from_pretrained(
             folder,
             num_labels=len(names),
@@ -73,11 +73,13 @@ class Classification:
         ]
         augment = transforms.Compose([transforms.RandomResizedCrop(size, scale=(0.7, 1)), *tail])
         prepare = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size), *tail])
-        self.train = train.select(range(images)).with_transform(partial(self.transform, augment))
-        self.validation = validation.select(range(images)).with_transform(partial(self.transform, prepare))
+        train, validation = data.select(range(images)), data.select(range(images, 2 * images))
+        self.train = train.with_transform(partial(self.transform, augment))
+        self.validation = validation.with_transform(partial(self.transform, prepare))
         self.right = []
 
-    def transform(self, transform, examples):
+    @staticmethod
+    def transform(transform, examples):
         examples["pixel_values"] = [transform(image.convert("RGB")) for image in examples["image"]]
         return examples
 
@@ -153,11 +155,12 @@ class Detection:
             seed=0,
         )
         keep = A.Compose([A.NoOp()], bbox_params=A.BboxParams(format="coco", label_fields=["category"], clip=True))
-        self.train = train.with_transform(partial(self.transform, augment))
-        self.validation = validation.with_transform(partial(self.transform, keep))
+        self.train = train.with_transform(partial(self.transform, self.image_processor, augment))
+        self.validation = validation.with_transform(partial(self.transform, self.image_processor, keep))
         self.metric = MeanAveragePrecision(box_format="xyxy", class_metrics=True)
 
-    def transform(self, transform, examples):
+    @staticmethod
+    def transform(image_processor, transform, examples):
         images, annotations = [], []
         for image_id, image, objects in zip(examples["image_id"], examples["image"], examples["objects"], strict=True):
             output = transform(
@@ -175,7 +178,7 @@ class Detection:
                     ],
                 }
             )
-        result = self.image_processor(images=images, annotations=annotations, return_tensors="pt")
+        result = image_processor(images=images, annotations=annotations, return_tensors="pt")
         result.pop("pixel_mask", None)  # since all images are padded to one square
         return result
 
@@ -236,7 +239,8 @@ class SemanticSegmentation:
                    (("image", "images"), ("label", "maps"))}  # fmt: skip
         return Dataset.from_dict(columns, features=Features({"image": ImageFeature(), "label": ImageFeature()}))
 
-    def transform(self, transform, examples):
+    @staticmethod
+    def transform(transform, examples):
         pixel_values, labels = [], []
         for image, label in zip(examples["image"], examples["label"], strict=True):
             output = transform(image=np.array(image.convert("RGB")), mask=np.array(label))
@@ -270,7 +274,7 @@ class SemanticSegmentation:
 
 
 class InstanceSegmentation:
-    """run_instance_segmentation with Mask2Former: maps of classes and of instances in one image, masks by torchmetrics."""
+    """run_instance_segmentation with Mask2Former: maps of classes and instances in an image, and torchmetrics."""
 
     arguments = {"remove_unused_columns": False, "eval_do_concat_batches": False, "batch_eval_metrics": True}
 
@@ -287,8 +291,10 @@ class InstanceSegmentation:
             folder, do_resize=True, size={"height": side, "width": side}, do_reduce_labels=True, token=None
         )
         augment, keep = A.Compose([A.RandomBrightnessContrast(p=0.5)], seed=0), A.Compose([A.NoOp()])
-        self.train = self.load(scenes / "train").with_transform(partial(self.transform, augment))
-        self.validation = self.load(scenes / "validation").with_transform(partial(self.transform, keep))
+        self.train = self.load(scenes / "train").with_transform(partial(self.transform, self.image_processor, augment))
+        self.validation = self.load(scenes / "validation").with_transform(
+            partial(self.transform, self.image_processor, keep)
+        )
         self.metric = MeanAveragePrecision(iou_type="segm", class_metrics=True)
 
     def load(self, folder):
@@ -306,12 +312,13 @@ class InstanceSegmentation:
         features = Features({"image": ImageFeature(), "annotation": ImageFeature()})
         return Dataset.from_dict({"image": images, "annotation": annotations}, features=features)
 
-    def transform(self, transform, examples):
+    @staticmethod
+    def transform(image_processor, transform, examples):
         batch = {"pixel_values": [], "mask_labels": [], "class_labels": []}
         for image, annotation in zip(examples["image"], examples["annotation"], strict=True):
             output = transform(image=np.array(image.convert("RGB")), mask=np.array(annotation)[..., :2])
             pairs = np.unique(output["mask"].reshape(-1, 2), axis=0)
-            inputs = self.image_processor(
+            inputs = image_processor(
                 images=[output["image"]],
                 segmentation_maps=[output["mask"][..., 1]],
                 instance_id_to_semantic_id={instance: label for label, instance in pairs},

@@ -19,6 +19,7 @@ class LocalHub:
         repos: The files of every repository; `private` the private ones.
         objects: Large files by their SHA-256, as they were uploaded.
         requests: Method and path of all that was asked.
+        etags: What it states as the hash of a file, if not its sha256.
         fault: `{part of a path: status}` to answer with, perhaps with more headers `(status, {name: value})`, or
             `"cut"` to close the connection while a body arrives.
     """
@@ -28,6 +29,7 @@ class LocalHub:
         self.private: set[str] = set()
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.etags: dict[str, str] = {}
         self.fault: dict[str, int | str | tuple[int, dict[str, str]]] = {}
 
     def __enter__(self):
@@ -168,7 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in self.hub.repos[repo]:
             return self.reply({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", **commit)
         content = self.hub.repos[repo][file]
-        self.reply(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', **commit)
+        etag = self.hub.etags.get(file, hashlib.sha256(content).hexdigest())
+        self.reply(content, ETag=f'"{etag}"', **commit)
 
     def tree(self, body, repo: str) -> None:
         self.reply([{"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}

@@ -92,7 +92,7 @@ def test_training_resumes_from_no_forged_state(tmp_path):
     folder.mkdir()
     torch.save({"state": np.zeros(3)}, folder / "optimizer.pt")
     mark_complete(folder, {"layout": trainer._layout(), "skipped": 0})
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt is refused: it calls `numpy\.dtype`"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is refused: it calls `numpy\."):
         trainer.train(str(folder))
 
 

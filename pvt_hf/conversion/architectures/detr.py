@@ -7,7 +7,7 @@ from transformers import DetrConfig
 
 from ...models.detr import build_detr_config
 from .. import reference_heads
-from ..rename import ConversionError, StateDict, quote
+from ..rename import ConversionError, StateDict, fuse, quote
 from .base import Detector, count_matches
 
 # The names before mmdetection 2.13, and since.
@@ -132,5 +132,5 @@ def _fuse_projections(split: StateDict) -> StateDict:
         if missing := [name for name in names if name not in split]:
             raise ConversionError(f"{key!r} has no {quote(missing)} to be fused with.")
         if part == "q":
-            official[f"{start}in_proj_{end}"] = torch.cat([split[name] for name in names])
+            official[f"{start}in_proj_{end}"] = fuse({name: split[name] for name in names})
     return official
