@@ -1,6 +1,7 @@
 """Mask R-CNN: mmdetection's proposals, detections, masks, losses and gradients, and life as a model of transformers."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 import pvt_hf
 from pvt_hf.conversion import reference_heads
 from pvt_hf.conversion.architectures.mask_rcnn import MaskRCNN
+from pvt_hf.models import modeling_mask_rcnn
 from pvt_hf.models.backbone import load_pretrained_backbone
 from pvt_hf.models.modeling_mask_rcnn import MaskHead, SampledRoIs, pool_rois, sample_rois, to_rois
 from pvt_hf.models.post_processing import detect_objects, paste_masks, segment_instances
@@ -195,6 +197,8 @@ def test_rois_are_pooled_from_the_level_of_their_scale():
     for size in (7, 14):
         pooled = pool_rois(levels, to_rois(tensors), (4, 8, 16, 32), size)
         assert_close(pooled, loops.roi_features(levels, boxes, size), rtol=0, atol=1e-12)
+        with mock.patch.object(modeling_mask_rcnn, "runs_transformed", lambda: True):  # and on GPUs
+            assert torch.equal(pool_rois(levels, to_rois(tensors), (4, 8, 16, 32), size), pooled)
     none = [tensors[0][:0]] * 2
     assert pool_rois(levels, to_rois(none), (4, 8, 16, 32), 7).shape == (0, 3, 7, 7)
     half = pool_rois([level.bfloat16() for level in levels], to_rois([x.float() for x in tensors]), (4, 8, 16, 32), 7)
