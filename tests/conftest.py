@@ -1,3 +1,4 @@
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network, and one that tries shall fail
@@ -31,6 +32,16 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def logged_errors():
+    """What transformers logs as an error, such as a class that a pipeline does not know, which it runs nevertheless."""
+    records, handler = [], logging.Handler(logging.ERROR)
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    yield records
+    logging.getLogger("transformers").removeHandler(handler)
 
 
 @pytest.fixture

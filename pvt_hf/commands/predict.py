@@ -49,8 +49,10 @@ _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 class PredictionArguments:
     """What is predicted, and how."""
 
-    model_name_or_path: str | None = option(None, "checkpoint of any task: a folder, or a repository of the Hub")
-    images: str | None = option(None, "folder of images, in folders or not, or one image")
+    model_name_or_path: str | None = option(
+        None, "checkpoint of any task: a folder, or a repository of the Hub (default: none)"
+    )
+    images: str | None = option(None, "folder of images, in folders or not, or one image (default: none)")
     output_dir: str = option("runs/predictions", "where predictions are written (default: runs/predictions)")
     binary_masks: bool = option(False, "of segmenters of two classes: write 0 and 255, not 0 and 1 (default: false)")
     window: int | None = option(None, f"of segmenters: {WINDOW}")

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
 
-from .checks import check_images, describe_problems
+from .checks import check_images, refuse_problems
 from .digits import load_digits_dataset
 from .images import ImageError, decode, drop_skipped, prepare, seed_random_state
 
@@ -196,12 +196,9 @@ def check_images_and_labels(
         )
     checked = check_images(data, decoded=skip_corrupt, workers=workers)
     problems = [found.problem for found in checked if found.problem]
+    refuse_problems(problems, len(data), f"images of {name}", skip_corrupt)
     if not problems:
         return data, []
-    message = describe_problems(problems, len(data), f"images of {name}")
-    if not skip_corrupt or len(problems) == len(data):
-        raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
-    logger.warning(f"{message}\nThey are left out.")
     return data.select([index for index, found in enumerate(checked) if not found.problem]), problems
 
 

@@ -12,11 +12,10 @@ from xml.etree import ElementTree
 from transformers.utils import logging
 
 from ..models.annotations import AnnotationError
-from .checks import IMAGE_ENDINGS, check_images, describe_problems
+from .checks import IMAGE_ENDINGS, check_images, refuse_problems
 from .class_names import read_class_names
 from .detection import read_coco
 from .detection_records import DetectionData, ImageRecord, check_records
-from .images import ImageError
 
 logger = logging.get_logger(__name__)
 
@@ -189,11 +188,7 @@ def _measure(images: Sequence[Path], options: _Options) -> tuple[list[tuple[int,
     """(height, width) of each image as it is shown, `None` for those that are left out, and their problems."""
     checked = check_images([str(path) for path in images], workers=options.workers)
     problems = [found.problem for found in checked if found.problem]
-    if problems:
-        message = describe_problems(problems, len(images), "images")
-        if not options.skip_corrupt or len(problems) == len(images):
-            raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
-        logger.warning(f"{message}\nThey are left out.")
+    refuse_problems(problems, len(images), "images", options.skip_corrupt)
     sizes = []
     for found in checked:
         size = found.value and (found.value["height"], found.value["width"])
