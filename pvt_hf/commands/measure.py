@@ -45,6 +45,7 @@ from ..training.arguments import EvaluationArguments
 from ..training.detection import DetectionTrainer
 from ..training.segmentation import SegmentationTrainer
 from ..variants import find_variant
+from ..writing.text import escape_control
 from .shared import read_detection_split
 
 Measured = tuple[Trainer, dict[str, float]]
@@ -96,7 +97,7 @@ def _is_numbered(names: list[str]) -> bool:
 
 def print_left_out(problems: list[str]) -> None:
     if problems:
-        print("\n  ".join([f"{len(problems)} corrupt images are left out:", *problems]))
+        print("\n  ".join([f"{len(problems)} corrupt images are left out:", *map(escape_control, problems)]))
 
 
 class _MappedMaps(EvaluationMaps):

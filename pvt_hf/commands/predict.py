@@ -38,6 +38,7 @@ from ..evaluation.label_map_predictor import LabelMapPredictor
 from ..evaluation.metrics import coco_results
 from ..training.arguments import STRIDE, TTA_FLIP, TTA_SCALES, WINDOW, check_together, option
 from ..writing.files import atomic_file
+from ..writing.text import escape_control
 from . import shared
 from .measure import CLASSIFIER, SEGMENTER, task_of
 from .parser import parse_arguments
@@ -170,7 +171,8 @@ def check_names(names: Sequence[str]) -> None:
     found: dict[str, str] = {}
     for name in names:
         if (other := found.setdefault(mask_name(name), name)) != name:
-            raise SystemExit(f"{other} and {name} differ in their endings only: both masks would be {mask_name(name)}")
+            both = f"{other} and {name} differ in their endings only: both masks would be {mask_name(name)}"
+            raise SystemExit(escape_control(both))
 
 
 def drop_corrupt(images: dict[str, str], skip: bool) -> dict[str, str]:

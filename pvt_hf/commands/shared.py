@@ -17,6 +17,7 @@ from ..models.backbone import get_backbone_config, load_pretrained_backbone
 from ..training.arguments import DetectionDataArguments, EvaluationArguments
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
+from ..writing.text import escape_lines
 
 DEFAULT_VARIANT = "pvt_v2_b0"
 
@@ -64,7 +65,7 @@ def exit_on_bad_data() -> Iterator[None]:
     try:
         yield
     except (ImageError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        raise SystemExit(escape_lines(str(error))) from error
 
 
 def read_detection_split(
@@ -97,5 +98,5 @@ def finish(trainer: VisionTrainer) -> int:
     """
     summary = trainer.finish()
     if trainer.is_world_process_zero():
-        print(summary)
+        print(escape_lines(summary))
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ _GLOBALS = (
     "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray._reconstruct",
 )
+# What zipfile, torch and safetensors raise for files that are not what they say.
+_DAMAGE = (EOFError, LookupError, OSError, RuntimeError, SafetensorError, ValueError, struct.error, zipfile.BadZipFile)
 _WORDS = 624  # of 32 bits, in the state of NumPy's random generator
 
 
@@ -127,7 +130,7 @@ def check_states(checkpoint: str | Path) -> None:
             _CHECKS[path.suffix](path)
         except UntrustedFileError as error:
             raise CheckpointError(f"{path} {error}") from error
-        except (OSError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{path} is truncated or damaged: {reason}") from error
 

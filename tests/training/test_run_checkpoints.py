@@ -94,7 +94,8 @@ def test_damaged_states_are_refused(tmp_path):
             archive.writestr(name, member[:8] if name.endswith("data/0") else member)
     shortened = path.read_bytes()
     flipped = content[:start] + b"\1" + content[start + 1 :]
-    for damaged in (shortened, flipped, content[:-30], b"PK\3\4", b"", b"\x80\2}."):
+    unnamed = content.replace(b"/data.pkl", b"/\xefata.pkl")
+    for damaged in (shortened, flipped, unnamed, content[:-30], b"PK\3\4", b"", b"\x80\2}."):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"optimizer\.pt is (refused|.*damaged): ") as error:
             check_states(tmp_path)
