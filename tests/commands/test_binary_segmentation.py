@@ -194,9 +194,14 @@ def test_predictions_of_classifiers_and_detectors(tmp_path, polyps, monkeypatch,
     (images / "0.jpg").write_bytes(b"no image")
     with pytest.raises(SystemExit, match=r"(?s)1 of 3 images cannot be used.*0\.jpg.*--skip_corrupt skips them"):
         predict.main([*common, "classifier"])
+    (images / "1.jpg").write_bytes((images / "1.jpg").read_bytes()[:-200])  # which only its pixels tell
     predict.main([*common, "classifier", "--skip_corrupt"])
-    assert "0.jpg cannot be read" in capsys.readouterr().out
-    assert len((tmp_path / "found" / "predictions.csv").read_text().splitlines()) == 3
+    output = capsys.readouterr().out
+    assert "0.jpg cannot be read" in output and "1.jpg cannot be read" in output and "for 1 images" in output
+    assert len((tmp_path / "found" / "predictions.csv").read_text().splitlines()) == 2
+    (images / "0.jpg").unlink()
+    with pytest.raises(SystemExit, match="1.jpg cannot be read"):
+        predict.main([*common, "classifier"])
     with pytest.raises(SystemExit, match="--binary_masks is for a segmenter of two classes"):
         predict.main([*common, "classifier", "--binary_masks"])
     with pytest.raises(SystemExit, match="There are no images in classifier"):
