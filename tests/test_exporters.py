@@ -1,5 +1,5 @@
-"""transformers' exporters: their programs give the numbers of our classes under the names of their outputs, at sizes and
-batches that they were not traced with."""
+"""transformers' exporters: their programs give the numbers of our classes under the names of their outputs, at sizes
+and batches that they were not traced with."""
 
 import pytest
 import torch

@@ -104,19 +104,30 @@ def pool_rois(levels: Sequence[torch.Tensor], rois: torch.Tensor, strides: Seque
     Returns:
         `(RoIs, channels, size, size)` in the dtype of the maps; zeros for boxes without an area.
     """
-    from torchvision.ops import roi_align
-
     images, boxes = rois.split((1, 4), dim=1)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)  # (RoIs,)
     scales = torch.floor(torch.log2(areas.sqrt() / 56 + 1e-6)).clamp(0, len(levels) - 1)
+    members = [scales == index for index in range(len(levels))]
+    if rois.device.type == "cpu" and not runs_transformed():
+        rows = [is_member.nonzero().flatten() for is_member in members]
+        parts = [_pool_level(*level, rois[own], size) for *level, own in zip(levels, strides, rows, strict=True)]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+    # No size depends on a value, and nothing waits for a GPU: the RoIs of other levels become empty ones, of which no
+    # samples are taken, and which add zeros.
     pooled = levels[0].new_zeros(())
-    for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
-        # The RoIs of other levels become empty ones: no samples are taken of them, and they add zeros.
-        members = torch.cat((images, boxes.where((scales == index)[:, None], 0)), dim=1)
-        # Half precision could not tell neighbouring pixels of a large image apart.
-        features = roi_align(at_least_float32(level), members, size, 1 / stride, sampling_ratio=0, aligned=True)
-        pooled = pooled + features.to(level.dtype)
+    for *level, is_member in zip(levels, strides, members, strict=True):
+        own = torch.cat((images, boxes.where(is_member[:, None], 0)), dim=1)
+        pooled = pooled + _pool_level(*level, own, size)
     return pooled
+
+
+def _pool_level(level: torch.Tensor, stride: int, rois: torch.Tensor, size: int) -> torch.Tensor:
+    """[`pool_rois`] of one level."""
+    from torchvision.ops import roi_align
+
+    # Half precision could not tell neighbouring pixels of a large image apart.
+    pooled = roi_align(at_least_float32(level), rois, size, 1 / stride, sampling_ratio=0, aligned=True)
+    return pooled.to(level.dtype)
 
 
 @dataclass(frozen=True)
