@@ -4,9 +4,9 @@
     pvt-hf predict --model_name_or_path converted/semantic_fpn_pvt_s --images photos --window 512 --stride 341
     pvt-hf predict --model_name_or_path converted/pvt_v2_b2 --images photos --tta_flip
 
-A segmenter writes a PNG for each image, of its size: the labels of the maps that it was trained on, or with
-`--binary_masks` 0 and 255. A classifier writes `predictions.csv`, a detector `predictions.json` in COCO's format for
-results, with the names of files and classes.
+A segmenter writes a PNG for each image, of its size as it is seen, which is turned as EXIF says: the labels of the maps
+that it was trained on, or with `--binary_masks` 0 and 255. A classifier writes `predictions.csv`, a detector
+`predictions.json` in COCO's format for results, with the names of files and classes.
 """
 
 import csv
@@ -34,7 +34,7 @@ from transformers.utils import logging
 from ..data.checks import check_images, describe_problems
 from ..data.images import decode, prepare
 from ..evaluation.classifier_views import ClassifierViews
-from ..evaluation.label_maps import LabelMapPredictor
+from ..evaluation.label_map_predictor import LabelMapPredictor
 from ..evaluation.metrics import coco_results
 from ..training.arguments import STRIDE, TTA_FLIP, TTA_SCALES, WINDOW, check_together, option
 from ..writing.files import atomic_file
@@ -49,8 +49,10 @@ _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 class PredictionArguments:
     """What is predicted, and how."""
 
-    model_name_or_path: str | None = option(None, "checkpoint of any task: a folder, or a repository of the Hub")
-    images: str | None = option(None, "folder of images, in folders or not, or one image")
+    model_name_or_path: str | None = option(
+        None, "checkpoint of any task: a folder, or a repository of the Hub (default: none)"
+    )
+    images: str | None = option(None, "folder of images, in folders or not, or one image (default: none)")
     output_dir: str = option("runs/predictions", "where predictions are written (default: runs/predictions)")
     binary_masks: bool = option(False, "of segmenters of two classes: write 0 and 255, not 0 and 1 (default: false)")
     window: int | None = option(None, f"of segmenters: {WINDOW}")

@@ -137,6 +137,7 @@ def test_what_is_wrong_with_data_is_said_before_the_first_step(arguments, messag
         (["--class_weights", "1", "2", "--loss", "dice"], "--class_weights are of the cross-entropy"),
         (["--head", "upernet", "--model_name_or_path", "x"], "--head is for a new model"),
         (["--loss", "focal"], "invalid choice: 'focal'"),
+        (["--train_val_split", "0.2"], "--train_val_split makes the validation set: leave --eval_images"),
     ],
 )
 def test_options_that_contradict_each_other_are_a_usage_error(arguments, message, polyps, tmp_path, capsys):
