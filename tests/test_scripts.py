@@ -104,6 +104,13 @@ def test_a_program_runs(programs, scenes, tmp_path, task, run):
         assert {found["label"] for found in classify(Image.new("RGB", (40, 50)), top_k=10)} == set(CLASSES)
 
 
+def test_sizes_that_the_programs_read():
+    """They take the shortest edge of a processor, or its height and width, and crop to that too: see the README."""
+    assert dict(pvt_hf.PvtImageProcessor().size) == {"shortest_edge": 256}
+    assert dict(pvt_hf.PvtImageProcessor(size=224).size) == {"height": 224, "width": 224}
+    assert pvt_hf.PvtSegmentationImageProcessor().size["shortest_edge"] == 512
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["run_with_trainer", "run_without_trainer"])
 @pytest.mark.parametrize("task", TASKS)

@@ -60,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     chosen = {key: getattr(options, key) for key in ("backbone_only", "overwrite", "with_code")}
     if options.all:
-        done = convert_all(options.all, options.push_to_hub, options.private, options.debug, **chosen)
-        return 0 if done else 1
+        return 0 if convert_all(options.all, options.push_to_hub, options.private, options.debug, **chosen) else 1
     if options.to:
         print_export(Path(options.source), options.output, options.to, options.overwrite)
         return 0

@@ -115,6 +115,9 @@ def test_classes_that_are_nowhere_are_told_with_all_counts(tmp_path, caplog):
         check_classes(background, full, NAMES)
     check_classes(full, full, NAMES)
     assert not caplog.records
+    of_ones = survey((tmp_path / "full" / "images", tmp_path / "full" / "masks"), binary_masks=True)
+    with pytest.raises(ValueError, match="masks of 0 and 1 are labels as they are, without `binary_masks`"):
+        check_classes(of_ones, full, NAMES)
     check_classes(full, background, NAMES)
     assert "No label map of the validation set has the classes ['polyp']" in caplog.text
     nothing = replace(full, pixels=[0, 0], maps=[0, 0])

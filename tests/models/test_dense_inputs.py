@@ -47,6 +47,15 @@ def test_empty_batches_give_empty_outputs(name, backbone):
 
 
 @pytest.mark.parametrize("name", [*DETECTORS, "semantic_fpn"])
+def test_weights_that_are_no_numbers_give_such_a_loss(name):
+    """Which ends a training with a reason, where an error of a part of the model has none."""
+    model = build_dense_model(name, depths=[1, 1, 1, 1]).train()
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    assert model(torch.randn(1, 3, 64, 96), labels=labels_for(name, 1)).loss.isnan()
+
+
+@pytest.mark.parametrize("name", [*DETECTORS, "semantic_fpn"])
 def test_inputs_of_another_type_are_named(name):
     model, pixels = build_dense_model(name, "resnet"), torch.randn(1, 3, 64, 64)
     for wrong, got in (
