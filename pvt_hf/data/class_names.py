@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,14 +39,24 @@ def read_class_names(file: str | Path) -> list[str]:
     except UntrustedFileError as error:
         raise ClassNameError(f"{file} {error}") from error
     names = _list_names(file, _parse(path, text))
-    if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
-        raise ClassNameError(f"{file}: a class name must be a string that is not empty, got {wrong[0]!r}.")
+    if wrong := [name for name in names if not is_name(name)]:
+        raise ClassNameError(f"{file}: a class name must be a string in UTF-8 that is not empty, got {wrong[0]!r}.")
     names = [name.strip() for name in names]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ClassNameError(f"{file} has class names twice: {twice[:5]}.")
     if not names:
         raise ClassNameError(f"{file} has no class names.")
     return names
+
+
+def is_name(value: Any) -> bool:
+    """Whether this can be the name of a class: a string that is not empty, and that can be written to files. Json may
+    hold halves of characters, which cannot.
+
+    Args:
+        value: Of a file of others.
+    """
+    return isinstance(value, str) and value.strip() != "" and not re.search(r"[\ud800-\udfff]", value)
 
 
 def _parse(path: Path, text: str) -> Any:

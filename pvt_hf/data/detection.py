@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..models.annotations import AnnotationError, is_integer, read_objects
 from ..untrusted import UntrustedFileError, read_text
 from .checks import check_images, refuse_problems
+from .class_names import is_name
 from .detection_records import DetectionData, ImageRecord, check_records
 from .images import ImageError, drop_skipped
 from .user_transforms import Transform, transform_objects
@@ -35,9 +36,10 @@ logger = logging.get_logger(__name__)
 # Lists of COCO json, and what the fields that each of their entries must have are.
 _INTEGER = (lambda value: type(value) is int, "an integer")
 _SIDE = (lambda value: type(value) is int and 0 < value < 10**6, "a positive integer, in pixels")
-_NAME = (lambda value: isinstance(value, str) and value.strip() != "", "a string that is not empty")
+_FILE = (lambda value: isinstance(value, str) and value.strip() != "", "a string that is not empty")
+_NAME = (is_name, "a string in UTF-8 that is not empty")
 _COCO_FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "images": {"id": _INTEGER, "file_name": _NAME, "height": _SIDE, "width": _SIDE},
+    "images": {"id": _INTEGER, "file_name": _FILE, "height": _SIDE, "width": _SIDE},
     "annotations": {"image_id": _INTEGER, "category_id": _INTEGER, "bbox": (lambda value: True, "")},
     "categories": {"id": _INTEGER, "name": _NAME},
 }
