@@ -21,6 +21,22 @@ from ..variants import build_config, find_variant
 DEFAULT_VARIANT = "pvt_v2_b0"
 
 
+def read_config(checkpoint: str) -> PreTrainedConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        SystemExit: If there is none, with what transformers says about it.
+    """
+    try:
+        return AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SystemExit(
+            f"{checkpoint} cannot be loaded: it must be a folder with a model's config.json, or a repository of the "
+            f"Hub. {reason}"
+        ) from error
+
+
 def read_backbone_config(checkpoint: str | None, variant: str | None) -> tuple[PreTrainedConfig, str | None]:
     """What a model's backbone is.
 
@@ -37,7 +53,7 @@ def read_backbone_config(checkpoint: str | None, variant: str | None) -> tuple[P
     if checkpoint is None:
         variant = variant or DEFAULT_VARIANT
         return build_config(variant), variant
-    config = get_backbone_config(AutoConfig.from_pretrained(checkpoint))
+    config = get_backbone_config(read_config(checkpoint))
     found = getattr(find_variant(config), "name", None)
     if variant not in (None, found):
         raise SystemExit(f"{checkpoint} is not a {variant}")
@@ -79,7 +95,9 @@ def read_detection_split(
         workers: Processes that look at files.
     """
     name = str(options.dataset_name)
-    if find_layout(name):
+    if layout := find_layout(name):
+        if options.bbox_format != "coco":
+            raise ValueError(f"--bbox_format: {name} has the layout {layout}, which says what its boxes are.")
         return read_detection_folder(
             name, split, label_names, options.skip_corrupt, options.allow_outside, workers=workers
         )

@@ -187,7 +187,9 @@ def refuse_problems(problems: Sequence[str], count: int, subject: str, skip_corr
     if not problems:
         return
     message = describe_problems(problems, count, subject)
-    if not skip_corrupt or len(problems) == count:
+    if len(problems) == count:
+        raise ImageError(message)
+    if not skip_corrupt:
         raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
     logger.warning(f"{message}\nThey are left out.")
 

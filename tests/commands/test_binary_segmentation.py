@@ -202,7 +202,7 @@ def test_predictions_of_classifiers_and_detectors(tmp_path, polyps, monkeypatch,
     (images / "0.jpg").unlink()
     with pytest.raises(SystemExit, match="1.jpg cannot be read"):
         predict.main([*common, "classifier"])
-    with pytest.raises(SystemExit, match="--binary_masks is for a segmenter of two classes"):
+    with pytest.raises(SystemExit, match="classifier is a classifier, which has no --binary_masks"):
         predict.main([*common, "classifier", "--binary_masks"])
     with pytest.raises(SystemExit, match="There are no images in classifier"):
         predict.main([*common[2:], "classifier", "--images", "classifier"])

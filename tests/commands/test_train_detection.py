@@ -140,7 +140,7 @@ def test_bad_input_ends_before_any_work(run, scenes, classifier, tmp_path, capsy
     content["categories"].pop()
     content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] < 10]
     (fewer / "validation" / "annotations.json").write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match="Training has the classes .*'9'], evaluation .*'8']"):
+    with pytest.raises(SystemExit, match="The training set has the classes .*'9'], the validation set .*'8']"):
         run(*arguments, *coco_arguments(fewer))
     small_detector("retinanet").save_pretrained(tmp_path / "detector")
     with pytest.raises(SystemExit, match="--recipe detr_50ep is not for a pvt_hf_retinanet"):
