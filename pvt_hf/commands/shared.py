@@ -15,6 +15,7 @@ from ..data.digits import write_scenes
 from ..data.images import ImageError
 from ..models.backbone import get_backbone_config, load_pretrained_backbone
 from ..training.arguments import DetectionDataArguments, EvaluationArguments
+from ..training.optimization import SettingError
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
 
@@ -80,7 +81,26 @@ def exit_on_bad_data() -> Iterator[None]:
     try:
         yield
     except (ImageError, ValueError) as error:
+        raise SystemExit(_read_message(error)) from error
+
+
+@contextmanager
+def exit_on_bad_run() -> Iterator[None]:
+    """Settings that do not fit, and images that turn out to be corrupt, end the program in the same way. Any other
+    error is not the user's, and has a traceback."""
+    try:
+        yield
+    except SettingError as error:
         raise SystemExit(str(error)) from error
+    except ImageError as error:
+        message = _read_message(error)
+        raise SystemExit(f"{message}\n--skip_corrupt leaves out images that cannot be decoded") from error
+
+
+def _read_message(error: Exception) -> str:
+    """Of an error from a loader's process it is the last line of a traceback."""
+    message = str(error)
+    return message.strip().split("\n")[-1].split(": ", 1)[-1] if message.startswith("Caught ") else message
 
 
 def read_detection_split(

@@ -156,6 +156,7 @@ def build_training_set(
     )
 
 
+@shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), recipe, args = parse(argv)
     set_seed(args.seed)

@@ -213,6 +213,7 @@ def load_model(
     return model
 
 
+@shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), backbone, recipe, args = parse(argv)
     set_seed(args.seed)
