@@ -216,7 +216,10 @@ def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments
     )
     maps = _MappedMaps(data, image_processor, scales)
     maps.places = torch.tensor(places)
-    return trainer, trainer.evaluate(maps)
+    metrics = trainer.evaluate(maps)
+    if trainer.is_world_process_zero():
+        print(trainer.describe_classes())
+    return trainer, metrics
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def test_train_evaluate_and_predict(run, polyps, capsys, monkeypatch):
         ("more", ["--window", "48", "--stride", "32", "--tta_scales", "1.5", "--tta_flip"]),
     ):
         evaluate.main([*common, *data, "--binary_masks", *options, "--output_dir", name])
+        assert re.search(r"foreground: IoU [\d.]+, Dice [\d.]+, accuracy [\d.]+, [\d,]+ p", capsys.readouterr().out)
         measured[name] = json.loads((run / name / "results.json").read_text())["trained"]
     assert measured["more"] != measured["plain"] and measured["more"].keys() == measured["plain"].keys()
     with pytest.raises(SystemExit, match=r"(?s)is a JPEG.*`--binary_masks`"):
