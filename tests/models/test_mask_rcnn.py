@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import pvt_hf
 from pvt_hf.conversion import reference_heads
 from pvt_hf.conversion.architectures.mask_rcnn import MaskRCNN
-from pvt_hf.models import modeling_mask_rcnn
+from pvt_hf.models import rois
 from pvt_hf.models.backbone import load_pretrained_backbone
 from pvt_hf.models.modeling_mask_rcnn import MaskHead, SampledRoIs, pool_rois, sample_rois, to_rois
 from pvt_hf.models.post_processing import detect_objects, paste_masks, segment_instances
@@ -197,7 +197,7 @@ def test_rois_are_pooled_from_the_level_of_their_scale():
     for size in (7, 14):
         pooled = pool_rois(levels, to_rois(tensors), (4, 8, 16, 32), size)
         assert_close(pooled, loops.roi_features(levels, boxes, size), rtol=0, atol=1e-12)
-        with mock.patch.object(modeling_mask_rcnn, "runs_transformed", lambda: True):  # and on GPUs
+        with mock.patch.object(rois, "runs_transformed", lambda: True):  # and on GPUs
             assert torch.equal(pool_rois(levels, to_rois(tensors), (4, 8, 16, 32), size), pooled)
     none = [tensors[0][:0]] * 2
     assert pool_rois(levels, to_rois(none), (4, 8, 16, 32), 7).shape == (0, 3, 7, 7)
