@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
-from ..models.pixels import read_orientation
+from ..models.pixels import PixelError, check_mode, read_orientation
 from .images import ImageError, decode
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Item: TypeAlias = "str | tuple[str, ...] | Any"
 # Fewer results are not worth a file.
 _CACHED_FROM = 200
 # Part of the cache's name: another number, when what a check returns has another meaning.
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 32
 
 
@@ -238,8 +238,11 @@ class _ImageCheck:
         source = self._find_source(item)
         try:
             with Image.open(source) as image:
+                check_mode(image, name)
                 # Orientations from 5 to 8 lie on their sides.
                 return {"height": image.height, "width": image.width, "turned": read_orientation(image) >= 5}
+        except PixelError as error:
+            raise ImageError(str(error)) from error
         except Exception as error:  # Pillow's readers raise whatever a corrupt file leads them to
             raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
 
