@@ -24,7 +24,6 @@ from dataclasses import fields
 from typing import Any, cast
 
 from transformers import (
-    AutoConfig,
     AutoModelForObjectDetection,
     PreTrainedConfig,
     PreTrainedModel,
@@ -67,7 +66,7 @@ def parse(
     model_args, data_args, recipe_args, options = groups
     architecture = DETECTION_RECIPES[recipe_args.recipe].architecture
     if model_args.model_name_or_path:
-        model_type = AutoConfig.from_pretrained(model_args.model_name_or_path).model_type
+        model_type = shared.read_config(model_args.model_name_or_path).model_type
         if not model_type.endswith(architecture):
             raise SystemExit(f"--recipe {recipe_args.recipe} is not for a {model_type}")
     checkpoint = model_args.model_name_or_path or model_args.backbone_checkpoint
@@ -98,7 +97,7 @@ def load_splits(data_args: DetectionDataArguments, args: TrainingArguments) -> t
         train, validation = (read_coco(*pair, *options) for pair in files)
     if names:
         train = train.reorder(names, (str(data_args.class_names), "the training set"))
-    return train, validation.reorder(train.label_names, ("Training", "evaluation"))
+    return train, validation.reorder(train.label_names, ("The training set", "the validation set"))
 
 
 def check_splits(
@@ -153,6 +152,7 @@ def load_model(
     return model
 
 
+@shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), backbone, recipe, args = parse(argv)
     set_seed(args.seed)

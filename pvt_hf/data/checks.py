@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
-from ..models.pixels import read_orientation
+from ..models.pixels import PixelError, check_mode, read_orientation
 from ..writing.text import escape_control
 from .images import ImageError, check_source, decode
 
@@ -35,7 +35,7 @@ Item: TypeAlias = "str | tuple[str, ...] | Any"
 # Fewer results are not worth a file.
 _CACHED_FROM = 200
 # Part of the cache's name: another number, when what a check returns has another meaning.
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 32
 
 
@@ -189,7 +189,9 @@ def refuse_problems(problems: Sequence[str], count: int, subject: str, skip_corr
     if not problems:
         return
     message = describe_problems(problems, count, subject)
-    if not skip_corrupt or len(problems) == count:
+    if len(problems) == count:
+        raise ImageError(message)
+    if not skip_corrupt:
         raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
     logger.warning(f"{message}\nThey are left out.")
 
@@ -238,8 +240,11 @@ class _ImageCheck:
         source = self._find_source(item)
         try:
             with Image.open(check_source(source)) as image:
+                check_mode(image, name)
                 # Orientations from 5 to 8 lie on their sides.
                 return {"height": image.height, "width": image.width, "turned": read_orientation(image) >= 5}
+        except PixelError as error:
+            raise ImageError(str(error)) from error
         except Exception as error:  # Pillow's readers raise whatever a corrupt file leads them to
             raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
 

@@ -202,7 +202,8 @@ def read_detection_dataset(
     records, label_names = _label_objects(records, _unwrap_list(names[columns[1]]), label_names, columns[1])
     records, left_out = _read_sizes(records, rows, skip_corrupt, workers)
     found = DetectionData(label_names, list(range(len(label_names))), records, rows, left_out)
-    return check_records(found, "The data set", bbox_format)
+    source = f"The split {data.split} of the data set" if data.split else "The data set"
+    return check_records(found, source, bbox_format)
 
 
 def _unwrap_list(feature: Any) -> Any:

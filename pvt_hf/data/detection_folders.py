@@ -118,7 +118,7 @@ def _find(folder: Path, candidates: Sequence[str], allow_outside: bool = False) 
             return path
     if outside := next(filter(os.path.exists, paths), None):
         raise AnnotationError(f"{outside} is outside of {folder}: set `allow_outside` (`--allow_outside`) to read it.")
-    raise AnnotationError(f"{folder} has none of {list(candidates)}.")
+    raise AnnotationError(f"{folder} has none of {list(dict.fromkeys(candidates))}.")
 
 
 def _read(file: Path) -> str:
@@ -136,10 +136,7 @@ def _read_yolo(folder: Path, options: _Options) -> DetectionData:
     content = _read_data_yaml(options.data_yaml)
     if "kpt_shape" in content:
         raise AnnotationError(f"{options.data_yaml} is of poses (`kpt_shape`): their labels are not boxes.")
-    names_file = next((file for file in (options.data_yaml, folder / "classes.txt") if file.exists()), None)
-    names = read_class_names(names_file) if names_file else options.label_names
-    if names is None:
-        raise AnnotationError(f"{folder} has neither data.yaml nor classes.txt: pass the names of its classes.")
+    names = _name_yolo_classes(folder, options, content)
     images = [path for place in _find_yolo_images(folder, options, content) for path in _list_images(place)]
     labels = [_label_file(path) for path in images]
     if not any(map(Path.is_file, labels)):
@@ -154,6 +151,20 @@ def _read_yolo(folder: Path, options: _Options) -> DetectionData:
     ]
     data = DetectionData(list(names), list(range(len(names))), records, left_out=left_out)
     return check_records(data, str(folder), "yolo")
+
+
+def _name_yolo_classes(folder: Path, options: _Options, content: dict[str, Any]) -> Sequence[str]:
+    text_file = folder / "classes.txt"
+    names_file = options.data_yaml if "names" in content else text_file if text_file.exists() else None
+    names = read_class_names(names_file) if names_file else options.label_names
+    if names is None:
+        raise AnnotationError(
+            f"{folder} has neither data.yaml with `names` nor classes.txt: pass the names of its classes "
+            "(`--class_names`)."
+        )
+    if content.get("nc", len(names)) != len(names):
+        raise AnnotationError(f"{options.data_yaml} says `nc` {content['nc']!r}, but there are {len(names)} names.")
+    return names
 
 
 def _read_data_yaml(file: Path) -> dict[str, Any]:
@@ -278,7 +289,7 @@ def _list_voc_files(folder: Path, aliases: Sequence[str]) -> tuple[list[Path], P
         part = _find(folder, aliases)
         return sorted(part.glob("*.xml")), part
     split = _find(folder, [f"ImageSets/Main/{name}.txt" for name in aliases])
-    stems = _read(split).split()
+    stems = [line.strip() for line in _read(split).splitlines() if line.strip()]
     if outside := [stem for stem in stems if os.path.isabs(stem) or ".." in Path(stem).parts]:
         raise AnnotationError(f"{split} names files outside of {folder / 'Annotations'}: {outside[:5]}.")
     files = [folder / "Annotations" / f"{stem}.xml" for stem in stems]

@@ -56,6 +56,26 @@ def seed_random_state(*numbers: int) -> Iterator[None]:
         yield
 
 
+def load_split(source: str, split: str, builder: str | None = None, **options: Any) -> Any:
+    """Loads a split of a data set, as `datasets.load_dataset` does.
+
+    Args:
+        source: Its name on the Hub, or where it is.
+        split: For example `train`.
+        builder: What `load_dataset` shall take in place of `source` (default: nothing else).
+        **options: Of `load_dataset`.
+
+    Raises:
+        ImageError: If there is no such data, with what `datasets` says about it.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(builder or source, split=split, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ImageError(f"Split {split!r} of {source!r} cannot be loaded: {error}") from error
+
+
 def decode(image: Mapping[str, Any] | None, name: str, mode: str | None = "RGB", turn: bool = True) -> Image.Image:
     """Decodes an image as `datasets.Image(decode=False)` stores it.
 
@@ -70,6 +90,8 @@ def decode(image: Mapping[str, Any] | None, name: str, mode: str | None = "RGB",
         ImageError: If the image is corrupt or missing, or has pixels that cannot become RGB; the message has `name`.
     """
     image = image or {}
+    if image.get("bytes") is None and image.get("path") is None:
+        raise ImageError(f"{name} is missing: there is neither a file nor bytes.")
     try:
         source = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else check_source(image["path"])
         return read_file(source, name, mode, turn)

@@ -125,6 +125,15 @@ def test_yolo_may_be_named_by_its_yaml(tmp_path):
     assert data.label_names == NAMES and len(data) == 2 and len(data.records[0].annotations) == 2
 
 
+def test_names_of_voc_files_may_have_blanks(tmp_path):
+    LAYOUTS["voc devkit"](tmp_path)
+    for folder in ("Annotations", "JPEGImages"):
+        for file in (tmp_path / folder).glob("a.*"):
+            file.rename(file.with_stem("an image"))
+    write(tmp_path / "ImageSets" / "Main" / "train.txt", "an image \nb\n")
+    assert [record.name for record in read_detection_folder(tmp_path, "train").records] == ["an image.jpg", "b.jpg"]
+
+
 def test_polygons_of_yolo_are_masks(tmp_path):
     LAYOUTS["yolo of Roboflow"](tmp_path)
     write(tmp_path / "train" / "labels" / "a.txt", "1 0.1 0.2 0.3 0.2 0.3 0.6\n\n2 0.5 0.5 0.1 0.1\n")
@@ -161,6 +170,8 @@ BAD = {
     "no split": ("yolo of Roboflow", replace_text("data.yaml", "../train/", "nowhere/"), "has none of .*nowhere/im"),
     "outside": ("yolo of Roboflow", replace_text("data.yaml", "../train/images", ".."), "is outside of .*--allow_"),
     "no labels": ("yolo of Roboflow", lambda f: (f / "train/labels").rename(f / "gone"), "None of 2 images has labels"),
+    "no names": ("yolo of Roboflow", replace_text("data.yaml", "names", "classes"), "neither data.yaml with `names` n"),
+    "count": ("yolo of Roboflow", replace_text("data.yaml", "nc: 3", "nc: 2"), "says `nc` 2, but there are 3 names"),
     "corrupt": ("yolo of Roboflow", lambda f: write(f / "train/images/a.png", "x"), "(?s)1 of 2 images.*a.png cannot"),
     "xml": ("voc of Roboflow", replace_text(XML, "</annotation>", ""), "a.xml cannot be read"),
     "corner": ("voc of Roboflow", replace_text(XML, "<ymin>11<", "<ymin>top<"), "a.xml: <object> has <bndbox/ymin> 't"),
