@@ -1,3 +1,4 @@
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network, and one that tries shall fail
@@ -11,8 +12,9 @@ import torch
 from tests.support.hub import TOKEN, LocalHub
 from tests.support.small_models import ROOT
 
-# The workers of pytest-xdist share the cores.
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+# Enough for small models, and as in the processes that results are compared with. Threads that other tests keep from
+# running wait for each other most of the time.
+torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the choice by markers
@@ -31,6 +33,16 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def logged_errors():
+    """What transformers logs as an error, such as a class that a pipeline does not know, which it runs nevertheless."""
+    records, handler = [], logging.Handler(logging.ERROR)
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    yield records
+    logging.getLogger("transformers").removeHandler(handler)
 
 
 @pytest.fixture

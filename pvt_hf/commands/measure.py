@@ -22,12 +22,19 @@ from transformers import (
 import pvt_hf
 
 from ..data.class_names import ClassNameError, match_class_names, read_class_names
-from ..data.classification import EvaluationImages, check_images_and_labels, collate, find_labels, load_images
+from ..data.classification import (
+    EvaluationImages,
+    check_images_and_labels,
+    collate,
+    encode_names,
+    find_labels,
+    load_images,
+)
 from ..data.detection import EvaluationDetections, read_coco
 from ..data.digits import write_scenes
 from ..data.label_maps import read_palette
 from ..data.segmentation import EvaluationMaps, SegmentationData, read_segmentation_dataset, read_segmentation_folders
-from ..data.segmentation_checks import check_classes, select_rows, survey_maps
+from ..data.segmentation_checks import check_classes, survey_maps
 from ..evaluation.classifier_views import ClassifierViews
 from ..evaluation.metrics import COCO_METRICS, classification_metrics, classification_statistics
 from ..models.backbone import get_backbone_config
@@ -99,7 +106,7 @@ class _MappedMaps(EvaluationMaps):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = super().__getitem__(index)
-        table = torch.full((IGNORE_INDEX + 1,), IGNORE_INDEX)
+        table = torch.arange(max(len(self.places), IGNORE_INDEX + 1))  # what is ignored stays so
         table[: len(self.places)] = self.places
         return row | {"labels": table[row["labels"]]}
 
@@ -116,6 +123,7 @@ def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArgument
     rows = load_images(
         options.dataset_name, options.eval_split, options.dataset_config_name, image_column=options.image_column
     )
+    rows = encode_names(rows, options.label_column)
     column, names = find_labels(rows, options.label_column)
     if not isinstance(rows.features[column], datasets.ClassLabel):  # integers, of which some may not be there
         names = list(map(str, range(max(len(names), model.config.num_labels))))
@@ -178,7 +186,7 @@ def read_label_maps(names: list[str], reduce_labels: bool, options: EvaluationAr
         return read_segmentation_folders(options.images, options.maps, **settings)
     if options.dataset_name:
         rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.eval_split)
-        return read_segmentation_dataset(rows, options.map_column, **settings)
+        return read_segmentation_dataset(rows, options.map_column, options.image_column, **settings)
     scenes = draw_validation_scenes(options)
     return read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
 
@@ -190,7 +198,7 @@ def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments
     names, places = match_classes(model, checkpoint, known, options)
     scales, args = options.tta_scales or (), build_evaluation_arguments(options, batch_size=1)
     data = read_label_maps(names, getattr(image_processor, "do_reduce_labels", False), options)
-    data = select_rows(data, range(len(data))[: options.max_eval_samples])
+    data = data.select(range(len(data))[: options.max_eval_samples])
     with args.main_process_first(desc="checking the data"):
         data, survey = survey_maps(data, "the data", options.dataloader_num_workers, options.skip_corrupt)
     check_classes(None, survey, names)

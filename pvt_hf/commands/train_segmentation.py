@@ -44,17 +44,15 @@ from ..data.label_maps import read_palette
 from ..data.segmentation_checks import LabelSurvey, check_classes, survey_maps
 from ..models.configuration_pvt import label_fields
 from ..recipes import SEGMENTATION_RECIPES, SegmentationRecipe, fit_segmentation_recipe
-from ..training.arguments import (
+from ..training.arguments import TrainingOptions, build_training_arguments, override_recipe
+from ..training.optimization import freeze_stages, images_per_step
+from ..training.segmentation import SegmentationTrainer
+from ..training.segmentation_arguments import (
     SEGMENTATION,
     SegmentationDataArguments,
     SegmentationModelArguments,
     SegmentationRecipeArguments,
-    TrainingOptions,
-    build_training_arguments,
-    override_recipe,
 )
-from ..training.optimization import freeze_stages, images_per_step
-from ..training.segmentation import SegmentationTrainer
 from ..training.segmentation_losses import SegmentationLoss, balance_classes
 from . import presets, shared
 from .parser import parse_arguments
@@ -100,17 +98,26 @@ def load_splits(
         "palette": read_palette(data_args.palette, names) if data_args.palette else None,
     }
     if data_args.dataset_name:
-        splits = data_args.train_split, data_args.eval_split
         name, config = data_args.dataset_name, data_args.dataset_config_name
-        rows = (datasets.load_dataset(name, config, split=split) for split in splits)
-        return [data.read_segmentation_dataset(split, data_args.map_column, **settings) for split in rows]
-    folders: list[tuple[Any, Any]]
-    if data_args.train_images:
-        folders = [(data_args.train_images, data_args.train_maps), (data_args.eval_images, data_args.eval_maps)]
+        chosen = [data_args.train_split, data_args.eval_split][: 1 if data_args.train_val_split else 2]
+        rows = (datasets.load_dataset(name, config, split=split) for split in chosen)
+        columns = data_args.map_column, data_args.image_column
+        splits = [data.read_segmentation_dataset(split, *columns, **settings) for split in rows]
     else:
-        scenes = shared.draw_scenes(args, data_args.num_scenes)
-        folders = [(scenes / split / "images", scenes / split / "maps") for split in ("train", "validation")]
-    return [data.read_segmentation_folders(*pair, **settings) for pair in folders]
+        folders = _list_folders(data_args, args)
+        splits = [data.read_segmentation_folders(*pair, **settings) for pair in folders]
+    if data_args.train_val_split is None:
+        return splits
+    return list(splits[0].split(data_args.train_val_split, args.seed))
+
+
+def _list_folders(data_args: SegmentationDataArguments, args: TrainingArguments) -> list[tuple[Any, Any]]:
+    """Of images and of maps: of both splits, or of one that will be split."""
+    if data_args.train_images:
+        pairs = [(data_args.train_images, data_args.train_maps), (data_args.eval_images, data_args.eval_maps)]
+        return pairs[: 1 if data_args.train_val_split else 2]
+    scenes = shared.draw_scenes(args, data_args.num_scenes)
+    return [(scenes / split / "images", scenes / split / "maps") for split in ("train", "validation")]
 
 
 def check_splits(
@@ -173,8 +180,8 @@ def build_config(
     backbone.out_features = list(pvt_hf.SemanticFPNConfig.backbone_out_features)
     fields: dict[str, Any] = {"backbone_config": backbone} | label_fields(names)
     if model_args.head == "upernet":
-        channels = model_args.head_channels or 512
-        return UperNetConfig(hidden_size=channels, use_auxiliary_head=loss is None, **fields)
+        size = model_args.head_channels or 512
+        return UperNetConfig(hidden_size=size, use_auxiliary_head=loss is None, **fields)
     channels = {"neck_channels": model_args.neck_channels, "head_channels": model_args.head_channels}
     fields |= {name: value for name, value in channels.items() if value is not None}
     return pvt_hf.SemanticFPNConfig(loss_normalization=recipe.loss_normalization, **fields)

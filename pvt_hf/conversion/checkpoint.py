@@ -34,6 +34,16 @@ _PREFIXES = r"\A(module\.|_orig_mod\.|model\.|net\.)*"  # DistributedDataParalle
 _MAX_LISTED = 20
 # The start of a file's own sha256 at the end of its name: what torch.hub, timm and the mm* libraries publish.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+")
+# How files begin that were taken for checkpoints, in small letters, and what to do.
+_OTHER_FILES = (
+    ((b"<!", b"<html", b"<?xml"), "is an HTML page, not a checkpoint: the page of a download was saved instead."),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the checkpoint: run `git lfs pull`."),
+    (
+        b"{",
+        "is JSON, not weights. If it is the index of several files, save them as one: "
+        "`model.save_pretrained(folder, max_shard_size='10GB')`.",
+    ),
+)
 # What zipfile, torch and safetensors raise for files that are not what they say.
 _DAMAGE = (
     *(EOFError, KeyError, NotImplementedError, OSError, OverflowError, RuntimeError, ValueError),
@@ -275,27 +285,22 @@ def load_file(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path} {error}") from error
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not start:
         raise ConversionError(f"{path} is empty.")
-    if text.startswith((b"<!", b"<html", b"<?xml")):
-        raise ConversionError(f"{path} is an HTML page, not a checkpoint: the page of a download was saved instead.")
-    if text.startswith(b"version https://git-lfs"):
-        raise ConversionError(f"{path} is a Git LFS pointer, not the checkpoint: run `git lfs pull`.")
     is_safetensors, is_zip = start[8:9] == b"{", start.startswith(b"PK")
-    if text.startswith(b"{") and not is_safetensors:
-        raise ConversionError(
-            f"{path} is JSON, not weights. If it is the index of several files, save them as one: "
-            "`model.save_pretrained(folder, max_shard_size='10GB')`."
-        )
     if not (is_safetensors or is_zip or start.startswith(b"\x80")):
-        raise ConversionError(f"{path} is neither a file of `torch.save` nor a `.safetensors` file.")
+        text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        unknown = "is neither a file of `torch.save` nor a `.safetensors` file."
+        known = (what for opening, what in _OTHER_FILES if text.startswith(opening))
+        raise ConversionError(f"{path} {next(known, unknown)}")
     if not is_safetensors and path.suffix == ".safetensors":
         raise ConversionError(f"{path} is a pickle of `torch.save` under the name of a `.safetensors` file.")
     try:
         loaded = safetensors.torch.load_file(path) if is_safetensors else read_torch_file(path, is_zip)
     except UntrustedFileError as error:
         raise ConversionError(f"{path} {error}") from error
+    except UnicodeEncodeError as error:  # neither library takes such a path
+        raise ConversionError(f"{path} has a name that is not UTF-8: give it another.") from error
     except _DAMAGE as error:
         reason = str(error).partition("\n")[0]  # torch shows where in its source
         raise ConversionError(f"{path} is truncated or damaged: {reason}") from error

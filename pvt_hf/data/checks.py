@@ -172,6 +172,26 @@ def describe_problems(problems: Sequence[str], count: int, subject: str, shown: 
     return "\n  ".join([f"{len(problems)} of {count} {subject} cannot be used:", *problems[:shown], *others])
 
 
+def refuse_problems(problems: Sequence[str], count: int, subject: str, skip_corrupt: bool) -> None:
+    """Raises an error if there are problems, or logs that they are left out.
+
+    Args:
+        problems: Of images, a sentence each.
+        count: How many were checked.
+        subject: What they are, as "images of the validation set".
+        skip_corrupt: Whether they are left out instead of being an error.
+
+    Raises:
+        ImageError: With the number of problems and the first of them; also where nothing else is left.
+    """
+    if not problems:
+        return
+    message = describe_problems(problems, count, subject)
+    if not skip_corrupt or len(problems) == count:
+        raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
+    logger.warning(f"{message}\nThey are left out.")
+
+
 def check_images(images: Sequence[str] | datasets.Dataset, decoded: bool = False, workers: int = 0) -> list[Checked]:
     """Checks that images are there and can be opened.
 
@@ -210,9 +230,10 @@ class _ImageCheck:
     decoded: bool
 
     def __call__(self, item: str | int) -> dict[str, Any]:
-        name, source = (item, item) if isinstance(item, str) else self._open_row(item)
+        name = item if isinstance(item, str) else f"row {item}"
         if self.decoded:
-            decode({"path": source}, name)
+            decode({"path": self._find_source(item)}, name)
+        source = self._find_source(item)
         try:
             with Image.open(source) as image:
                 # Orientations from 5 to 8 lie on their sides.
@@ -220,10 +241,13 @@ class _ImageCheck:
         except Exception as error:  # Pillow's readers raise whatever a corrupt file leads them to
             raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
 
-    def _open_row(self, index: int) -> tuple[str, Any]:
+    def _find_source(self, item: str | int) -> Any:
+        """A path, or a file of the bytes in a row."""
+        if isinstance(item, str):
+            return item
         import pyarrow
 
-        cell = self.rows[index : index + 1]["image"][0]
+        cell = self.rows[item : item + 1]["image"][0]
         if not cell.is_valid or not cell["bytes"].is_valid:
-            raise ImageError(f"row {index} has no image.")
-        return f"row {index}", pyarrow.BufferReader(cell["bytes"].as_buffer())
+            raise ImageError(f"row {item} has no image.")
+        return pyarrow.BufferReader(cell["bytes"].as_buffer())

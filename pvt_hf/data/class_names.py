@@ -114,19 +114,26 @@ def match_class_names(
     Raises:
         ClassNameError: If the classes are not the same, with both lists.
     """
-    if list(wanted) == list(found):
-        return list(range(len(wanted)))
-    keys, others = ([_fold(name) for name in names] for names in (wanted, found))
+    to_key = str if set(found) <= set(wanted) else _fold
+    keys, others = ([to_key(name) for name in names] for names in (wanted, found))
+    if keys == others:  # also where names are there twice, as in ImageNet
+        return list(range(len(keys)))
     places = {key: place for place, key in enumerate(keys)}
     clear = len(places) == len(keys) and len(set(others)) == len(others)
     if not clear or not set(others) <= places.keys() or not (subset or len(others) == len(keys)):
         alone = [name for name, key in zip(wanted, keys, strict=True) if key not in others]
         new = [name for name, key in zip(found, others, strict=True) if key not in places]
+        lists = [_list_some(names) for names in (wanted, found, alone, new)]
         raise ClassNameError(
-            f"{owners[0]} has the classes {list(wanted)}, {owners[1]} {list(found)}: only the first has {alone}, only "
-            f"the second {new}."
+            f"{owners[0]} has the classes {lists[0]}, {owners[1]} {lists[1]}: only the first has {lists[2]}, only the "
+            f"second {lists[3]}."
         )
     return [places[key] for key in others]
+
+
+def _list_some(names: Sequence[str], shown: int = 100) -> str:
+    listed = ", ".join(map(repr, names[:shown]))
+    return f"[{listed}{f', ... {len(names)} in all' if len(names) > shown else ''}]"
 
 
 def _fold(name: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import logging
 
-from .checks import check_images, describe_problems
+from .checks import check_images, refuse_problems
 from .digits import load_digits_dataset
 from .images import ImageError, decode, drop_skipped, prepare, seed_random_state
 
@@ -168,6 +168,23 @@ def find_labels(
     return found[0], [str(label) for label in range(num_labels or max(data.unique(found[0])) + 1)]
 
 
+def encode_names(
+    data: datasets.Dataset | datasets.IterableDataset, column: str | None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The data with class labels, in the order of the alphabet, in place of the names in a column.
+
+    Args:
+        data: From [`load_images`]; a stream, whose names are not all at hand, stays as it is.
+        column: Of names; with any other column, or `None`, the data stay as they are.
+    """
+    import datasets
+
+    dtype = str(getattr(data.features.get(column), "dtype", ""))
+    if not isinstance(data, datasets.Dataset) or dtype not in ("string", "large_string"):
+        return data
+    return data.class_encode_column(column)
+
+
 def check_images_and_labels(
     data: datasets.Dataset, label_column: str, num_labels: int, name: str, skip_corrupt: bool = False, workers: int = 0
 ) -> tuple[datasets.Dataset, list[str]]:
@@ -196,12 +213,9 @@ def check_images_and_labels(
         )
     checked = check_images(data, decoded=skip_corrupt, workers=workers)
     problems = [found.problem for found in checked if found.problem]
+    refuse_problems(problems, len(data), f"images of {name}", skip_corrupt)
     if not problems:
         return data, []
-    message = describe_problems(problems, len(data), f"images of {name}")
-    if not skip_corrupt or len(problems) == len(data):
-        raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
-    logger.warning(f"{message}\nThey are left out.")
     return data.select([index for index, found in enumerate(checked) if not found.problem]), problems
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..models.annotations import AnnotationError, is_integer, read_objects
-from .checks import check_images, describe_problems
+from .checks import check_images, refuse_problems
 from .detection_records import DetectionData, ImageRecord, check_records
 from .images import ImageError, drop_skipped
 from .user_transforms import Transform, transform_objects
@@ -264,11 +264,7 @@ def _read_sizes(
     unknown = [index for index, record in enumerate(records) if None in record.size]
     checked = dict(zip(unknown, check_images(rows.select(unknown), workers=workers), strict=True)) if unknown else {}
     problems = [f"{records[index].name}: {found.problem}" for index, found in checked.items() if found.problem]
-    if problems:
-        message = describe_problems(problems, len(records), "images")
-        if not skip_corrupt or len(problems) == len(records):
-            raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
-        logger.warning(f"{message}\nThey are left out.")
+    refuse_problems(problems, len(records), "images", skip_corrupt)
     kept = []
     for index, record in enumerate(records):
         found = checked.get(index)

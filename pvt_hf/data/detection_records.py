@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..models.annotations import AnnotationError, has_mask, iter_annotations, rasterize, usable_polygons
 from .box_formats import check_bbox_format, to_xywh
-from .checks import check_images, describe_problems
+from .checks import check_images, refuse_problems
 from .class_names import match_class_names
 from .images import ImageError, decode_to_fit
 
@@ -143,12 +143,9 @@ class DetectionData:
         checked = check_images(images, decoded=skip_corrupt, workers=workers)
         problems = [_find_problem(*pair) for pair in zip(self.records, checked, strict=True)]
         found = [problem for problem in problems if problem]
+        refuse_problems(found, len(self), f"images of {name}", skip_corrupt)
         if not found:
             return self
-        message = describe_problems(found, len(self), f"images of {name}")
-        if not skip_corrupt or len(found) == len(self):
-            raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
-        logger.warning(f"{message}\nThey are left out.")
         records = [record for record, problem in zip(self.records, problems, strict=True) if not problem]
         return replace(self, records=records, left_out=[*self.left_out, *found])
 
@@ -162,8 +159,8 @@ class DetectionData:
             min_side: Least height and width in pixels (default: 32).
             empty: Whether images without annotations are kept (default: `False`).
             masks: Whether masks are trained too (default: `False`). They are read, and their errors found.
-            skip_without_mask: Whether annotations without a mask are left out; else they train their box only
-                (default: `False`).
+            skip_without_mask: Whether, with `masks`, annotations without one are left out; else they train their box
+                only (default: `False`).
 
         Raises:
             AnnotationError: If no image is left, if all annotations of a class or of all classes are left out (with
@@ -171,7 +168,7 @@ class DetectionData:
         """
         uses = self._find_uses(min_side, masks)
         large = [record for record in self.records if min(record.size) >= min_side]
-        if skip_without_mask:
+        if masks and skip_without_mask:
             uses = [use._replace(reason=use.reason or ("it has no mask" if use.is_maskless else None)) for use in uses]
             large = [replace(record, annotations=[*filter(_has_mask, record.annotations)]) for record in large]
         kept = [record for record in large if record.annotations or empty]
@@ -185,8 +182,10 @@ class DetectionData:
             raise AnnotationError(f"No image of {len(self)} is left to train on.")
         if skipped := Counter(use.reason for use in uses if use.reason):
             logger.warning(f"Training skips {sum(skipped.values())} of {len(uses)} annotations: {dict(skipped)}.")
-        if bare := sum(use.is_maskless and not use.reason for use in uses):
-            logger.warning(f"{bare} of {len(uses)} annotations have no mask: they train their box only.")
+        bare, used = sum(use.is_maskless and not use.reason for use in uses), sum(not use.reason for use in uses)
+        _check_that_masks_are_left(bare, used)
+        if bare:
+            logger.warning(f"{bare} of {used} annotations have no mask: they train their box only.")
         return replace(self, records=kept)
 
     def _find_uses(self, min_side: int = 0, masks: bool = False) -> list[_Use]:
@@ -240,6 +239,7 @@ class DetectionData:
                 f"Of {reasons.total()} objects to find, training would skip {sum(odd.values())}: {odd}. COCO's numbers "
                 "count them."
             )
+        _check_that_masks_are_left(bare, reasons.total())
         if bare:
             logger.warning(
                 f"{bare} of {reasons.total()} objects to find have no mask: for the AP of masks their boxes count as "
@@ -315,6 +315,15 @@ def _find_problem(record: ImageRecord, checked: Any) -> str | None:
     return f"{name} has (height, width) {size}, but {record.size} according to its annotations."
 
 
+def _check_that_masks_are_left(bare: int, count: int) -> None:
+    """`bare` of so many annotations have no mask."""
+    if bare and bare == count:
+        raise AnnotationError(
+            f"No annotation of any class has a mask ({bare} have none): choose a detector without masks, such as "
+            "RetinaNet, or Mask R-CNN with `use_masks=False`."
+        )
+
+
 def _has_mask(annotation: dict[str, Any]) -> bool:
     return has_mask(annotation.get("segmentation"))
 
@@ -364,8 +373,10 @@ def check_records(data: DetectionData, source: str, bbox_format: str = "coco") -
     if bbox_format == "coco":
         return data
     converted = iter(to_xywh(boxes, of_images, bbox_format).tolist())
+    # An area beside relative boxes is hardly in pixels: that of the box is taken, as where there is none.
+    no_area = {} if bbox_format == "voc" else {"area": None}
     records = [
-        replace(record, annotations=[entry | {"bbox": next(converted)} for entry in record.annotations])
+        replace(record, annotations=[entry | {"bbox": next(converted)} | no_area for entry in record.annotations])
         for record in data.records
     ]
     return replace(data, records=records)

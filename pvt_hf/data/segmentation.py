@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -62,6 +62,32 @@ class SegmentationData:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def select(self, indices: Sequence[int]) -> SegmentationData:
+        """Some of the images.
+
+        Args:
+            indices: Of their rows.
+        """
+        rows = self.rows
+        chosen = rows.select(indices) if hasattr(rows, "select") else [rows[index] for index in indices]
+        return replace(self, rows=chosen)
+
+    def split(self, share: float, seed: int) -> tuple[SegmentationData, SegmentationData]:
+        """The images in two parts by chance, each in their order.
+
+        Args:
+            share: Of the second part, at least one image, in (0, 1).
+            seed: Decides which.
+
+        Raises:
+            ValueError: If nothing would be left for the first part.
+        """
+        count = max(1, round(share * len(self)))
+        if not 0 < share < 1 or count >= len(self):
+            raise ValueError(f"A share of {share} of {len(self)} images leaves none of them.")
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.select(sorted(order[count:].tolist())), self.select(sorted(order[:count].tolist()))
 
     def name(self, index: int) -> str:
         """What messages call an image: its path, or its place.
@@ -230,13 +256,15 @@ def _list_endings(folder: str | Path, found: dict[str, Path]) -> str:
 
 
 def read_segmentation_dataset(
-    data: datasets.Dataset, map_column: str | None = None, **settings: Any
+    data: datasets.Dataset, map_column: str | None = None, image_column: str | None = None, **settings: Any
 ) -> SegmentationData:
-    """Reads a data set of the Hub with two columns of images, such as `image` and `annotation` (`scene_parse_150`).
+    """Reads a data set of the Hub with two columns of images, such as `image` and `annotation` (`scene_parse_150`) or
+    `pixel_values` and `label` (`segments/sidewalk-semantic`).
 
     Args:
         data: One split.
         map_column: The column with the maps (default: the other one of two columns of images).
+        image_column: The column with the images (default: `image`, or else `pixel_values`).
         **settings: The other fields of [`SegmentationData`].
 
     Raises:
@@ -245,14 +273,18 @@ def read_segmentation_dataset(
     import datasets
 
     columns = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
-    others = [name for name in columns if name != "image"]
+    image_column = image_column or ("pixel_values" if "image" not in columns and "pixel_values" in columns else "image")
+    others = [name for name in columns if name != image_column]
     map_column = map_column or (others[0] if len(others) == 1 else None)
-    if "image" not in columns or map_column not in others:
-        raise ImageError(f"The data set must have columns of images `image` and `map_column`, it has {columns}.")
-    data = data.select_columns(["image", map_column])
-    for column in ("image", map_column):
+    if image_column not in columns or map_column not in others:
+        raise ImageError(
+            f"The data set must have columns of images `{image_column}` and `{map_column or 'map_column'}`, it has "
+            f"{columns}. `--image_column` and `--map_column` name others."
+        )
+    data = data.select_columns([image_column, map_column])
+    for column in (image_column, map_column):
         data = data.cast_column(column, datasets.Image(decode=False))
-    return SegmentationData(data.rename_column(map_column, "label_map"), **settings)
+    return SegmentationData(data.rename_columns({image_column: "image", map_column: "label_map"}), **settings)
 
 
 class TrainingMaps(Dataset):

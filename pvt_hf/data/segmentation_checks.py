@@ -18,6 +18,7 @@ logger = logging.get_logger(__name__)
 
 # A map with more different values is a photograph.
 _MAX_VALUES = 4096
+_MAX_COUNTED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,18 @@ class _MapCheck:
             row = {"image": None, "label_map": {"path": item, "bytes": None}}
             data, index = replace(self.data, rows=[row]), 0
         values = data.read_values(index)
-        found, counts = values.unique(return_counts=True)
+        found, counts = _count(values)
         if len(found) > _MAX_VALUES:
             raise ValueError(f"{data.map_name(index)} has {len(found)} different values: it is not a map of classes.")
         return {"size": list(values.shape), "values": list(zip(found.tolist(), counts.tolist(), strict=True))}
+
+
+def _count(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The different values and their pixels."""
+    if values.max() < _MAX_COUNTED:  # without sorting all pixels
+        counts = values.flatten().bincount()
+        return counts.nonzero()[:, 0], counts[counts > 0]
+    return values.unique(return_counts=True)
 
 
 def survey_maps(
@@ -104,8 +113,8 @@ def survey_maps(
     if left_out:
         kept = [index for index, problem in enumerate(problems) if problem is None]
         logger.warning(f"{describe_problems(left_out, len(data), f'images of {subject}')}\nThey are left out.")
-        data = select_rows(data, kept)
-        images, maps, problems = ([values[index] for index in kept] for values in (images, maps, problems))
+        data, problems = data.select(kept), [None] * len(kept)
+        images, maps = ([values[index] for index in kept] for values in (images, maps))
     if not problems:
         raise ImageError(f"There are no images in {subject}.")
     counts = [
@@ -118,17 +127,6 @@ def survey_maps(
     _check_binary(data, maps, subject)
     survey = _add_up(data, torch.stack(counts), [tuple(label_map.value["size"]) for label_map in maps])
     return data, replace(survey, left_out=left_out)
-
-
-def select_rows(data: SegmentationData, indices: Sequence[int]) -> SegmentationData:
-    """Some images of a split.
-
-    Args:
-        data: The split.
-        indices: Of the rows.
-    """
-    rows = data.rows
-    return replace(data, rows=rows.select(indices) if hasattr(rows, "select") else [rows[index] for index in indices])
 
 
 def _check_rows(data: SegmentationData, workers: int) -> tuple[list[Checked], list[Checked]]:
@@ -190,7 +188,8 @@ def check_classes(train: LabelSurvey | None, validation: LabelSurvey, names: Seq
     if train is not None and (missing := train.missing(names)):
         raise ValueError(
             f"No label map of the training set has the classes {missing}: {train.describe(names)}. Leave classes that "
-            "do not occur out of `class_names` (`--class_names`), or look at how the maps are read."
+            "do not occur out of `class_names` (`--class_names`), or look at how the maps are read: masks of 0 and 1 "
+            "are labels as they are, without `binary_masks` (`--binary_masks`)."
         )
     missing = validation.missing(names)
     if len(missing) == len(names):

@@ -161,6 +161,8 @@ def detr_loss(
 
 
 def _record_layers(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if torch.compiler.is_exporting():  # an exported program has no loss
+        return args, kwargs
     return args, kwargs | {"output_hidden_states": True}
 
 
@@ -170,10 +172,12 @@ def _return_no_loss(*args: Any, **kwargs: Any) -> tuple[None, None, None]:
 
 
 def _add_loss(model: DetrForObjectDetection, args: tuple, kwargs: dict, outputs: ModelOutput) -> ModelOutput:
+    labels = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments.get("labels")
+    if type(outputs) is dict and labels is None:
+        return outputs  # transformers' exporters trace a forward that returns one, and want its tensors
     if not isinstance(outputs, ModelOutput):
         raise ValueError("A DETR prepared for training needs `return_dict=True`.")
     fields = dict(outputs)
-    labels = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments.get("labels")
     if labels is not None:
         fields["loss"], fields["loss_dict"] = detr_loss(model, outputs, labels)
     if not kwargs.get("output_hidden_states", model.config.output_hidden_states):

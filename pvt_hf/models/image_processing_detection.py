@@ -320,7 +320,8 @@ class PvtDetectionImageProcessor(_DetectionPreprocessing, TorchvisionBackend):
             Height and width of the batch are padded to multiples of it, in pixels.
         pad_size (`int` or `dict`, *optional*):
             `{"height": ..., "width": ...}` in pixels, to pad to instead. Given without `size`, images are resized to
-            fit into it, unless all of them do anyway.
+            fit into it, unless all of them do anyway. Labels are those of any other padding; sides that are no
+            multiples of 32 cut the last cells of the coarse maps.
         num_labels (`int`, *optional*):
             Where it is given, annotations of classes beyond it are an error.
         resample (`int`, *optional*, defaults to 2):

@@ -29,6 +29,7 @@ from .configuration_mask_rcnn import MaskRCNNConfig
 from .fpn import FeaturePyramid
 from .layers import runs_transformed
 from .pretrained import PretrainedMixin
+from .rois import flatten_rois, pool_rois, to_rois
 from .rpn import RegionProposalNetwork
 from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_images
 
@@ -78,45 +79,6 @@ class MaskRCNNInstanceSegmentationOutput(ModelOutput):
     image_sizes: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-def to_rois(boxes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Boxes of each image, `(boxes, 4)`, as RoIs `(all boxes, 5)`: the index of the image, then the box."""
-    images = torch.cat([torch.full_like(image_boxes[:, :1], index) for index, image_boxes in enumerate(boxes)])
-    return torch.cat((images, torch.cat(list(boxes))), dim=1)
-
-
-def flatten_rois(boxes: torch.Tensor) -> torch.Tensor:
-    """[`to_rois`] of as many boxes of each image: `(batch, boxes, 4)` to `(batch * boxes, 5)`."""
-    images = torch.arange(boxes.shape[0], device=boxes.device).to(boxes)[:, None, None]
-    return torch.cat((images.expand(-1, boxes.shape[1], -1), boxes), dim=-1).flatten(0, 1)
-
-
-def pool_rois(levels: Sequence[torch.Tensor], rois: torch.Tensor, strides: Sequence[int], size: int) -> torch.Tensor:
-    """Features of each RoI from the level of its scale (`SingleRoIExtractor`; arXiv 1612.03144, equation 1).
-
-    Args:
-        levels: Maps `(batch, channels, height, width)`, finest first.
-        rois: The index of the image, then xyxy in pixels, `(RoIs, 5)`.
-        strides: Pixels per cell of each level.
-        size: Cells per side of the result.
-
-    Returns:
-        `(RoIs, channels, size, size)` in the dtype of the maps; zeros for boxes without an area.
-    """
-    from torchvision.ops import roi_align
-
-    images, boxes = rois.split((1, 4), dim=1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)  # (RoIs,)
-    scales = torch.floor(torch.log2(areas.sqrt() / 56 + 1e-6)).clamp(0, len(levels) - 1)
-    pooled = levels[0].new_zeros(())
-    for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
-        # The RoIs of other levels become empty ones: no samples are taken of them, and they add zeros.
-        members = torch.cat((images, boxes.where((scales == index)[:, None], 0)), dim=1)
-        # Half precision could not tell neighbouring pixels of a large image apart.
-        features = roi_align(at_least_float32(level), members, size, 1 / stride, sampling_ratio=0, aligned=True)
-        pooled = pooled + features.to(level.dtype)
-    return pooled
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -19,7 +18,6 @@ from ..writing.files import why_unwritable
 from .optimization import images_per_step
 from .report import check_license
 from .run_checkpoints import last_complete_checkpoint
-from .segmentation_losses import SEGMENTATION_LOSSES
 
 Recipe = TypeVar("Recipe", ImageNetRecipe, DetectionRecipe, SegmentationRecipe)
 
@@ -40,6 +38,12 @@ def check_together(arguments: Any, *names: str) -> None:
     if len({getattr(arguments, name) is None for name in names}) > 1:
         *first, last = (f"--{name}" for name in names)
         raise ValueError(f"{', '.join(first)} and {last} go together")
+
+
+def check_max_detections(value: int | None) -> None:
+    """Raises a `ValueError` for less than COCO's numbers need."""
+    if value is not None and value < 10:
+        raise ValueError(f"--max_detections must be at least 10, got {value}")
 
 
 @dataclass
@@ -88,6 +92,7 @@ class DetectionModelArguments(ModelArguments):
     )
 
     def __post_init__(self) -> None:
+        check_max_detections(self.max_detections)
         if isinstance(self.config_overrides, str):
             self.config_overrides = json.loads(self.config_overrides)
 
@@ -98,31 +103,6 @@ TTA_SCALES = (
     "test-time augmentation: predict at these scales too (default: none; mmsegmentation's: 0.5 0.75 1.25 1.5 1.75)"
 )
 TTA_FLIP = "test-time augmentation: predict mirrored images too, and average (default: false)"
-
-
-@dataclass
-class SegmentationModelArguments(ModelArguments):
-    """What is trained to segment images."""
-
-    backbone_checkpoint: str | None = option(
-        None, "classifier, detector or segmenter from whose weights the backbone starts (default: random weights)"
-    )
-    head: str | None = option(
-        None, "head of a new model (default: semantic_fpn, the paper's)", choices=["semantic_fpn", "upernet"]
-    )
-    neck_channels: int | None = option(
-        None, "channels of the FPN of a new Semantic FPN; UperNet has none of its own (default: 256, the paper's)"
-    )
-    head_channels: int | None = option(
-        None, "channels of a new head (default: 128 of Semantic FPN, the paper's, and 512 of UperNet)"
-    )
-    window: int | None = option(None, WINDOW)
-    stride: int | None = option(None, STRIDE)
-
-    def __post_init__(self) -> None:
-        check_together(self, "window", "stride")
-        if self.head and self.model_name_or_path:
-            raise ValueError("--model_name_or_path has a head: --head is for a new model, with --backbone_checkpoint")
 
 
 @dataclass
@@ -155,7 +135,7 @@ class ClassificationDataArguments(DataArguments):
     train_val_split: float | None = option(
         None, "part of the training split that becomes the validation set, as 0.15 (default: none)"
     )
-    label_column: str | None = option(None, "column of labels (default: the only one of class labels)")
+    label_column: str | None = option(None, "column of labels or of names (default: the only one of class labels)")
     num_labels: int | None = option(None, "number of classes, for streamed labels without names (default: none)")
     streaming: bool = option(False, "read images when they are needed (default: false)")
     samples_per_epoch: int | None = option(
@@ -219,27 +199,6 @@ PALETTE = (
 
 
 @dataclass
-class SegmentationDataArguments(DataArguments):
-    """Images with label maps to train on: two folders for each split, or a data set with two columns of images."""
-
-    train_images: str | None = option(None, "folder of the images of the training set (default: none)")
-    train_maps: str | None = option(None, "folder of its label maps, PNG, TIFF or BMP (default: none)")
-    eval_images: str | None = option(None, "folder of the images of the validation set (default: none)")
-    eval_maps: str | None = option(None, "folder of its label maps, PNG, TIFF or BMP (default: none)")
-    map_column: str | None = option(None, "column of label maps (default: the only image column beside `image`)")
-    reduce_labels: bool = option(False, REDUCE_LABELS)
-    binary_masks: bool = option(False, BINARY_MASKS)
-    palette: str | None = option(None, PALETTE)
-    class_names: str | None = option(
-        None, "JSON file of a list of class names, or of an object from labels to names (default: the checkpoint's)"
-    )
-    num_scenes: int = option(1000, "digit scenes that are drawn for training, where no data are given (default: 1000)")
-
-    def __post_init__(self) -> None:
-        check_together(self, "train_images", "train_maps", "eval_images", "eval_maps")
-
-
-@dataclass
 class RecipeArguments:
     """How it is trained, beside the fields of `TrainingArguments`: what replaces fields of the recipe."""
 
@@ -280,51 +239,6 @@ class DetectionRecipeArguments(RecipeArguments):
 
 
 @dataclass
-class SegmentationRecipeArguments(RecipeArguments):
-    """Which [`~pvt_hf.recipes.SegmentationRecipe`], and what replaces its fields."""
-
-    recipe: str | None = option(
-        None,
-        "the recipe: the paper's, or one whose length and sizes are fitted to the data (default: small_data for own "
-        "data, else semantic_fpn_40k)",
-        choices=list(SEGMENTATION_RECIPES),
-    )
-    demo: bool = option(False, "a small segmenter that learns the digit scenes in minutes (default: false)")
-    loss: str | None = option(
-        None, "the loss (default: the model's own, a cross-entropy)", choices=list(SEGMENTATION_LOSSES)
-    )
-    class_weights: list[str] | None = option(
-        None,
-        "weight of each class in the cross-entropy, or `auto` for the same part for each class of the training set's "
-        "pixels (default: none)",
-    )
-    shortest_edge: int | None = option(None, "shortest edge at the scale 1, in pixels (default: the recipe's)")
-    longest_edge: int | None = option(None, "largest longest edge at the scale 1, in pixels (default: the recipe's)")
-    crop_size: int | None = option(None, "height and width of the crops, in pixels (default: the recipe's)")
-    scales: list[float] | None = option(None, "lowest and highest random scale (default: the recipe's)")
-    max_share: float | None = option(None, "largest part of a crop that one class may have (default: the recipe's)")
-    flip: float | None = option(None, "probability of a horizontal flip (default: 0.5, the released code's)")
-    distortion: bool | None = option(
-        None, "photometric distortion (default: true, the released code's)", nargs="?", const=True
-    )
-
-    def __post_init__(self) -> None:
-        if self.scales is not None and len(self.scales) != 2:
-            raise ValueError(f"--scales must be two numbers, the lowest and the highest, got {self.scales}")
-        if self.class_weights and self.loss == "dice":
-            raise ValueError("--class_weights are of the cross-entropy, which --loss dice does not have")
-        if self.class_weights not in (None, ["auto"]) and not all(map(_is_weight, self.class_weights)):
-            raise ValueError(f"--class_weights must be `auto` or positive numbers, got {' '.join(self.class_weights)}")
-
-
-def _is_weight(text: str) -> bool:
-    try:
-        return 0 < float(text) < math.inf
-    except ValueError:
-        return False
-
-
-@dataclass
 class EvaluationArguments:
     """What is measured, and on which images."""
 
@@ -352,7 +266,9 @@ class EvaluationArguments:
     map_column: str | None = option(
         None, "of segmenters: column of label maps (default: the only image column beside `image`)"
     )
-    image_column: str | None = option(None, "of classifiers and detectors: column of images (default: the only one)")
+    image_column: str | None = option(
+        None, "column of images (default: the only one; of segmenters image, or else pixel_values)"
+    )
     objects_column: str = option("objects", "of detectors: column of objects (default: objects)")
     bbox_format: str = option(
         "coco",
@@ -394,6 +310,7 @@ class EvaluationArguments:
     smoke: bool = option(False, "measure on 16 images, without workers (default: false)")
 
     def __post_init__(self) -> None:
+        check_max_detections(self.max_detections)
         if (self.variant is None) == (self.model_name_or_path is None):
             raise ValueError("pass either --variant or --model_name_or_path")
         if bool(self.annotations or self.maps) != bool(self.images):
@@ -450,7 +367,6 @@ CLASSIFICATION = (
     TrainingOptions,
 )
 DETECTION = (DetectionModelArguments, DetectionDataArguments, DetectionRecipeArguments, TrainingOptions)
-SEGMENTATION = (SegmentationModelArguments, SegmentationDataArguments, SegmentationRecipeArguments, TrainingOptions)
 
 
 def override_recipe(recipe: Recipe, arguments: RecipeArguments) -> Recipe:

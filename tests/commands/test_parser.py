@@ -6,13 +6,14 @@ import json
 import pytest
 from transformers import TrainingArguments
 
-from pvt_hf.commands import parser, presets
-from pvt_hf.training import arguments
+from pvt_hf.commands import parser, predict, presets
+from pvt_hf.training import arguments, segmentation_arguments
 
 PROGRAMS = {
     "train-classification": (arguments.CLASSIFICATION, presets.CLASSIFICATION),
     "train-detection": (arguments.DETECTION, presets.DETECTION),
-    "train-segmentation": (arguments.SEGMENTATION, presets.SEGMENTATION),
+    "train-segmentation": (segmentation_arguments.SEGMENTATION, presets.SEGMENTATION),
+    "predict": ((predict.PredictionArguments,), {}),
     "evaluate": ((arguments.EvaluationArguments,), presets.EVALUATION),
 }
 

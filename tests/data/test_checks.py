@@ -54,6 +54,7 @@ def test_rows_of_a_data_set_are_images_too(images):
         assert [bool(one.problem) for one in found] == [True, True, True, False, False]
         assert found[3].value["turned"] and found[4].value == {"height": 4, "width": 6, "turned": False}
     assert found[0].problem == "row 0 has no image." and "row 1 cannot be read" in found[1].problem
+    assert check_images(rows.select([5]))[0] == found[0]
 
 
 def test_files_are_checked_once_until_they_change(tmp_path, monkeypatch):

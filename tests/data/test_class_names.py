@@ -50,12 +50,19 @@ def test_other_content_is_an_error_with_the_files_name(name, tmp_path):
         read_class_names(tmp_path / "missing")
 
 
+def test_long_lists_are_cut():
+    names = [f"class {index}" for index in range(200)]
+    with pytest.raises(ClassNameError, match=r"'class 99', ... 200 in all\].*only the second \['cat'\]"):
+        match_class_names(names, ["cat"], ("A", "B"))
+
+
 def test_classes_in_another_order_are_matched_by_name():
     owners = "The model", "the data"
     assert match_class_names(NAMES, NAMES, owners) == [0, 1, 2]
     assert match_class_names(NAMES, ["emu", "Cat", "dog"], owners) == [2, 0, 1]
+    assert match_class_names(["a-b", "a b"], ["a b", "a-b"], owners) == [1, 0]
     assert match_class_names(["traffic light", "x"], ["X", "traffic_light"], owners) == [1, 0]
-    assert match_class_names(["a", "a"], ["a", "a"], owners) == [0, 1]
+    assert match_class_names(["crane", "crane", "x"], ["crane", "Crane", "x"], owners) == [0, 1, 2]
     assert match_class_names(NAMES, ["emu"], owners, subset=True) == [2]
     for found in (["emu"], ["cat", "dog", "cow"], [*NAMES, "cow"], ["cat", "CAT", "dog"]):
         with pytest.raises(ClassNameError, match=r"The model has the classes \['cat', 'dog', 'emu'\], the data \['"):

@@ -130,25 +130,7 @@ def test_file_that_is_not_json_is_an_error(tmp_path):
         read_coco(tmp_path / "twice.json", tmp_path)
 
 
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    0.5,
-    math.nan,
-    math.inf,
-    10**30,
-    "",
-    "7",
-    "\0",
-    [],
-    [[]],
-    [None] * 4,
-    ["1"] * 6,
-    {},
-    {"size": 1},
-]
+ODD = [None, True, -1, 0, 0.5, math.nan, math.inf, 10**30, "", "7", "\0", [], [[]], [None] * 4, ["1"] * 6, {}]
 ODD += [{"size": [40, 60], "counts": value} for value in ("", "x", "\xe9", [-1], [1.5], ["1"], [10**12], None)]
 ODD += [[[math.nan] * 6], [["1"] * 6], [[1] * 7], [[1, 1] * 2], {"size": [40, 60]}, {"counts": [2400]}]
 
@@ -348,6 +330,7 @@ def test_annotations_without_a_mask_are_counted(coco_json, caplog):
     for record in data.records:
         for annotation in record.annotations:
             annotation["category_id"] = 0
+    assert len(data.for_training(skip_without_mask=True)) == 2  # boxes need no masks
     kept = data.for_training(masks=True, skip_without_mask=True)
     assert [[entry["id"] for entry in record.annotations] for record in kept.records] == [[2]]
     data.for_evaluation(masks=True)
@@ -357,6 +340,11 @@ def test_annotations_without_a_mask_are_counted(coco_json, caplog):
         (0, [polygon]), (1, [[0, 0, 9, 0, 9, 9, 0, 9]]), (1, [[1, 2, 31, 2, 31, 42, 1, 42]])
     ]  # fmt: skip
     assert [entry["iscrowd"] for entry in data.ground_truth()["annotations"]] == [0, 0, 0]
+    data.records[0].annotations[0].pop("segmentation")
+    for check in (data.for_training, data.for_evaluation):
+        with pytest.raises(AnnotationError, match=r"No annotation of any class has a mask \(3 have none\)"):
+            check(masks=True)
+        check()
     data.records[0].annotations[0]["segmentation"] = {"size": [9, 9], "counts": [81]}
     for check in (data.for_training, data.for_evaluation):
         with pytest.raises(AnnotationError, match=r"Annotation 2 of image 7 has a mask of \(height, width\) \[9, 9\]"):

@@ -88,7 +88,13 @@ def test_data_set_of_the_hub_equals_folders(folder):
     rows |= {"annotation": [row["label_map"]["path"] for row in expected.rows], "other": list(range(len(expected)))}
     features = {"image": datasets.Image(), "annotation": datasets.Image(), "other": datasets.Value("int64")}
     table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-    for data in (read_segmentation_dataset(table, num_labels=11), read_segmentation_dataset(table, "annotation")):
+    tutorial = table.rename_columns({"image": "pixel_values", "annotation": "label"})
+    for data in (
+        read_segmentation_dataset(table, num_labels=11),
+        read_segmentation_dataset(table, "annotation"),
+        read_segmentation_dataset(tutorial),
+        read_segmentation_dataset(table, "annotation", "image"),
+    ):
         for index in (0, len(expected) - 1):
             for ours, theirs in zip(data.read(index), expected.read(index), strict=True):
                 assert torch.equal(ours, theirs)

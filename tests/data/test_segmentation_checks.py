@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pvt_hf.data.images import ImageError
-from pvt_hf.data.label_maps import read_palette
+from pvt_hf.data.label_maps import read_binary_mask, read_palette
 from pvt_hf.data.segmentation import SegmentationData, read_segmentation_dataset, read_segmentation_folders
 from pvt_hf.data.segmentation_checks import check_classes, survey_maps
 
@@ -52,6 +52,18 @@ def test_masks_of_0_and_255_are_read_from_every_format(mode, ending, tmp_path):
     found = survey(folders, binary_masks=True)
     assert found.pixels == [MASK.size - labels.sum(), labels.sum()] and found.maps == [1, 1] and found.ignored == 0
     assert found.sizes == [(40, 56)]
+
+
+def test_foreground_begins_at_half_of_the_range():
+    """Of 8 bits at 128, and of 16 at 32768 where there are such values."""
+    for dtype, values, expected in (
+        (np.uint8, [0, 7, 127, 128, 248], [0, 0, 0, 1, 1]),
+        (np.uint16, [0, 255, 32767, 32768, 65535], [0, 0, 0, 1, 1]),
+        (np.uint16, [0, 127, 128, 255], [0, 0, 1, 1]),
+    ):
+        assert read_binary_mask(Image.fromarray(np.array([values], dtype=dtype)), "a mask").tolist() == [expected]
+    with pytest.raises(ValueError, match="a mask has fractions"):
+        read_binary_mask(Image.fromarray(np.zeros((2, 2), dtype=np.float32)), "a mask")
 
 
 def test_masks_of_0_and_255_are_not_taken_for_labels(tmp_path):
@@ -103,6 +115,9 @@ def test_classes_that_are_nowhere_are_told_with_all_counts(tmp_path, caplog):
         check_classes(background, full, NAMES)
     check_classes(full, full, NAMES)
     assert not caplog.records
+    of_ones = survey((tmp_path / "full" / "images", tmp_path / "full" / "masks"), binary_masks=True)
+    with pytest.raises(ValueError, match="masks of 0 and 1 are labels as they are, without `binary_masks`"):
+        check_classes(of_ones, full, NAMES)
     check_classes(full, background, NAMES)
     assert "No label map of the validation set has the classes ['polyp']" in caplog.text
     nothing = replace(full, pixels=[0, 0], maps=[0, 0])
@@ -201,3 +216,31 @@ def test_settings_that_contradict_each_other_are_an_error():
         SegmentationData([], num_labels=3, binary_masks=True)
     with pytest.raises(ValueError, match="Only one of `binary_masks`, `reduce_labels` and `palette`"):
         SegmentationData([], reduce_labels=True, binary_masks=True)
+
+
+def test_part_of_the_training_set_is_the_validation_set(tmp_path):
+    """By the seed, no image in both; of folders and of a data set of the Hub."""
+    data = read_segmentation_folders(*write(tmp_path, [MASK] * 10), num_labels=2, binary_masks=True)
+    train, validation = data.split(0.2, seed=1)
+    names = [{part.name(index) for index in range(len(part))} for part in (train, validation, data)]
+    assert len(validation) == 2 and not names[0] & names[1] and names[0] | names[1] == names[2]
+    assert data.split(0.2, seed=1)[1] == validation and data.split(0.2, seed=2)[1] != validation
+    assert validation.binary_masks and len(data.split(0.01, seed=1)[1]) == 1
+    rows = datasets.Dataset.from_list([dict(row) for row in data.rows])
+    assert [row["image"]["path"] for row in replace(data, rows=rows).split(0.2, seed=1)[1].rows] == [
+        row["image"]["path"] for row in validation.rows
+    ]
+    for share in (0, 1, 0.99):
+        with pytest.raises(ValueError, match="of 10 images leaves none of them"):
+            data.split(share, seed=1)
+
+
+def test_turned_image_goes_with_a_map_of_either_size(tmp_path):
+    """As the readers do: turned as EXIF says, unless the map has the size of the stored pixels."""
+    folders = write(tmp_path, [MASK // 255, MASK.T // 255])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for index in range(2):
+        Image.new("RGB", (56, 40)).save(tmp_path / "images" / f"{index}.jpg", exif=exif)
+    assert sorted(survey(folders).sizes) == [(40, 56), (56, 40)]
+    assert all(read_segmentation_folders(*folders).read(index)[0].shape[1:] for index in range(2))

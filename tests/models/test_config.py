@@ -40,7 +40,7 @@ def test_default_number_of_classes_is_transformers():
 @EVERY
 @pytest.mark.parametrize(
     "labels",
-    [{"num_labels": 1}, {"num_labels": 2}, {"num_labels": 3}, {"id2label": {0: "cat", 1: "dog"}}],
+    [{"num_labels": 1}, {"num_labels": 2}, {"id2label": {0: "cat", 1: "dog"}}],
     ids=str,
 )
 def test_classes_survive_every_copy(config_class, labels, tmp_path):

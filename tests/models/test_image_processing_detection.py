@@ -447,7 +447,7 @@ def detectors(name: str) -> transformers.PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", ["retinanet", "atss", "gfl", "mask_rcnn", "detr"])
-def test_pipeline_loads_a_saved_checkpoint(name, tmp_path):
+def test_pipeline_loads_a_saved_checkpoint(name, tmp_path, logged_errors):
     """Both backends, loaded by the Auto class, give what the parts give, in pixels of the original image."""
     model = detectors(name)
     model.save_pretrained(tmp_path)
@@ -469,6 +469,7 @@ def test_pipeline_loads_a_saved_checkpoint(name, tmp_path):
             assert detection["score"] == pytest.approx(score.item()) and detection["label"] == f"LABEL_{label}"
             assert list(detection["box"].values()) == box.int().tolist()
             assert 0 <= box[0] <= box[2] <= 210 and 0 <= box[1] <= box[3] <= 150
+    assert not logged_errors
     assert transformers.AutoImageProcessor.from_pretrained(tmp_path).size.shortest_edge == 64
     with pytest.raises(ValueError, match="`target_sizes` must"):
         processor.post_process_object_detection(outputs, 0.3, [(1, 1)] * 2)
@@ -511,7 +512,7 @@ def test_detections_of_detr_equal_those_of_loops():
         torch.testing.assert_close(relative[index]["boxes"] * scale, found[index]["boxes"])
 
 
-def test_pipeline_gives_the_instances(tmp_path):
+def test_pipeline_gives_the_instances(logged_errors):
     model = detectors("mask_rcnn")
     processor = PROCESSORS[0](size={"shortest_edge": 64, "longest_edge": 96})
     image = Image.fromarray(noise(150, 210))
@@ -526,6 +527,7 @@ def test_pipeline_gives_the_instances(tmp_path):
     assert [segment["label_id"] for segment in binary["segments_info"]] == boxes["labels"].tolist()
     segment = transformers.pipeline("image-segmentation", model, image_processor=processor)
     found = segment(image, threshold=0.2)
+    assert not logged_errors
     assert len(found) == len(expected["segments_info"]) == len(boxes["scores"])
     for instance, info in zip(found, expected["segments_info"], strict=True):
         mask = np.array(instance["mask"]) > 0

@@ -113,34 +113,6 @@ class ModelChecks:
         assert_close(tensors(output), expected, atol=0)
 
     @torch.no_grad()
-    @pytest.mark.parametrize("num_channels", [1, 4])
-    def test_input_channels_are_resized_as_in_timm(self, num_channels, tmp_path):
-        from timm.models._manipulate import adapt_input_conv
-
-        model, pixels = self.build(), self.pixels()
-        grey = pixels[:, :1]
-        expected, weight = tensors(model(grey.expand_as(pixels))), model.get_input_embeddings().weight.clone()
-        model.resize_input_channels(num_channels)
-        assert_close([model.get_input_embeddings().weight], [adapt_input_conv(num_channels, weight)], atol=1e-6)
-        if num_channels == 1:
-            assert_close(tensors(model(grey)), expected, atol=1e-5)
-        model.save_pretrained(tmp_path)
-        loaded = self.model_class.from_pretrained(tmp_path)
-        assert loaded.config.num_channels == num_channels
-        with pytest.raises(ValueError, match=f"`pixel_values` must have {num_channels} channels"):
-            loaded(pixels)
-
-    def test_other_input_channels_are_no_new_weights(self, tmp_path):
-        self.build().save_pretrained(tmp_path)
-        with pytest.raises(
-            ValueError, match="(?s)`output_loading_info=True`.*For 1 input.*`resize_input_channels`"
-        ) as error:
-            self.model_class.from_pretrained(tmp_path, num_channels=1, ignore_mismatched_sizes=True)
-        assert "image_size" not in str(error.value)
-        with pytest.raises(ValueError, match="`num_channels` must be a positive number, got 0"):
-            self.build().resize_input_channels(0)
-
-    @torch.no_grad()
     def test_tuples_equal_the_outputs(self):
         model, pixels = self.build(), self.pixels()
         expected = model(pixels, output_hidden_states=True).to_tuple()

@@ -402,7 +402,7 @@ def test_wrong_configurations_are_refused():
         model(torch.randn(1, 3, 32, 32), labels=torch.zeros(1, 32, 32, dtype=torch.long))
 
 
-def test_pipeline_gives_the_maps(tmp_path):
+def test_pipeline_gives_the_maps(tmp_path, logged_errors):
     """The masks of the classes are those of the post-processing."""
     names = {0: "sky", 1: "tree", 2: "road", 3: "car", 4: "sea"}
     model = build(id2label=names, label2id={name: index for index, name in names.items()}, std=0.2)
@@ -414,6 +414,7 @@ def test_pipeline_gives_the_maps(tmp_path):
         outputs = model(**processor(image, return_tensors="pt"))
     (expected,) = processor.post_process_semantic_segmentation(outputs, [(70, 90)])
     segments = pipeline("image-segmentation", model=str(tmp_path))(image)
+    assert not logged_errors
     assert {segment["label"] for segment in segments} == {names[label] for label in expected.unique().tolist()}
     for segment in segments:
         mask = np.asarray(segment["mask"]).astype(bool)

@@ -55,7 +55,7 @@ def test_torch_fx_programs_take_any_size(version, kind):
 
 
 @torch.no_grad()
-@CLASSIFIERS
+@pytest.mark.parametrize("version", ["v1", "v2"])
 def test_torchvision_extracts_features(version):
     """In training mode too, with the same draws."""
     model = build(version, "ForImageClassification", drop_path_rate=0.2, hidden_dropout_prob=0.1)
@@ -75,9 +75,9 @@ def test_torchvision_extracts_features(version):
     ("version", "kind", "return_dict"),
     [
         ("v1", "Model", True),
-        ("v1", "Backbone", False),
-        ("v2", "ForImageClassification", False),
-        ("v2_linear", "Backbone", True),
+        ("v2_linear", "Backbone", False),
+        pytest.param("v1", "Backbone", False, marks=pytest.mark.slow),
+        pytest.param("v2", "ForImageClassification", True, marks=pytest.mark.slow),
     ],
 )
 def test_jit_traces_take_any_size(version, kind, return_dict):
