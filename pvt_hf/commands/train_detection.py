@@ -1,4 +1,4 @@
-"""Trains RetinaNet, Mask R-CNN or DETR on PVT with the papers' recipes, and measures COCO's AP.
+"""Trains RetinaNet, ATSS, GFL, Mask R-CNN or DETR on PVT with the papers' recipes, and measures COCO's AP.
 
     accelerate launch -m pvt_hf.commands.train_detection --recipe retinanet_1x \\
         --backbone_checkpoint converted/pvt_small \\
@@ -50,12 +50,6 @@ from ..training.detection import DetectionTrainer
 from ..training.optimization import freeze_stages
 from . import presets, shared
 from .parser import parse_arguments
-
-# By architecture; DETR is transformers'.
-CLASSES: dict[str, tuple[Any, Any]] = {
-    "retinanet": (pvt_hf.RetinaNetConfig, pvt_hf.RetinaNetForObjectDetection),
-    "mask_rcnn": (pvt_hf.MaskRCNNConfig, pvt_hf.MaskRCNNForInstanceSegmentation),
-}
 
 
 def parse(
@@ -129,11 +123,11 @@ def build_detector(architecture: str, backbone: PreTrainedConfig, values: dict[s
     """A detector with random weights; `values` are fields of its configuration."""
     if architecture == "detr":
         return pvt_hf.build_detr(pvt_hf.build_detr_config(backbone, **values))
-    config_class, model_class = CLASSES[architecture]
+    config_class = type(AutoConfig.for_model(f"pvt_hf_{architecture}"))
     if unknown := values.keys() - {field.name for field in fields(config_class)}:
         raise SystemExit(f"--config_overrides: a {config_class.__name__} has no fields {sorted(unknown)}")
     backbone.out_features = list(config_class.backbone_out_features)
-    return model_class(config_class(backbone_config=backbone, **values))
+    return AutoModelForObjectDetection.from_config(config_class(backbone_config=backbone, **values))
 
 
 def load_model(

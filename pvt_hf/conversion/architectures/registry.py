@@ -5,16 +5,26 @@ from typing import Any
 
 from ..formats import Format
 from ..rename import ConversionError, quote
+from .atss import ATSS
 from .base import Architecture, DensePredictor
 from .classifier import Backbone, Classifier
 from .detr import Detr
+from .gfl import GFL
 from .mask_rcnn import FasterRCNN, MaskRCNN
 from .retinanet import RetinaNet
 from .semantic_fpn import SemanticFPN
 
 CLASSIFIER, BACKBONE = Classifier(), Backbone()
 # The first that recognizes a checkpoint counts: Mask R-CNN has all that Faster R-CNN has.
-DENSE_PREDICTORS: tuple[DensePredictor, ...] = (SemanticFPN(), RetinaNet(), MaskRCNN(), FasterRCNN(), Detr())
+DENSE_PREDICTORS: tuple[DensePredictor, ...] = (
+    SemanticFPN(),
+    RetinaNet(),
+    ATSS(),
+    GFL(),
+    MaskRCNN(),
+    FasterRCNN(),
+    Detr(),
+)
 
 
 def find_architecture(names: Iterable[str], source_format: Format, backbone_only: bool) -> Architecture:
