@@ -29,6 +29,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .models.backbone import load_pretrained_backbone
+from .models.configuration_atss import ATSSConfig
+from .models.configuration_gfl import GFLConfig
 from .models.configuration_mask_rcnn import MaskRCNNConfig
 from .models.configuration_pvt import PvtConfig
 from .models.configuration_pvt_v2 import PvtV2Config
@@ -38,6 +40,8 @@ from .models.detr import build_detr, build_detr_config, detr_loss, prepare_detr_
 from .models.image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
 from .models.image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
 from .models.image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
+from .models.modeling_atss import ATSSForObjectDetection
+from .models.modeling_gfl import GFLForObjectDetection
 from .models.modeling_mask_rcnn import MaskRCNNForInstanceSegmentation
 from .models.modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
 from .models.modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
@@ -51,6 +55,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",
+    "ATSSConfig",
+    "ATSSForObjectDetection",
+    "GFLConfig",
+    "GFLForObjectDetection",
     "MaskRCNNConfig",
     "MaskRCNNForInstanceSegmentation",
     "PvtBackbone",
@@ -136,6 +144,18 @@ _register(
 _register(
     RetinaNetConfig,
     {AutoModelForObjectDetection: RetinaNetForObjectDetection},
+    PvtDetectionImageProcessor,
+    PvtDetectionImageProcessorPil,
+)
+_register(
+    ATSSConfig,
+    {AutoModelForObjectDetection: ATSSForObjectDetection},
+    PvtDetectionImageProcessor,
+    PvtDetectionImageProcessorPil,
+)
+_register(
+    GFLConfig,
+    {AutoModelForObjectDetection: GFLForObjectDetection},
     PvtDetectionImageProcessor,
     PvtDetectionImageProcessorPil,
 )
