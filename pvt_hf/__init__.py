@@ -36,6 +36,7 @@ from .models.configuration_pvt import PvtConfig
 from .models.configuration_pvt_v2 import PvtV2Config
 from .models.configuration_retinanet import RetinaNetConfig
 from .models.configuration_semantic_fpn import SemanticFPNConfig
+from .models.configuration_sparse_rcnn import SparseRCNNConfig
 from .models.detr import build_detr, build_detr_config, detr_loss, prepare_detr_training
 from .models.image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
 from .models.image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
@@ -47,6 +48,7 @@ from .models.modeling_pvt import PvtBackbone, PvtForImageClassification, PvtMode
 from .models.modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
 from .models.modeling_retinanet import RetinaNetForObjectDetection
 from .models.modeling_semantic_fpn import SemanticFPNForSemanticSegmentation
+from .models.modeling_sparse_rcnn import SparseRCNNForObjectDetection
 from .models.post_processing import detr_detections
 from .models.sliding_window import sliding_window_logits
 from .variants import VARIANTS, build_config
@@ -79,6 +81,8 @@ __all__ = [
     "RetinaNetForObjectDetection",
     "SemanticFPNConfig",
     "SemanticFPNForSemanticSegmentation",
+    "SparseRCNNConfig",
+    "SparseRCNNForObjectDetection",
     "build_config",
     "build_detr",
     "build_detr_config",
@@ -166,6 +170,12 @@ _register(
         AutoModelForImageSegmentation: MaskRCNNForInstanceSegmentation,
         AutoModelForObjectDetection: MaskRCNNForInstanceSegmentation,
     },
+    PvtDetectionImageProcessor,
+    PvtDetectionImageProcessorPil,
+)
+_register(
+    SparseRCNNConfig,
+    {AutoModelForObjectDetection: SparseRCNNForObjectDetection},
     PvtDetectionImageProcessor,
     PvtDetectionImageProcessorPil,
 )

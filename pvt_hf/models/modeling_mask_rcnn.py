@@ -19,9 +19,6 @@ from .boxes import (
     decode_boxes,
     encode_boxes,
     has_area,
-    match_boxes,
-    pairwise_iou,
-    sample_boxes,
     suppress,
     take_rows,
 )
@@ -29,6 +26,7 @@ from .configuration_mask_rcnn import MaskRCNNConfig
 from .fpn import FeaturePyramid
 from .layers import runs_transformed
 from .pretrained import PretrainedMixin
+from .rois import SampledRoIs, flatten_rois, pool_rois, sample_rois, to_rois
 from .rpn import RegionProposalNetwork
 from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_images
 
@@ -78,83 +76,6 @@ class MaskRCNNInstanceSegmentationOutput(ModelOutput):
     image_sizes: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-
-
-def to_rois(boxes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Boxes of each image, `(boxes, 4)`, as RoIs `(all boxes, 5)`: the index of the image, then the box."""
-    images = torch.cat([torch.full_like(image_boxes[:, :1], index) for index, image_boxes in enumerate(boxes)])
-    return torch.cat((images, torch.cat(list(boxes))), dim=1)
-
-
-def flatten_rois(boxes: torch.Tensor) -> torch.Tensor:
-    """[`to_rois`] of as many boxes of each image: `(batch, boxes, 4)` to `(batch * boxes, 5)`."""
-    images = torch.arange(boxes.shape[0], device=boxes.device).to(boxes)[:, None, None]
-    return torch.cat((images.expand(-1, boxes.shape[1], -1), boxes), dim=-1).flatten(0, 1)
-
-
-def pool_rois(levels: Sequence[torch.Tensor], rois: torch.Tensor, strides: Sequence[int], size: int) -> torch.Tensor:
-    """Features of each RoI from the level of its scale (`SingleRoIExtractor`; arXiv 1612.03144, equation 1).
-
-    Args:
-        levels: Maps `(batch, channels, height, width)`, finest first.
-        rois: The index of the image, then xyxy in pixels, `(RoIs, 5)`.
-        strides: Pixels per cell of each level.
-        size: Cells per side of the result.
-
-    Returns:
-        `(RoIs, channels, size, size)` in the dtype of the maps; zeros for boxes without an area.
-    """
-    from torchvision.ops import roi_align
-
-    images, boxes = rois.split((1, 4), dim=1)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)  # (RoIs,)
-    scales = torch.floor(torch.log2(areas.sqrt() / 56 + 1e-6)).clamp(0, len(levels) - 1)
-    pooled = levels[0].new_zeros(())
-    for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
-        # The RoIs of other levels become empty ones: no samples are taken of them, and they add zeros.
-        members = torch.cat((images, boxes.where((scales == index)[:, None], 0)), dim=1)
-        # Half precision could not tell neighbouring pixels of a large image apart.
-        features = roi_align(at_least_float32(level), members, size, 1 / stride, sampling_ratio=0, aligned=True)
-        pooled = pooled + features.to(level.dtype)
-    return pooled
-
-
-@dataclass(frozen=True)
-class SampledRoIs:
-    """The RoIs of one image that the heads learn from.
-
-    Args:
-        boxes: xyxy in pixels, `(RoIs, 4)`, the positive ones first.
-        objects: The index of the object of each positive RoI, int64 `(positive RoIs,)`.
-    """
-
-    boxes: torch.Tensor
-    objects: torch.Tensor
-
-    @property
-    def positive_boxes(self) -> torch.Tensor:
-        """xyxy in pixels, `(positive RoIs, 4)`."""
-        return self.boxes[: len(self.objects)]
-
-
-def sample_rois(
-    proposals: torch.Tensor, truth: GroundTruth, config: MaskRCNNConfig, shuffle: bool = True
-) -> SampledRoIs:
-    """Samples from the boxes of the objects themselves and the proposals of one image.
-
-    Args:
-        proposals: xyxy in pixels, `(proposals, 4)`.
-        truth: The objects.
-        config: Of the model.
-        shuffle: See [`~pvt_hf.models.boxes.sample_boxes`].
-    """
-    threshold = config.roi_iou_threshold
-    matches = match_boxes(pairwise_iou(truth.boxes, proposals), threshold, threshold, threshold)
-    boxes = torch.cat((truth.boxes, proposals))  # (objects + proposals, 4)
-    matches = torch.cat((torch.arange(len(truth.boxes), device=matches.device), matches))
-    max_positives = int(config.roi_num_samples * config.roi_positive_fraction)
-    positives, negatives = sample_boxes(matches, config.roi_num_samples, max_positives, shuffle)
-    return SampledRoIs(boxes[torch.cat((positives, negatives))], matches[positives])
 
 
 class BoxHead(nn.Module):
@@ -403,9 +324,11 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         Returns:
             `loss_class`, `loss_box` and with a mask head `loss_mask`, scalars.
         """
-        strides = self.config.strides[: len(levels)]
+        strides, threshold = self.config.strides[: len(levels)], self.config.roi_iou_threshold
         samples = [
-            sample_rois(image_proposals[has_area(image_proposals)], truth, self.config, shuffle=self.training)
+            sample_rois(
+                image_proposals[has_area(image_proposals)], truth, self.config, threshold, threshold, self.training
+            )
             for image_proposals, truth in zip(proposals, truths, strict=True)
         ]
         nothing = proposals.new_zeros(0, 4)  # all that an empty batch has

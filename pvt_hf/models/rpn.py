@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .boxes import (
@@ -21,7 +22,6 @@ from .boxes import (
     suppress,
     take_rows,
 )
-from .configuration_mask_rcnn import MaskRCNNConfig
 from .targets import GroundTruth
 
 
@@ -29,7 +29,7 @@ class RegionProposalNetwork(nn.Module):
     """For every anchor, whether it holds an object and where: one convolution and two predictors that all levels
     share."""
 
-    def __init__(self, config: MaskRCNNConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.config = config
         self.anchor_grid = AnchorGrid(config.strides, config.anchor_scales, config.anchor_ratios)

@@ -23,10 +23,11 @@ from tests.support import head_shapes
 from tests.support.checkpoints import TINY, equal, run, save, without
 from tests.support.small_models import STAGES
 
-SEMANTIC_FPN, RETINANET, MASK_RCNN, FASTER_RCNN, DETR = registry.DENSE_PREDICTORS
+SEMANTIC_FPN, RETINANET, SPARSE_RCNN, MASK_RCNN, FASTER_RCNN, DETR = registry.DENSE_PREDICTORS
 HEADS = {
     SEMANTIC_FPN: head_shapes.semantic_fpn,
     RETINANET: head_shapes.retinanet,
+    SPARSE_RCNN: head_shapes.sparse_rcnn,
     MASK_RCNN: head_shapes.mask_rcnn,
     FASTER_RCNN: head_shapes.faster_rcnn,
     DETR: head_shapes.detr,
@@ -34,6 +35,7 @@ HEADS = {
 SMALL = {
     SEMANTIC_FPN: {"channels": 16, "num_labels": 150},
     RETINANET: {"channels": 16, "num_labels": 80},
+    SPARSE_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24, "proposals": 7, "heads": 2, "dynamic": 4},
     MASK_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24},
     FASTER_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24},
     DETR: {"channels": 32, "num_labels": 80, "hidden": 48},
@@ -54,6 +56,7 @@ def small_weights(architecture, version: str, **options) -> dict[str, torch.Tens
         ("det_retinanet_pvt_v2_b0", RETINANET, "pvt_v2_b0"),
         ("det_mask_rcnn_pvt_t", MASK_RCNN, "pvt_tiny"),
         ("det_mask_rcnn_pvt_v2_b0", MASK_RCNN, "pvt_v2_b0"),
+        ("det_sparse_rcnn_pvt_v2_b2_li", SPARSE_RCNN, "pvt_v2_b2_li"),
         ("det_detr_pvt_s", DETR, "pvt_small"),
         ("seg_semfpn_pvt_t", SEMANTIC_FPN, "pvt_tiny"),
     ],
@@ -97,6 +100,7 @@ def test_every_architecture_becomes_a_verified_folder_and_back(architecture, ver
         (RETINANET, "pvt_v2_b0", 12.947),
         (MASK_RCNN, "pvt_v2_b0", 23.446),
         (DETR, "pvt_small", 41.645),
+        pytest.param(SPARSE_RCNN, "pvt_v2_b0", 85.393, marks=pytest.mark.slow),
     ],
 )
 def test_official_checkpoints_have_the_published_parameters(architecture, variant, parameters, tmp_path):

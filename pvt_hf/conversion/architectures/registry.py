@@ -11,10 +11,18 @@ from .detr import Detr
 from .mask_rcnn import FasterRCNN, MaskRCNN
 from .retinanet import RetinaNet
 from .semantic_fpn import SemanticFPN
+from .sparse_rcnn import SparseRCNN
 
 CLASSIFIER, BACKBONE = Classifier(), Backbone()
-# The first that recognizes a checkpoint counts: Mask R-CNN has all that Faster R-CNN has.
-DENSE_PREDICTORS: tuple[DensePredictor, ...] = (SemanticFPN(), RetinaNet(), MaskRCNN(), FasterRCNN(), Detr())
+# The first that recognizes a checkpoint counts: Mask R-CNN has all that Faster R-CNN has, and Sparse R-CNN some of it.
+DENSE_PREDICTORS: tuple[DensePredictor, ...] = (
+    SemanticFPN(),
+    RetinaNet(),
+    SparseRCNN(),
+    MaskRCNN(),
+    FasterRCNN(),
+    Detr(),
+)
 
 
 def find_architecture(names: Iterable[str], source_format: Format, backbone_only: bool) -> Architecture:

@@ -1,0 +1,105 @@
+"""Regions of interest: which boxes of which images the heads of a second stage see, and their features."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from .boxes import at_least_float32, match_boxes, pairwise_iou, sample_boxes
+from .targets import GroundTruth
+
+# Where boxes lie that no sample shall be taken of, in cells: outside of every map.
+_OUTSIDE = -1e4
+
+
+def to_rois(boxes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Boxes of each image, `(boxes, 4)`, as RoIs `(all boxes, 5)`: the index of the image, then the box."""
+    images = torch.cat([torch.full_like(image_boxes[:, :1], index) for index, image_boxes in enumerate(boxes)])
+    return torch.cat((images, torch.cat(list(boxes))), dim=1)
+
+
+def flatten_rois(boxes: torch.Tensor) -> torch.Tensor:
+    """[`to_rois`] of as many boxes of each image: `(batch, boxes, 4)` to `(batch * boxes, 5)`."""
+    images = torch.arange(boxes.shape[0], device=boxes.device).to(boxes)[:, None, None]
+    return torch.cat((images.expand(-1, boxes.shape[1], -1), boxes), dim=-1).flatten(0, 1)
+
+
+def pool_rois(
+    levels: Sequence[torch.Tensor], rois: torch.Tensor, strides: Sequence[int], size: int, sampling_ratio: int = 0
+) -> torch.Tensor:
+    """Features of each RoI from the level of its scale (`SingleRoIExtractor`; arXiv 1612.03144, equation 1).
+
+    Args:
+        levels: Maps `(batch, channels, height, width)`, finest first.
+        rois: The index of the image, then xyxy in pixels, `(RoIs, 5)`.
+        strides: Pixels per cell of each level.
+        size: Cells per side of the result.
+        sampling_ratio: Samples per side of such a cell; 0 (the default) for one in each cell of the map.
+
+    Returns:
+        `(RoIs, channels, size, size)` in the dtype of the maps; with a `sampling_ratio` of 0 zeros for boxes without an
+        area.
+    """
+    from torchvision.ops import roi_align
+
+    images, boxes = rois.split((1, 4), dim=1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)  # (RoIs,)
+    scales = torch.floor(torch.log2(areas.sqrt() / 56 + 1e-6)).clamp(0, len(levels) - 1)
+    pooled = levels[0].new_zeros(())
+    for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
+        # The RoIs of other levels become empty ones outside of the map: they add zeros.
+        members = torch.cat((images, boxes.where((scales == index)[:, None], _OUTSIDE * stride)), dim=1)
+        # Half precision could not tell neighbouring pixels of a large image apart.
+        features = roi_align(at_least_float32(level), members, size, 1 / stride, sampling_ratio, aligned=True)
+        pooled = pooled + features.to(level.dtype)
+    return pooled
+
+
+@dataclass(frozen=True)
+class SampledRoIs:
+    """The RoIs of one image that the heads learn from.
+
+    Args:
+        boxes: xyxy in pixels, `(RoIs, 4)`, the positive ones first.
+        objects: The index of the object of each positive RoI, int64 `(positive RoIs,)`.
+    """
+
+    boxes: torch.Tensor
+    objects: torch.Tensor
+
+    @property
+    def positive_boxes(self) -> torch.Tensor:
+        """xyxy in pixels, `(positive RoIs, 4)`."""
+        return self.boxes[: len(self.objects)]
+
+
+def sample_rois(
+    proposals: torch.Tensor,
+    truth: GroundTruth,
+    config: PreTrainedConfig,
+    iou_threshold: float,
+    low_quality_threshold: float,
+    shuffle: bool = True,
+) -> SampledRoIs:
+    """Samples from the boxes of the objects themselves and the proposals of one image.
+
+    Args:
+        proposals: xyxy in pixels, `(proposals, 4)`.
+        truth: The objects.
+        config: How many are sampled, and how many of them are positive at most.
+        iou_threshold: From this IoU with an object on a proposal is positive and learns that object; below, it is
+            negative.
+        low_quality_threshold: From this IoU on an object takes its best proposals also where they would not be
+            positive.
+        shuffle: See [`~pvt_hf.models.boxes.sample_boxes`].
+    """
+    matches = match_boxes(pairwise_iou(truth.boxes, proposals), iou_threshold, iou_threshold, low_quality_threshold)
+    boxes = torch.cat((truth.boxes, proposals))  # (objects + proposals, 4)
+    matches = torch.cat((torch.arange(len(truth.boxes), device=matches.device), matches))
+    max_positives = int(config.roi_num_samples * config.roi_positive_fraction)
+    positives, negatives = sample_boxes(matches, config.roi_num_samples, max_positives, shuffle)
+    return SampledRoIs(boxes[torch.cat((positives, negatives))], matches[positives])
+
+
+__all__ = ["SampledRoIs", "flatten_rois", "pool_rois", "sample_rois", "to_rois"]
