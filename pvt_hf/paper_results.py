@@ -49,6 +49,7 @@ _DETECTION = {
         "pvt_large": (71.1, (43.4, 63.6, 46.1, 26.1, 46.0, 59.5)),
     },
     "detr_50ep": {"pvt_small": (None, (34.7, 55.7, 35.4, 12.0, 36.4, 56.7))},
+    "sparse_rcnn_3x_ms": {"pvt_v2_b2_li": (104.2, (48.9,)), "pvt_v2_b2": (107.0, (50.1,))},
 }
 _INSTANCE_SEGMENTATION = {
     "mask_rcnn_1x": {

@@ -122,6 +122,13 @@ SMALL_DETECTORS: dict[str, Preset] = {
         "num_candidates_train": 200,
         "num_proposals": 200,
     },
+    "sparse_rcnn": {
+        "neck_channels": 64,
+        "num_proposals": 20,
+        "num_heads": 3,
+        "dynamic_channels": 16,
+        "ffn_dim": 256,
+    },
     "detr": {
         "d_model": 128,
         "num_queries": 20,

@@ -90,7 +90,7 @@ class LearnedProposals(nn.Module):
             `(batch, proposals, channels)`.
         """
         boxes = center_to_corners_format(at_least_float32(self.boxes))  # (proposals, 4)
-        return boxes * _corner_scales(image_sizes, boxes), self.features.expand(len(image_sizes), -1, -1)
+        return boxes * _corner_scales(image_sizes, boxes), self.features.expand(image_sizes.shape[0], -1, -1)
 
 
 class DynamicConvolution(nn.Module):

@@ -19,6 +19,10 @@ def build_dense_model(name: str, backbone: str = "v2", **fields: object) -> torc
     elif name == "retinanet":
         config = pvt_hf.RetinaNetConfig(backbone_config=config, neck_channels=8, num_head_convs=1, num_labels=3)
         model = pvt_hf.RetinaNetForObjectDetection(config)
+    elif name == "sparse_rcnn":
+        sizes = {"num_proposals": 12, "num_heads": 2, "num_attention_heads": 2, "dynamic_channels": 4, "ffn_dim": 8}
+        config = pvt_hf.SparseRCNNConfig(backbone_config=config, neck_channels=8, num_labels=3, **sizes)
+        model = pvt_hf.SparseRCNNForObjectDetection(config)
     elif name == "semantic_fpn":
         config = pvt_hf.SemanticFPNConfig(backbone_config=config, neck_channels=8, head_channels=8, num_labels=3)
         model = pvt_hf.SemanticFPNForSemanticSegmentation(config)

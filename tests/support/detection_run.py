@@ -19,10 +19,12 @@ HEADS = {
     "retinanet": {"neck_channels": 8, "num_head_convs": 1},
     "mask_rcnn": {"neck_channels": 8, "num_mask_convs": 1, "box_head_size": 8, "num_candidates": 50,
                   "num_candidates_train": 50, "num_proposals": 50, "roi_num_samples": 32},
+    "sparse_rcnn": {"neck_channels": 8, "num_proposals": 8, "num_heads": 2, "num_attention_heads": 2,
+                    "dynamic_channels": 4, "ffn_dim": 16},
     "detr": {"d_model": 16, "num_queries": 8, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
              "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
 }  # fmt: skip
-FIRST_STAGE = {"retinanet": 1, "mask_rcnn": 0, "detr": 3}
+FIRST_STAGE = {"retinanet": 1, "mask_rcnn": 0, "sparse_rcnn": 0, "detr": 3}
 
 
 def small_detector(architecture: str, num_labels: int = 10, **overrides):
@@ -32,6 +34,8 @@ def small_detector(architecture: str, num_labels: int = 10, **overrides):
         return pvt_hf.build_detr(pvt_hf.build_detr_config(backbone, **fields))
     if architecture == "mask_rcnn":
         return pvt_hf.MaskRCNNForInstanceSegmentation(pvt_hf.MaskRCNNConfig(backbone_config=backbone, **fields))
+    if architecture == "sparse_rcnn":
+        return pvt_hf.SparseRCNNForObjectDetection(pvt_hf.SparseRCNNConfig(backbone_config=backbone, **fields))
     return pvt_hf.RetinaNetForObjectDetection(pvt_hf.RetinaNetConfig(backbone_config=backbone, **fields))
 
 

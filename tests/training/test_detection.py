@@ -15,7 +15,7 @@ from pvt_hf.training.optimization import step_multiplier
 from tests.support.detection_run import build
 from tests.support.training_processes import kill_after
 
-ARCHITECTURES = pytest.mark.parametrize("recipe", ["retinanet_1x", "mask_rcnn_3x_ms", "detr_50ep"])
+ARCHITECTURES = pytest.mark.parametrize("recipe", ["retinanet_1x", "mask_rcnn_3x_ms", "sparse_rcnn_3x_ms", "detr_50ep"])
 
 
 @pytest.fixture(scope="module")
