@@ -50,6 +50,8 @@ _DETECTION = {
     },
     "detr_50ep": {"pvt_small": (None, (34.7, 55.7, 35.4, 12.0, 36.4, 56.7))},
     "sparse_rcnn_3x_ms": {"pvt_v2_b2_li": (104.2, (48.9,)), "pvt_v2_b2": (107.0, (50.1,))},
+    "atss_3x_ms": {"pvt_v2_b2_li": (30.2, (48.9,)), "pvt_v2_b2": (33.0, (49.9,))},
+    "gfl_3x_ms": {"pvt_v2_b2_li": (30.3, (49.2,)), "pvt_v2_b2": (33.1, (50.2,))},
 }
 _INSTANCE_SEGMENTATION = {
     "mask_rcnn_1x": {

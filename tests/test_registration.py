@@ -21,6 +21,8 @@ MODELS = {
     "pvt_v2": {"AutoModel": "PvtV2Model", "AutoModelForImageClassification": "PvtV2ForImageClassification"}
     | {"AutoBackbone": "PvtV2Backbone"},
     "pvt_hf_retinanet": {"AutoModelForObjectDetection": "RetinaNetForObjectDetection"},
+    "pvt_hf_atss": {"AutoModelForObjectDetection": "ATSSForObjectDetection"},
+    "pvt_hf_gfl": {"AutoModelForObjectDetection": "GFLForObjectDetection"},
     "pvt_hf_mask_rcnn": dict.fromkeys(
         ("AutoModelForInstanceSegmentation", "AutoModelForImageSegmentation", "AutoModelForObjectDetection"),
         "MaskRCNNForInstanceSegmentation",

@@ -114,6 +114,8 @@ EVALUATION: dict[str, Preset] = {"smoke": {"max_eval_samples": 16, "dataloader_n
 # What `--smoke` and `--demo` take for `--config_overrides`, by architecture.
 SMALL_DETECTORS: dict[str, Preset] = {
     "retinanet": {"neck_channels": 64},
+    "atss": {"neck_channels": 64},
+    "gfl": {"neck_channels": 64},
     "mask_rcnn": {
         "neck_channels": 64,
         "box_head_size": 256,

@@ -23,14 +23,15 @@ def upsampled(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return x[:, :, rows][:, :, :, columns]
 
 
-def pyramid(weights: StateDict, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The neck: as many levels as maps, and one more for each convolution beyond them."""
+def pyramid(weights: StateDict, maps: Sequence[torch.Tensor], on_output: bool = False) -> list[torch.Tensor]:
+    """The neck: as many levels as maps, and one more for each convolution beyond them. The first of these reads the
+    last map, or with `on_output` the last of the other levels."""
     count = len(maps)
     merged = [conv(weights, f"neck.lateral_convs.{level}.conv", map_) for level, map_ in enumerate(maps)]
     for level in reversed(range(count - 1)):
         merged[level] = merged[level] + upsampled(merged[level + 1], *merged[level].shape[2:])
     levels = [conv(weights, f"neck.fpn_convs.{level}.conv", map_, padding=1) for level, map_ in enumerate(merged)]
-    source = maps[-1]
+    source = levels[-1] if on_output else maps[-1]
     while f"neck.fpn_convs.{len(levels)}.conv.weight" in weights:
         source = conv(weights, f"neck.fpn_convs.{len(levels)}.conv", source, stride=2, padding=1)
         levels.append(source)
@@ -54,6 +55,48 @@ def retinanet(weights: StateDict, levels: Sequence[torch.Tensor]) -> list[tuple[
         classes = conv(weights, "bbox_head.retina_cls", classes, padding=1)
         boxes = conv(weights, "bbox_head.retina_reg", boxes, padding=1)
         outputs.append((rows(classes, num_classes), rows(boxes, 4)))
+    return outputs
+
+
+def normed_tower(weights: StateDict, name: str, x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Convolutions without a bias, each with a group norm and a ReLU, as many as there are."""
+    index = 0
+    while (layer := f"{name}.{index}") + ".conv.weight" in weights:
+        x = conv(weights, f"{layer}.conv", x, padding=1)
+        parts = []
+        for part in x.chunk(groups, dim=1):
+            centred = part - part.mean((1, 2, 3), keepdim=True)
+            parts.append(centred / torch.sqrt(centred.square().mean((1, 2, 3), keepdim=True) + 1e-5))
+        scale, shift = (weights[f"{layer}.gn.{part}"][:, None, None] for part in ("weight", "bias"))
+        x = (torch.cat(parts, dim=1) * scale + shift).clamp(min=0)
+        index += 1
+    return x
+
+
+def atss(weights: StateDict, levels: Sequence[torch.Tensor], groups: int = 32) -> list[tuple[torch.Tensor, ...]]:
+    """Per level the class logits (batch, anchors, classes), the box deltas (batch, anchors, 4) and the logits of the
+    centerness (batch, anchors, 1)."""
+    outputs = []
+    for index, level in enumerate(levels):
+        classes = normed_tower(weights, "bbox_head.cls_convs", level, groups)
+        boxes = normed_tower(weights, "bbox_head.reg_convs", level, groups)
+        classes = conv(weights, "bbox_head.atss_cls", classes, padding=1)
+        deltas = conv(weights, "bbox_head.atss_reg", boxes, padding=1) * weights[f"bbox_head.scales.{index}.scale"]
+        centerness = conv(weights, "bbox_head.atss_centerness", boxes, padding=1)
+        outputs.append((rows(classes, classes.shape[1]), rows(deltas, 4), rows(centerness, 1)))
+    return outputs
+
+
+def gfl(weights: StateDict, levels: Sequence[torch.Tensor], groups: int = 32) -> list[tuple[torch.Tensor, ...]]:
+    """Per level the class logits (batch, anchors, classes) and the logits of the distances to the four sides (batch,
+    anchors, 4 * bins), left, top, right and bottom."""
+    outputs = []
+    for index, level in enumerate(levels):
+        classes = normed_tower(weights, "bbox_head.cls_convs", level, groups)
+        boxes = normed_tower(weights, "bbox_head.reg_convs", level, groups)
+        classes = conv(weights, "bbox_head.gfl_cls", classes, padding=1)
+        distances = conv(weights, "bbox_head.gfl_reg", boxes, padding=1) * weights[f"bbox_head.scales.{index}.scale"]
+        outputs.append((rows(classes, classes.shape[1]), rows(distances, distances.shape[1])))
     return outputs
 
 

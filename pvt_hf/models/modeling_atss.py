@@ -154,6 +154,7 @@ class ATSSForObjectDetection(OneStageDetector):
     head_class = ATSSHead
     output_class = ATSSObjectDetectionOutput
     extra_convs_source = "on_output"
+    evaluation_threshold = 0.0  # of the product of class and centerness; that of the class has one of its own
 
     def describe_detections(self, logits, deltas, centerness):
         return {"centerness": centerness, "nms_threshold": logits.new_tensor([self.config.nms_threshold])}

@@ -25,11 +25,13 @@ class OneStageDetector(PretrainedMixin, PreTrainedModel):
             the levels of the pyramid, `decode` the second of these, and have a `loss` of all of them.
         output_class: Of the model's outputs.
         extra_convs_source: What the coarser levels of the pyramid are made from, see [`FeaturePyramid`].
+        evaluation_threshold: With which [`detect_objects`] gives mmdetection's detections.
     """
 
     head_class: ClassVar[type[nn.Module]]
     output_class: ClassVar[type[ModelOutput]]
     extra_convs_source: ClassVar[Literal["on_input", "on_output"]] = "on_input"
+    evaluation_threshold: ClassVar[float] = 0.05
     accepts_loss_kwargs = False  # the loss is a mean over positive anchors, not over labels that Trainer could count
     _may_change_shape = ("head.class_predictor.",)
 

@@ -18,12 +18,13 @@ from .optimization import detection_parameter_groups, step_multiplier
 
 
 class DetectionTrainer(DensePredictionTrainer):
-    """Trains RetinaNet, Mask R-CNN or DETR with one of the papers' recipes, on one process or many.
+    """Trains a detector of pvt_hf or DETR with one of the papers' recipes, on one process or many.
 
     An evaluation leaves its detections in `results`, by image id, and in `output_dir/predictions.json`.
 
-    mmdetection's losses are averages over what each process has (positive anchors, sampled regions; DETR's boxes are
-    counted over all): one process with batches of 4 images is not exactly two with 2, nor are accumulated batches.
+    The losses of RetinaNet and Mask R-CNN are, as mmdetection's, averages over what each process has (positive anchors,
+    sampled regions): one process with batches of 4 images is not exactly two with 2. Those of ATSS, GFL and DETR count
+    over all processes, and it is. Accumulated batches are averaged one by one.
 
     Args:
         model: Of the architecture that the recipe is for. transformers' DETR gets the original DETR's loss.
@@ -62,7 +63,8 @@ class DetectionTrainer(DensePredictionTrainer):
         if is_detr:
             prepare_detr_training(model)
         self.masks = getattr(model.config, "use_masks", False)
-        self.threshold = 0.0 if is_detr else 0.05  # mmdetection's: below it nothing is a detection
+        # mmdetection's: below it nothing is a detection
+        self.threshold = 0.0 if is_detr else getattr(model, "evaluation_threshold", 0.05)
         self.metric_names = {"AP": "AP", "AP50": "AP50"}
         if self.masks:
             self.metric_names |= {"mask_AP": "mask AP", "mask_AP50": "mask AP50"}

@@ -27,13 +27,13 @@ def linear(name: str, out_features: int, in_features: int) -> Shapes:
     return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
 
 
-def neck(in_channels: tuple[int, ...], channels: int, num_extra: int = 0) -> Shapes:
+def neck(in_channels: tuple[int, ...], channels: int, num_extra: int = 0, on_output: bool = False) -> Shapes:
     shapes = {}
     for level, width in enumerate(in_channels):
         shapes |= conv(f"neck.lateral_convs.{level}.conv", channels, width, 1)
         shapes |= conv(f"neck.fpn_convs.{level}.conv", channels, channels, 3)
     for level in range(num_extra):
-        width = channels if level else in_channels[-1]
+        width = channels if level or on_output else in_channels[-1]
         shapes |= conv(f"neck.fpn_convs.{len(in_channels) + level}.conv", channels, width, 3)
     return shapes
 
@@ -59,6 +59,34 @@ def retinanet(in_channels: tuple[int, ...], num_labels: int = 80, channels: int 
         shapes
         | conv("bbox_head.retina_cls", 9 * num_labels, channels, 3)
         | conv("bbox_head.retina_reg", 36, channels, 3)
+    )
+
+
+def adaptive_head(in_channels: tuple[int, ...], channels: int) -> Shapes:
+    """What ATSS and GFL have in common."""
+    shapes = neck(in_channels[1:], channels, num_extra=2, on_output=True)
+    for tower in ("cls", "reg"):
+        for name in (f"bbox_head.{tower}_convs.{index}" for index in range(4)):
+            shapes |= conv(f"{name}.conv", channels, channels, 3, bias=False)
+            shapes |= {f"{name}.gn.{part}": (channels,) for part in ("weight", "bias")}
+    return shapes | {f"bbox_head.scales.{level}.scale": () for level in range(5)}
+
+
+def atss(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256) -> Shapes:
+    return (
+        adaptive_head(in_channels, channels)
+        | conv("bbox_head.atss_cls", num_labels, channels, 3)
+        | conv("bbox_head.atss_reg", 4, channels, 3)
+        | conv("bbox_head.atss_centerness", 1, channels, 3)
+    )
+
+
+def gfl(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256) -> Shapes:
+    return (
+        adaptive_head(in_channels, channels)
+        | conv("bbox_head.gfl_cls", num_labels, channels, 3)
+        | conv("bbox_head.gfl_reg", 68, channels, 3)
+        | {"bbox_head.integral.project": (17,)}
     )
 
 
@@ -200,6 +228,8 @@ def checkpoint_weights(
             weights[name] = torch.tensor(40_000)
         elif name.endswith("running_var"):
             weights[name] = torch.empty(shape).uniform_(0.5, 2)
+        elif name == "bbox_head.integral.project":
+            weights[name] = torch.arange(17.0)
         else:
             is_norm = name.endswith("weight") and len(shape) == 1
             weights[name] = torch.empty(shape).normal_(std=std).add_(1 if is_norm else 0)

@@ -5,9 +5,11 @@ from typing import Any
 
 from ..formats import Format
 from ..rename import ConversionError, quote
+from .atss import ATSS
 from .base import Architecture, DensePredictor
 from .classifier import Backbone, Classifier
 from .detr import Detr
+from .gfl import GFL
 from .mask_rcnn import FasterRCNN, MaskRCNN
 from .retinanet import RetinaNet
 from .semantic_fpn import SemanticFPN
@@ -18,6 +20,8 @@ CLASSIFIER, BACKBONE = Classifier(), Backbone()
 DENSE_PREDICTORS: tuple[DensePredictor, ...] = (
     SemanticFPN(),
     RetinaNet(),
+    ATSS(),
+    GFL(),
     SparseRCNN(),
     MaskRCNN(),
     FasterRCNN(),
