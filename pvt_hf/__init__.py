@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .models.backbone import load_pretrained_backbone
 from .models.configuration_atss import ATSSConfig
+from .models.configuration_cascade_mask_rcnn import CascadeMaskRCNNConfig
 from .models.configuration_gfl import GFLConfig
 from .models.configuration_mask_rcnn import MaskRCNNConfig
 from .models.configuration_pvt import PvtConfig
@@ -42,6 +43,7 @@ from .models.image_processing_detection import PvtDetectionImageProcessor, PvtDe
 from .models.image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
 from .models.image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
 from .models.modeling_atss import ATSSForObjectDetection
+from .models.modeling_cascade_mask_rcnn import CascadeMaskRCNNForInstanceSegmentation
 from .models.modeling_gfl import GFLForObjectDetection
 from .models.modeling_mask_rcnn import MaskRCNNForInstanceSegmentation
 from .models.modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
@@ -59,6 +61,8 @@ __all__ = [
     "VARIANTS",
     "ATSSConfig",
     "ATSSForObjectDetection",
+    "CascadeMaskRCNNConfig",
+    "CascadeMaskRCNNForInstanceSegmentation",
     "GFLConfig",
     "GFLForObjectDetection",
     "MaskRCNNConfig",
@@ -169,6 +173,16 @@ _register(
         AutoModelForInstanceSegmentation: MaskRCNNForInstanceSegmentation,
         AutoModelForImageSegmentation: MaskRCNNForInstanceSegmentation,
         AutoModelForObjectDetection: MaskRCNNForInstanceSegmentation,
+    },
+    PvtDetectionImageProcessor,
+    PvtDetectionImageProcessorPil,
+)
+_register(
+    CascadeMaskRCNNConfig,
+    {
+        AutoModelForInstanceSegmentation: CascadeMaskRCNNForInstanceSegmentation,
+        AutoModelForImageSegmentation: CascadeMaskRCNNForInstanceSegmentation,
+        AutoModelForObjectDetection: CascadeMaskRCNNForInstanceSegmentation,
     },
     PvtDetectionImageProcessor,
     PvtDetectionImageProcessorPil,

@@ -122,13 +122,32 @@ def box_head(weights: StateDict, features: torch.Tensor) -> tuple[torch.Tensor, 
     )
 
 
-def mask_head(weights: StateDict, features: torch.Tensor) -> torch.Tensor:
+def mask_head(weights: StateDict, features: torch.Tensor, name: str = "roi_head.mask_head") -> torch.Tensor:
     """RoI features (regions, channels, 14, 14) to mask logits (regions, classes, 28, 28)."""
     for index in range(4):
-        features = conv(weights, f"roi_head.mask_head.convs.{index}.conv", features, padding=1).clamp(min=0)
-    kernel, bias = weights["roi_head.mask_head.upsample.weight"], weights["roi_head.mask_head.upsample.bias"]
+        features = conv(weights, f"{name}.convs.{index}.conv", features, padding=1).clamp(min=0)
+    kernel, bias = weights[f"{name}.upsample.weight"], weights[f"{name}.upsample.bias"]
     features = F.conv_transpose2d(features, kernel, bias, stride=2).clamp(min=0)
-    return conv(weights, "roi_head.mask_head.conv_logits", features)
+    return conv(weights, f"{name}.conv_logits", features)
+
+
+def cascade_box_head(
+    weights: StateDict, features: torch.Tensor, stage: int, batch_statistics: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As [`box_head`], of a stage of the cascade; with `batch_statistics` as in training."""
+    name = f"roi_head.bbox_head.{stage}"
+    for index in range(4):
+        features = conv(weights, f"{name}.shared_convs.{index}.conv", features, padding=1)
+        scale, shift, mean, variance = (
+            weights[f"{name}.shared_convs.{index}.bn.{part}"][:, None, None]
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        if batch_statistics:
+            mean = features.mean((0, 2, 3), keepdim=True)
+            variance = (features - mean).square().mean((0, 2, 3), keepdim=True)
+        features = ((features - mean) / torch.sqrt(variance + 1e-5) * scale + shift).clamp(min=0)
+    hidden = linear(weights, f"{name}.shared_fcs.0", features.flatten(1)).clamp(min=0)
+    return linear(weights, f"{name}.fc_cls", hidden), linear(weights, f"{name}.fc_reg", hidden)
 
 
 def semantic_fpn(weights: StateDict, levels: Sequence[torch.Tensor]) -> torch.Tensor:

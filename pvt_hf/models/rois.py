@@ -63,10 +63,12 @@ class SampledRoIs:
     Args:
         boxes: xyxy in pixels, `(RoIs, 4)`, the positive ones first.
         objects: The index of the object of each positive RoI, int64 `(positive RoIs,)`.
+        are_proposed: Whether each RoI is a proposal, and not the box of an object itself: bool `(RoIs,)`.
     """
 
     boxes: torch.Tensor
     objects: torch.Tensor
+    are_proposed: torch.Tensor
 
     @property
     def positive_boxes(self) -> torch.Tensor:
@@ -99,7 +101,37 @@ def sample_rois(
     matches = torch.cat((torch.arange(len(truth.boxes), device=matches.device), matches))
     max_positives = int(config.roi_num_samples * config.roi_positive_fraction)
     positives, negatives = sample_boxes(matches, config.roi_num_samples, max_positives, shuffle)
-    return SampledRoIs(boxes[torch.cat((positives, negatives))], matches[positives])
+    chosen = torch.cat((positives, negatives))
+    return SampledRoIs(boxes[chosen], matches[positives], chosen >= len(truth.boxes))
 
 
-__all__ = ["SampledRoIs", "flatten_rois", "pool_rois", "sample_rois", "to_rois"]
+def list_targets(
+    samples: Sequence[SampledRoIs], truths: Sequence[GroundTruth], num_labels: int, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the RoIs of a batch shall learn.
+
+    Args:
+        samples: The RoIs of each image.
+        truths: The objects of each image.
+        num_labels: Number of classes, and so the label of the background.
+        like: A tensor whose dtype and device boxes have.
+
+    Returns:
+        The class of each RoI, int64 `(all RoIs,)`; which of them are positive, int64 `(all positive RoIs,)`; the boxes
+        of these and of their objects, both xyxy in pixels, `(all positive RoIs, 4)`.
+    """
+    # (They begin with nothing, which is all that an empty batch has.)
+    labels, boxes, start = [torch.zeros(0, dtype=torch.int64, device=like.device)], [like.new_zeros(0, 4)], 0
+    rows, objects = labels[:], boxes[:]
+    for rois, truth in zip(samples, truths, strict=True):
+        label = torch.full((len(rois.boxes),), num_labels, device=like.device)  # the background
+        label[: len(rois.objects)] = truth.class_labels[rois.objects]
+        labels.append(label)
+        rows.append(torch.arange(start, start + len(rois.objects), device=like.device))
+        boxes.append(rois.positive_boxes)
+        objects.append(truth.boxes[rois.objects])
+        start += len(rois.boxes)
+    return torch.cat(labels), torch.cat(rows), torch.cat(boxes), torch.cat(objects)
+
+
+__all__ = ["SampledRoIs", "flatten_rois", "list_targets", "pool_rois", "sample_rois", "to_rois"]

@@ -23,13 +23,16 @@ from tests.support import head_shapes
 from tests.support.checkpoints import TINY, equal, run, save, without
 from tests.support.small_models import STAGES
 
-SEMANTIC_FPN, RETINANET, ATSS, GFL, SPARSE_RCNN, MASK_RCNN, FASTER_RCNN, DETR = registry.DENSE_PREDICTORS
+SEMANTIC_FPN, RETINANET, ATSS, GFL, SPARSE_RCNN, *R_CNNS, DETR = registry.DENSE_PREDICTORS
+CASCADE_MASK_RCNN, CASCADE_RCNN, MASK_RCNN, FASTER_RCNN = R_CNNS
 HEADS = {
     SEMANTIC_FPN: head_shapes.semantic_fpn,
     RETINANET: head_shapes.retinanet,
     ATSS: head_shapes.atss,
     GFL: head_shapes.gfl,
     SPARSE_RCNN: head_shapes.sparse_rcnn,
+    CASCADE_MASK_RCNN: head_shapes.cascade_mask_rcnn,
+    CASCADE_RCNN: head_shapes.cascade_rcnn,
     MASK_RCNN: head_shapes.mask_rcnn,
     FASTER_RCNN: head_shapes.faster_rcnn,
     DETR: head_shapes.detr,
@@ -38,6 +41,8 @@ SMALL = {
     SEMANTIC_FPN: {"channels": 16, "num_labels": 150},
     RETINANET: {"channels": 16, "num_labels": 80},
     SPARSE_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24, "proposals": 7, "heads": 2, "dynamic": 4},
+    CASCADE_MASK_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24},
+    CASCADE_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24},
     ATSS: {"channels": 32, "num_labels": 80},
     GFL: {"channels": 32, "num_labels": 80},
     MASK_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24},
@@ -69,6 +74,7 @@ def small_weights(architecture, version: str, **options) -> dict[str, torch.Tens
         ("det_mask_rcnn_pvt_t", MASK_RCNN, "pvt_tiny"),
         ("det_mask_rcnn_pvt_v2_b0", MASK_RCNN, "pvt_v2_b0"),
         ("det_sparse_rcnn_pvt_v2_b2_li", SPARSE_RCNN, "pvt_v2_b2_li"),
+        ("det_cascade_mask_rcnn_pvt_v2_b2_li", CASCADE_MASK_RCNN, "pvt_v2_b2_li"),
         ("det_detr_pvt_s", DETR, "pvt_small"),
         ("seg_semfpn_pvt_t", SEMANTIC_FPN, "pvt_tiny"),
     ],
