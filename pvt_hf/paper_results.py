@@ -76,6 +76,7 @@ _INSTANCE_SEGMENTATION = {
         "pvt_v2_b0": (23.5, (41.6, 38.2)),
         "pvt_v2_b2": (45.0, (47.8, 43.1)),
     },
+    "cascade_mask_rcnn_3x_ms": {"pvt_v2_b2_li": (80.0, (50.9, 44.0)), "pvt_v2_b2": (82.9, (51.1, 44.4))},
 }
 # v1: the paper trained longer on fewer GPUs than the released configs, whose results are the last numbers.
 _SEMANTIC_FPN = {

@@ -137,6 +137,7 @@ DETECTION_RECIPES = {
         max_grad_norm=0.1,
         shortest_edges=range(640, 801, 32),
     ),
+    "cascade_mask_rcnn_3x_ms": DetectionRecipe("cascade_mask_rcnn", **_LONG_WITH_CROPS),
     "sparse_rcnn_3x_ms": DetectionRecipe(
         "sparse_rcnn",
         learning_rate=2.5e-5,

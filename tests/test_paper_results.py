@@ -6,6 +6,7 @@ from transformers import AutoModelForInstanceSegmentation, AutoModelForObjectDet
 
 from pvt_hf import (
     ATSSConfig,
+    CascadeMaskRCNNConfig,
     GFLConfig,
     MaskRCNNConfig,
     RetinaNetConfig,
@@ -21,6 +22,7 @@ ARCHITECTURES = {
     "atss_3x_ms": (AutoModelForObjectDetection, ATSSConfig, STAGES[1:], 80),
     "gfl_3x_ms": (AutoModelForObjectDetection, GFLConfig, STAGES[1:], 80),
     "mask_rcnn_1x": (AutoModelForInstanceSegmentation, MaskRCNNConfig, STAGES, 80),
+    "cascade_mask_rcnn_3x_ms": (AutoModelForInstanceSegmentation, CascadeMaskRCNNConfig, STAGES, 80),
     "sparse_rcnn_3x_ms": (AutoModelForObjectDetection, SparseRCNNConfig, STAGES, 80),
     "semantic_fpn_40k": (AutoModelForSemanticSegmentation, SemanticFPNConfig, STAGES, 150),
 }

@@ -238,6 +238,7 @@ TASKS = {
     "pvt_hf_atss": Task(measure_detector, "atss_3x_ms", tuple(COCO_METRICS), 80),
     "pvt_hf_gfl": Task(measure_detector, "gfl_3x_ms", tuple(COCO_METRICS), 80),
     "pvt_hf_mask_rcnn": Task(measure_detector, "mask_rcnn_1x", (*COCO_METRICS, *_MASK_METRICS), 80),
+    "pvt_hf_cascade_mask_rcnn": Task(measure_detector, "cascade_mask_rcnn_3x_ms", (*COCO_METRICS, *_MASK_METRICS), 80),
     "pvt_hf_sparse_rcnn": Task(measure_detector, "sparse_rcnn_3x_ms", tuple(COCO_METRICS), 80),
     "detr": Task(measure_detector, "detr_50ep", tuple(COCO_METRICS), 80),
 }

@@ -264,7 +264,16 @@ def test_recipe_decides_what_the_command_line_leaves_open(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["retinanet_1x", "atss_3x_ms", "gfl_3x_ms", "mask_rcnn_1x", "sparse_rcnn_3x_ms", "detr_50ep"]
+    "recipe",
+    [
+        "retinanet_1x",
+        "atss_3x_ms",
+        "gfl_3x_ms",
+        "mask_rcnn_1x",
+        "cascade_mask_rcnn_3x_ms",
+        "sparse_rcnn_3x_ms",
+        "detr_50ep",
+    ],
 )
 def test_small_detectors_can_be_built(recipe):
     """The presets of `--smoke` and `--demo` are fields of the configurations."""

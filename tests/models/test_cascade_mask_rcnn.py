@@ -5,18 +5,20 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from torch.testing import assert_close
 
 import pvt_hf
 from pvt_hf.conversion import reference_heads
 from pvt_hf.conversion.architectures.cascade_mask_rcnn import CascadeMaskRCNN
 from pvt_hf.models.post_processing import detect_objects, segment_instances
+from pvt_hf.models.two_stage import average_logits
 from tests.models.test_mask_rcnn import INPUT_SIZE, OBJECTS, ORIGINAL, SIZES, labels_of, masks_of, reference_outputs
 from tests.support import checkpoints, detectors, head_shapes
 from tests.support import reference_cascade as cascade
 from tests.support import reference_detection as loops
 from tests.support.detectors import CHANNELS, CLASSES, backbone_config, padded_batch, standardize, tiny_backbone
-from tests.support.small_models import STAGES
+from tests.support.small_models import STAGES, randomize
 
 SAMPLES = (24, 4, 12, 4)  # anchors, positive ones, RoIs, positive ones: so few that there is something to draw
 FEW = {"num_candidates_train": 30, "num_proposals_train": 30, "num_candidates": 20, "num_proposals": 20}
@@ -118,3 +120,80 @@ def test_losses_and_gradients_equal_the_reference(objects):
     largest = max(gradient.double().norm() for gradient in gradients.values())
     for name, parameter in model.named_parameters():
         assert (parameter.grad - gradients[name]).norm() <= 1e-8 * largest, name
+
+
+def test_logits_of_a_mean_probability_are_finite():
+    logits = torch.tensor([[-200.0, 200, 1, -3], [-200, 200, -1, 5], [-100, 300, 0.5, 2]], dtype=torch.float64)
+    mean = average_logits(list(logits))
+    assert mean.isfinite().all()
+    assert_close(mean.sigmoid(), logits.sigmoid().mean(dim=0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("backbone", "masks"), [("v1", True), ("v2_linear", False), ("resnet", True)])
+def test_trained_model_reloads(backbone, masks, tmp_path):
+    """Without masks it is Cascade R-CNN."""
+    model = small_model(backbone, use_masks=masks).train()
+    pixels, mask = padded_batch(SIZES, INPUT_SIZE, torch.float32)
+    outputs = model(pixels, mask, labels=labels_of(OBJECTS))
+    outputs.loss.backward()
+    assert len(outputs.loss_dict) == 2 + 3 * (2 + masks) and outputs.scores is None
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    randomize(model).eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(pixels, mask)
+        for auto_class in (
+            transformers.AutoModelForInstanceSegmentation,
+            transformers.AutoModelForImageSegmentation,
+            transformers.AutoModelForObjectDetection,
+        ):
+            loaded = auto_class.from_pretrained(tmp_path)
+            assert type(loaded) is pvt_hf.CascadeMaskRCNNForInstanceSegmentation
+            assert_close(dict(loaded(pixels, mask)), dict(expected), rtol=0, atol=0)
+    assert ("pred_masks" in expected) == masks
+
+
+@torch.no_grad()
+def test_another_number_of_classes_keeps_all_other_tensors(tmp_path):
+    model = randomize(small_model())
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    saved, kept = model.state_dict(), loaded.state_dict()
+    new = {name for name in saved if kept[name].shape != saved[name].shape}
+    parts = ("box_heads.{}.class_predictor", "box_heads.{}.box_predictor", "mask_heads.{}.predictor")
+    assert {name.rsplit(".", 1)[0] for name in new} == {part.format(stage) for part in parts for stage in range(3)}
+    assert all(torch.equal(kept[name], saved[name]) for name in saved.keys() - new)
+
+
+@torch.no_grad()
+def test_initialisation_is_mmdetections():
+    """Upsampling and predictor of the masks are as PyTorch has them."""
+    model = small_model(neck_channels=64, box_head_size=256, num_box_convs=2, num_mask_convs=2)
+    for name, parameter in (*model.box_heads.named_parameters(), *model.mask_heads.named_parameters()):
+        kernel = parameter[0, 0].numel() if parameter.ndim == 4 else 1
+        if ".bn." in name:
+            assert parameter.unique().tolist() == [float(name.endswith("weight"))], name
+        elif ".upsample." in name or ".predictor." in name:
+            bound = (64 * (4 if ".upsample." in name else 1)) ** -0.5
+            assert 0.5 * bound < parameter.abs().max() <= bound, name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+        elif ".convs." in name:
+            assert abs(parameter.std() / (2 / (64 * kernel)) ** 0.5 - 1) < 0.1, name
+        else:
+            assert abs(parameter.std() / (2 / sum(parameter.shape)) ** 0.5 - 1) < 0.1, name
+
+
+def test_image_without_an_anchor_inside_has_a_loss():
+    model = small_model().train()
+    size = (32, 32)  # the smallest anchors are as large
+    label = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}
+    outputs = model(torch.randn(1, 3, *size), labels=[label | {"masks": torch.ones(1, *size)}])
+    outputs.loss.backward()
+    assert outputs.loss.isfinite() and outputs.loss_dict["loss_objectness"] == 0
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="`strides` must have one value for each of the 5 levels"):
+        pvt_hf.CascadeMaskRCNNConfig(strides=[4])
+    with pytest.raises(ValueError, match=r"`box_stds` must have one value for each stage, got .*thresholds': 2"):
+        pvt_hf.CascadeMaskRCNNConfig(roi_iou_thresholds=[0.5, 0.6])

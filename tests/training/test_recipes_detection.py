@@ -10,6 +10,7 @@ import transformers
 import pvt_hf
 from pvt_hf import recipes
 from pvt_hf.conversion.architectures.atss import ATSS
+from pvt_hf.conversion.architectures.cascade_mask_rcnn import CascadeMaskRCNN
 from pvt_hf.conversion.architectures.detr import Detr
 from pvt_hf.conversion.architectures.gfl import GFL
 from pvt_hf.conversion.architectures.mask_rcnn import MaskRCNN
@@ -24,17 +25,19 @@ ARCHITECTURES = {
     "atss": ATSS(),
     "gfl": GFL(),
     "mask_rcnn": MaskRCNN(),
+    "cascade_mask_rcnn": CascadeMaskRCNN(),
     "sparse_rcnn": SparseRCNN(),
     "detr": Detr(),
 }
-FIRST_STAGE = {"mask_rcnn": 0, "sparse_rcnn": 0, "detr": 3}
+FIRST_STAGE = {"mask_rcnn": 0, "cascade_mask_rcnn": 0, "sparse_rcnn": 0, "detr": 3}
 # Beside those of all of them.
 FIELDS = {
     "retinanet": {},
     "mask_rcnn": {"box_head_size": 8},
+    "cascade_mask_rcnn": {"box_head_size": 8},
     "sparse_rcnn": {"num_heads": 2, "dynamic_channels": 2, "num_proposals": 3, "ffn_dim": 8},
 }
-WITH_CROPS = ("mask_rcnn_3x_ms", "atss_3x_ms", "gfl_3x_ms", "sparse_rcnn_3x_ms")
+WITH_CROPS = ("mask_rcnn_3x_ms", "cascade_mask_rcnn_3x_ms", "atss_3x_ms", "gfl_3x_ms", "sparse_rcnn_3x_ms")
 SMALL = {"num_labels": 3, "neck_channels": 8}
 
 
@@ -55,7 +58,8 @@ def test_recipes_are_the_released_configurations():
         "retinanet_3x_ms": (1e-4, 16, 1e-4, False, 36, (27, 33), 500, 0.0),
         "mask_rcnn_1x": (2e-4, 16, 1e-4, True, 12, (8, 11), 500, 0.0),
         **dict.fromkeys(
-            ("mask_rcnn_3x_ms", "atss_3x_ms", "gfl_3x_ms"), (1e-4, 16, 0.05, False, 36, (27, 33), 500, 0.0)
+            ("mask_rcnn_3x_ms", "atss_3x_ms", "gfl_3x_ms", "cascade_mask_rcnn_3x_ms"),
+            (1e-4, 16, 0.05, False, 36, (27, 33), 500, 0.0),
         ),
         "detr_50ep": (1e-4, 16, 1e-4, True, 50, (33,), 0, 0.1),
         "sparse_rcnn_3x_ms": (2.5e-5, 16, 1e-4, True, 36, (27, 33), 500, 1.0),
