@@ -1,5 +1,5 @@
-"""transformers' exporters: their programs give the numbers of our classes under the names of their outputs, at sizes and
-batches that they were not traced with."""
+"""transformers' exporters: their programs give the numbers of our classes under the names of their outputs, at sizes
+and batches that they were not traced with."""
 
 import pytest
 import torch
@@ -48,7 +48,10 @@ def flatten(outputs):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("target", FORMATS)
 @torch.no_grad()
-def test_exported_program_gives_the_same(name, target):
+def test_exported_program_gives_the_same(name, target, request):
+    if (name, target) == ("mask_rcnn", "openvino"):
+        reason = "OpenVINO converts no torchvision::nms"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     exporters = pytest.importorskip("transformers.exporters", reason="transformers has exporters from 5.24 on")
     exporter, config, packages, runner = FORMATS[target]
     for package in packages:

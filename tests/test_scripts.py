@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoImageProcessor,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessor,
+    default_data_collator,
     pipeline,
     set_seed,
 )
@@ -83,14 +85,30 @@ def start(programs, task, scenes, folder):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("task", TASKS)
-def test_a_program_runs(programs, scenes, tmp_path, task):
-    losses, metrics = programs.run_with_trainer(start(programs, task, scenes, tmp_path / "start"), tmp_path / "end")
+@pytest.mark.parametrize(
+    "task, run",
+    [
+        ("image_classification", "run_without_trainer"),
+        ("object_detection", "run_with_trainer"),
+        ("semantic_segmentation", "run_without_trainer"),
+        ("instance_segmentation", "run_with_trainer"),
+    ],
+)
+def test_a_program_runs(programs, scenes, tmp_path, task, run):
+    """The other halves are among the slow tests."""
+    losses, metrics = getattr(programs, run)(start(programs, task, scenes, tmp_path / "start"), tmp_path / "end")
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     assert -1 <= metrics[TASKS[task][2]] <= 1
     if task == "image_classification":
         classify = pipeline(task.replace("_", "-"), model=str(tmp_path / "end"))
         assert {found["label"] for found in classify(Image.new("RGB", (40, 50)), top_k=10)} == set(CLASSES)
+
+
+def test_sizes_that_the_programs_read():
+    """They take the shortest edge of a processor, or its height and width, and crop to that too: see the README."""
+    assert dict(pvt_hf.PvtImageProcessor().size) == {"shortest_edge": 256}
+    assert dict(pvt_hf.PvtImageProcessor(size=224).size) == {"height": 224, "width": 224}
+    assert pvt_hf.PvtSegmentationImageProcessor().size["shortest_edge"] == 512
 
 
 @pytest.mark.slow
@@ -101,7 +119,6 @@ def test_a_program_learns(programs, scenes, tmp_path, task, run):
     program = start(programs, task, scenes, tmp_path / "start")
     losses, metrics = getattr(programs, run)(program, tmp_path / "end", steps=steps, learning_rate=3e-3)
     quarter = steps // 4
-    print(task, run, sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter, metrics[metric])
     assert sum(losses[-quarter:]) < share * sum(losses[:quarter])
     assert task != "image_classification" or metrics[metric] > 0.3
 
@@ -132,6 +149,21 @@ def test_logits_and_boxes_are_enough_to_find_objects(architecture):
         assert len(image["scores"]) and image.keys() == other.keys()
         for key, value in other.items():
             torch.testing.assert_close(image[key], value)
+
+
+def test_the_guide_to_semantic_segmentation(tmp_path):
+    """It calls the processor with lists of images and of maps, and stacks what it returns."""
+    model, image_processor = small_segmenter()
+    image_processor.save_pretrained(tmp_path)
+    fixed = AutoImageProcessor.from_pretrained(tmp_path, size={"height": 64, "width": 64}, do_reduce_labels=True)
+    images = [Image.new("RGB", size, color="red") for size in ((90, 60), (64, 80))]
+    maps = [Image.new("L", image.size, color=label) for label, image in enumerate(images)]
+    inputs = fixed(images, maps)
+    examples = [dict(zip(inputs, values, strict=True)) for values in zip(*inputs.values(), strict=True)]
+    batch = default_data_collator(examples)
+    assert batch["pixel_values"].shape == (2, 3, 64, 64) and batch["labels"].shape == (2, 64, 64)
+    assert batch["labels"][0].unique().tolist() == [255] and batch["labels"][1].unique().tolist() == [0]
+    assert model(**batch).loss.isfinite()
 
 
 @pytest.mark.process

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from ..conversion.convert import convert, export
 from ..conversion.formats import FROM_OFFICIAL
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     disable_progress_bar()  # of transformers: its bars for two small files hide the figures
     try:
-        with print_log(), _end_by_sigterm():
+        with print_log(), _hide_reports(), _end_by_sigterm():
             return _run(options)
     except (KeyboardInterrupt, _Ended) as reason:
         print_error(f"{options.source or options.all}: interrupted; nothing half-written is left")
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     chosen = {key: getattr(options, key) for key in ("backbone_only", "overwrite", "with_code")}
     if options.all:
-        return 0 if convert_all(options.all, options.push_to_hub, options.private, **chosen) else 1
+        return 0 if convert_all(options.all, options.push_to_hub, options.private, options.debug, **chosen) else 1
     if options.to:
         print_export(Path(options.source), options.output, options.to, options.overwrite)
         return 0
@@ -90,6 +90,17 @@ def _end_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+@contextmanager
+def _hide_reports() -> Iterator[None]:
+    """While it lasts, transformers prints no tables of tensors that do not fit: the error names them in its line."""
+    verbosity = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
 
 
 def describe_error(error: Exception, source: str) -> str:
@@ -150,7 +161,9 @@ def _check_repo(parser: argparse.ArgumentParser, repo: str) -> None:
         parser.error(f"--push-to-hub must be owner/name, got {repo}")
 
 
-def convert_all(output_root: Path, repo_owner: str | None = None, private: bool = False, **options) -> bool:
+def convert_all(
+    output_root: Path, repo_owner: str | None = None, private: bool = False, debug: bool = False, **options
+) -> bool:
     """Converts every released variant to `output_root/<variant>`, prints a table, and tells whether all went well."""
     lines = ["| variant | tensors | parameters (M) | largest difference | result |", "|--|--|--|--|--|"]
     failures = 0
@@ -166,6 +179,8 @@ def convert_all(output_root: Path, repo_owner: str | None = None, private: bool 
             )
         except Exception as error:
             failures += 1
+            if debug:
+                traceback.print_exc()
             lines.append(f"| {name} | | | | {escape_control(describe_error(error, name))} |")
     print("\n".join(lines))
     return not failures

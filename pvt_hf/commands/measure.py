@@ -22,7 +22,14 @@ from transformers import (
 import pvt_hf
 
 from ..data.class_names import ClassNameError, match_class_names, read_class_names
-from ..data.classification import EvaluationImages, check_images_and_labels, collate, find_labels, load_images
+from ..data.classification import (
+    EvaluationImages,
+    check_images_and_labels,
+    collate,
+    encode_names,
+    find_labels,
+    load_images,
+)
 from ..data.detection import EvaluationDetections, read_coco
 from ..data.digits import write_scenes
 from ..data.label_maps import read_palette
@@ -116,6 +123,7 @@ def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArgument
     rows = load_images(
         options.dataset_name, options.eval_split, options.dataset_config_name, image_column=options.image_column
     )
+    rows = encode_names(rows, options.label_column)
     column, names = find_labels(rows, options.label_column)
     if not isinstance(rows.features[column], datasets.ClassLabel):  # integers, of which some may not be there
         names = list(map(str, range(max(len(names), model.config.num_labels))))

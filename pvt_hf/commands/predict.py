@@ -4,9 +4,9 @@
     pvt-hf predict --model_name_or_path converted/semantic_fpn_pvt_s --images photos --window 512 --stride 341
     pvt-hf predict --model_name_or_path converted/pvt_v2_b2 --images photos --tta_flip
 
-A segmenter writes a PNG for each image, of its size: the labels of the maps that it was trained on, or with
-`--binary_masks` 0 and 255. A classifier writes `predictions.csv`, a detector `predictions.json` in COCO's format for
-results, with the names of files and classes.
+A segmenter writes a PNG for each image, of its size as it is seen, which is turned as EXIF says: the labels of the maps
+that it was trained on, or with `--binary_masks` 0 and 255. A classifier writes `predictions.csv`, a detector
+`predictions.json` in COCO's format for results, with the names of files and classes.
 """
 
 import csv
@@ -32,13 +32,12 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.checks import check_images, describe_problems
-from ..data.images import decode, prepare
+from ..data.images import ImageError, decode, prepare
 from ..evaluation.classifier_views import ClassifierViews
-from ..evaluation.label_maps import LabelMapPredictor
+from ..evaluation.label_map_predictor import LabelMapPredictor
 from ..evaluation.metrics import coco_results
 from ..training.arguments import STRIDE, TTA_FLIP, TTA_SCALES, WINDOW, check_together, option
 from ..writing.files import atomic_file
-from . import shared
 from .measure import CLASSIFIER, SEGMENTER, task_of
 from .parser import parse_arguments
 
@@ -173,15 +172,11 @@ def check_names(names: Sequence[str]) -> None:
             raise SystemExit(f"{other} and {name} differ in their endings only: both masks would be {mask_name(name)}")
 
 
-def drop_corrupt(images: dict[str, str], skip: bool) -> dict[str, str]:
-    """The images that can be read; others end the program, or are listed."""
-    checked = check_images(list(images.values()))
-    problems = [result.problem for result in checked if result.problem]
-    if problems and not skip:
-        raise SystemExit(f"{describe_problems(problems, len(images), 'images')}\n--skip_corrupt skips them")
+def check_files(images: dict[str, str]) -> None:
+    """Ends the program if there are images that cannot be opened; what follows their headers is not looked at yet."""
+    problems = [result.problem for result in check_images(list(images.values())) if result.problem]
     if problems:
-        print(f"{describe_problems(problems, len(images), 'images', shown=len(problems))}\nThey are skipped.")
-    return {name: path for (name, path), result in zip(images.items(), checked, strict=True) if not result.problem}
+        raise SystemExit(f"{describe_problems(problems, len(images), 'images')}\n--skip_corrupt skips them")
 
 
 @torch.no_grad()
@@ -195,17 +190,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = find_images(options.images)
     if kind is SEGMENTER:
         check_names(list(images))
-    images = drop_corrupt(images, options.skip_corrupt)
+    if not options.skip_corrupt:
+        check_files(images)
     device = "cuda" if torch.cuda.is_available() and not options.use_cpu else "cpu"
     model = auto_class.from_pretrained(options.model_name_or_path, dtype=torch.float32).eval().to(device)
     predictor = Predictor(model, AutoImageProcessor.from_pretrained(options.model_name_or_path), options)
-    rows = []
-    with shared.exit_on_bad_data():
-        for name, path in logging.tqdm(images.items(), desc="predicting", delay=2):
+    rows, problems = [], []
+    for name, path in logging.tqdm(images.items(), desc="predicting", delay=2):
+        try:
             rows += predict(predictor, decode({"path": path}, path), path, name)
+        except ImageError as error:
+            if not options.skip_corrupt:
+                raise SystemExit(str(error)) from error
+            problems.append(str(error))
     if write is not None:
         write(rows, Path(options.output_dir))
-    print(f"predictions for {len(images)} images are in {options.output_dir}")
+    if problems:
+        print(describe_problems(problems, len(images), "images", shown=len(problems)))
+    print(f"predictions for {len(images) - len(problems)} images are in {options.output_dir}")
     return 0
 
 

@@ -81,11 +81,13 @@ def load_splits(data_args: ClassificationDataArguments, args: TrainingArguments)
     train = images.load_images(
         data_args.dataset_name, data_args.train_split, config, data_args.streaming, image_column=image_column
     )
+    train = images.encode_names(train, data_args.label_column)
     if data_args.train_val_split:
         parts = train.train_test_split(data_args.train_val_split, seed=args.seed)
         return parts["train"], parts["test"]
     if not data_args.streaming:
-        return train, images.load_images(source, data_args.eval_split, config, image_column=image_column)
+        validation = images.load_images(source, data_args.eval_split, config, image_column=image_column)
+        return train, images.encode_names(validation, data_args.label_column)
     with args.main_process_first(desc="writing the validation set to the cache"):
         stream = images.load_images(source, data_args.eval_split, config, streaming=True, image_column=image_column)
         return train, images.cache_stream(stream)

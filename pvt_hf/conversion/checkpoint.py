@@ -299,6 +299,8 @@ def load_file(path: Path) -> dict[str, Any]:
         loaded = safetensors.torch.load_file(path) if is_safetensors else read_torch_file(path, is_zip)
     except UntrustedFileError as error:
         raise ConversionError(f"{path} {error}") from error
+    except UnicodeEncodeError as error:  # neither library takes such a path
+        raise ConversionError(f"{path} has a name that is not UTF-8: give it another.") from error
     except _DAMAGE as error:
         reason = str(error).partition("\n")[0]  # torch shows where in its source
         raise ConversionError(f"{path} is truncated or damaged: {reason}") from error

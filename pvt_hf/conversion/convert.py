@@ -225,9 +225,12 @@ def export(saved_dir: Path, file: Path, to: str, overwrite: bool = False) -> Exp
     _check_export(saved_dir, file, overwrite)
     known = read_json(saved_dir / "config.json")
     architecture = find_saved_architecture(known, load_file(saved_dir / "model.safetensors"))
+    backbone = known.get("backbone_config") or known
+    if not isinstance(backbone, dict):
+        raise ConversionError(f"{saved_dir / 'config.json'} has `backbone_config` {backbone!r:.80}: no object.")
     tensors = FROM_OFFICIAL[to](architecture.read_saved(saved_dir, known))
     _write_state_dict(tensors, file)
-    eps = (known.get("backbone_config") or known).get("patch_layer_norm_eps", OFFICIAL_EPS)
+    eps = backbone.get("patch_layer_norm_eps", OFFICIAL_EPS)
     note = f"the weights were trained with patch_layer_norm_eps {eps:.0e}, which no such file can say."
     return Export(len(tensors), (note,) if eps != OFFICIAL_EPS else ())
 

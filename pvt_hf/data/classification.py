@@ -168,6 +168,23 @@ def find_labels(
     return found[0], [str(label) for label in range(num_labels or max(data.unique(found[0])) + 1)]
 
 
+def encode_names(
+    data: datasets.Dataset | datasets.IterableDataset, column: str | None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The data with class labels, in the order of the alphabet, in place of the names in a column.
+
+    Args:
+        data: From [`load_images`]; a stream, whose names are not all at hand, stays as it is.
+        column: Of names; with any other column, or `None`, the data stay as they are.
+    """
+    import datasets
+
+    dtype = str(getattr(data.features.get(column), "dtype", ""))
+    if not isinstance(data, datasets.Dataset) or dtype not in ("string", "large_string"):
+        return data
+    return data.class_encode_column(column)
+
+
 def check_images_and_labels(
     data: datasets.Dataset, label_column: str, num_labels: int, name: str, skip_corrupt: bool = False, workers: int = 0
 ) -> tuple[datasets.Dataset, list[str]]:

@@ -28,9 +28,11 @@ def find_layout(folder: str | Path) -> str | None:
     """How a folder is laid out: `coco` (Roboflow's), `yolo`, `voc`, or `None` for anything else.
 
     Args:
-        folder: Of all splits.
+        folder: Of all splits, or the `data.yaml` of YOLO, whatever it is called.
     """
     folder = Path(folder)
+    if folder.suffix.lower() in (".yaml", ".yml") and folder.is_file():
+        return "yolo"
     marks = {
         "coco": [f"*/{_COCO_FILE}"],
         "yolo": ["data.yaml", "labels/**/*.txt", "*/labels/*.txt"],
@@ -59,7 +61,7 @@ def read_detection_folder(
       found either.
 
     Args:
-        folder: Of all splits.
+        folder: Of all splits, or the `data.yaml` of YOLO, whatever it is called.
         split: `train`, `validation` (also where the folder says `valid` or `val`) or `test`.
         label_names: Names of the classes in their order (default: those of the folder, of Pascal VOC in the order of
             the alphabet). Of a validation set: those of the training set.
@@ -84,8 +86,10 @@ def read_detection_folder(
             "labels (YOLO), xml files in a folder of each split or in Annotations (Pascal VOC)."
         )
     aliases = next((names for names in _SPLITS if split in names), (split,))
-    options = _Options(aliases, label_names, skip_corrupt, allow_outside, workers)
-    return _READERS[layout](Path(folder), options)
+    path = Path(folder)
+    folder, data_yaml = (path.parent, path) if path.is_file() else (path, path / "data.yaml")
+    options = _Options(aliases, label_names, skip_corrupt, allow_outside, workers, data_yaml)
+    return _READERS[layout](folder, options)
 
 
 class _Options(NamedTuple):
@@ -96,6 +100,7 @@ class _Options(NamedTuple):
     skip_corrupt: bool
     allow_outside: bool
     workers: int
+    data_yaml: Path
 
 
 def _read_roboflow(folder: Path, options: _Options) -> DetectionData:
@@ -119,10 +124,10 @@ def _list_images(folder: Path) -> list[Path]:
 
 
 def _read_yolo(folder: Path, options: _Options) -> DetectionData:
-    content = _read_data_yaml(folder)
+    content = _read_data_yaml(options.data_yaml)
     if "kpt_shape" in content:
-        raise AnnotationError(f"{folder / 'data.yaml'} is of poses (`kpt_shape`): their labels are not boxes.")
-    names_file = next((folder / name for name in ("data.yaml", "classes.txt") if (folder / name).exists()), None)
+        raise AnnotationError(f"{options.data_yaml} is of poses (`kpt_shape`): their labels are not boxes.")
+    names_file = next((file for file in (options.data_yaml, folder / "classes.txt") if file.exists()), None)
     names = read_class_names(names_file) if names_file else options.label_names
     if names is None:
         raise AnnotationError(f"{folder} has neither data.yaml nor classes.txt: pass the names of its classes.")
@@ -142,13 +147,12 @@ def _read_yolo(folder: Path, options: _Options) -> DetectionData:
     return check_records(data, str(folder), "yolo")
 
 
-def _read_data_yaml(folder: Path) -> dict[str, Any]:
+def _read_data_yaml(file: Path) -> dict[str, Any]:
     import yaml
 
-    file = folder / "data.yaml"
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8-sig")) if file.exists() else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise AnnotationError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise AnnotationError(f"{file} must hold names and values, got {type(content).__name__}.")
@@ -163,7 +167,7 @@ def _find_yolo_images(folder: Path, options: _Options, content: dict[str, Any]) 
     places = given if isinstance(given, list) else [given]
     if not all(isinstance(place, str) for place in places):
         raise AnnotationError(
-            f"{folder / 'data.yaml'}: `{options.aliases[0]}` must be a folder or a list of them, got {given!r}."
+            f"{options.data_yaml}: `{options.aliases[0]}` must be a folder or a list of them, got {given!r}."
         )
     # Roboflow writes "../train/images" for train/images, and `path` is that of the machine that wrote it.
     root = str(content.get("path") or ".")

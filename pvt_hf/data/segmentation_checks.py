@@ -188,7 +188,8 @@ def check_classes(train: LabelSurvey | None, validation: LabelSurvey, names: Seq
     if train is not None and (missing := train.missing(names)):
         raise ValueError(
             f"No label map of the training set has the classes {missing}: {train.describe(names)}. Leave classes that "
-            "do not occur out of `class_names` (`--class_names`), or look at how the maps are read."
+            "do not occur out of `class_names` (`--class_names`), or look at how the maps are read: masks of 0 and 1 "
+            "are labels as they are, without `binary_masks` (`--binary_masks`)."
         )
     missing = validation.missing(names)
     if len(missing) == len(names):

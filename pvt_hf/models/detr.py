@@ -161,6 +161,8 @@ def detr_loss(
 
 
 def _record_layers(decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if torch.compiler.is_exporting():  # an exported program has no loss
+        return args, kwargs
     return args, kwargs | {"output_hidden_states": True}
 
 

@@ -157,7 +157,7 @@ class ATSSForObjectDetection(OneStageDetector):
     evaluation_threshold = 0.0  # of the product of class and centerness; that of the class has one of its own
 
     def describe_detections(self, logits, deltas, centerness):
-        return {"centerness": centerness, "nms_threshold": logits.new_tensor([self.config.nms_threshold])}
+        return {"centerness": centerness, "nms_threshold": logits.new_full((1,), self.config.nms_threshold)}
 
 
 __all__ = ["ATSSForObjectDetection", "ATSSObjectDetectionOutput"]

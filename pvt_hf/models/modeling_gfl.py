@@ -155,7 +155,7 @@ class GFLForObjectDetection(OneStageDetector):
     extra_convs_source = "on_output"
 
     def describe_detections(self, logits, distances):
-        return {"nms_threshold": logits.new_tensor([self.config.nms_threshold])}
+        return {"nms_threshold": logits.new_full((1,), self.config.nms_threshold)}
 
 
 __all__ = ["GFLForObjectDetection", "GFLObjectDetectionOutput"]

@@ -117,12 +117,12 @@ def _find_level_sizes(num_anchors: int, input_size: tuple[int, int] | None) -> s
     if any(sum(sizes) == num_anchors * _ANCHORS_PER_CELL for sizes in options):
         return set()  # one anchor per cell: ATSS or GFL
     most = num_anchors // (21 * _ANCHORS_PER_CELL)  # cells of stride 32; those of stride 16 and 8 are 20 times as many
-    options = (
+    multiples = (
         size_levels(32 * rows, 32 * columns, _ceil)
         for rows in range(1, math.isqrt(most) + 1)
         for columns in range(rows, most // rows + 1)
     )
-    return {sizes for sizes in options if sum(sizes) == num_anchors}
+    return {sizes for sizes in multiples if sum(sizes) == num_anchors}
 
 
 def _ceil(side: int, stride: int) -> int:

@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -18,9 +18,9 @@ _CLASS_ENDINGS = {
 }
 
 
-class PretrainedMixin:
-    """Mixin of all models here, before [`~transformers.PreTrainedModel`]: complete loading, and what transformers has
-    to know. The class attributes with an underscore say which tensors a checkpoint may differ in."""
+class PretrainedMixin(PreTrainedModel):
+    """Base of all models here: complete loading, and what transformers has to know. The class attributes with an
+    underscore say which tensors a checkpoint may differ in."""
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -103,8 +103,7 @@ class PretrainedMixin:
         Raises:
             ValueError: If `num_channels` is no positive number, or the first layer is no convolution.
         """
-        model = cast(PreTrainedModel, self)
-        convolution = model.get_input_embeddings()
+        convolution = self.get_input_embeddings()
         if not isinstance(num_channels, int) or num_channels < 1:
             raise ValueError(f"`num_channels` must be a positive number, got {num_channels!r}.")
         if not isinstance(convolution, nn.Conv2d):
@@ -114,7 +113,7 @@ class PretrainedMixin:
                 weight = adapt_input_weight(convolution.weight, num_channels)
             convolution.weight = nn.Parameter(weight, requires_grad=convolution.weight.requires_grad)
             convolution.in_channels = num_channels
-        configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+        configs = [module.config for module in self.modules() if isinstance(module, PreTrainedModel)]
         for config in [*configs, *(getattr(config, "backbone_config", None) for config in configs)]:
             if hasattr(config, "num_channels"):
                 config.num_channels = num_channels

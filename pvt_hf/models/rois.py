@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .boxes import at_least_float32, match_boxes, pairwise_iou, sample_boxes
+from .layers import runs_transformed
 from .targets import GroundTruth
 
 # Where boxes lie that no sample shall be taken of, in cells: outside of every map.
@@ -41,19 +42,35 @@ def pool_rois(
         `(RoIs, channels, size, size)` in the dtype of the maps; with a `sampling_ratio` of 0 zeros for boxes without an
         area.
     """
-    from torchvision.ops import roi_align
-
     images, boxes = rois.split((1, 4), dim=1)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)  # (RoIs,)
     scales = torch.floor(torch.log2(areas.sqrt() / 56 + 1e-6)).clamp(0, len(levels) - 1)
+    members = [scales == index for index in range(len(levels))]
+    if rois.device.type == "cpu" and not runs_transformed():
+        rows = [is_member.nonzero().flatten() for is_member in members]
+        parts = [
+            _pool_level(level, stride, rois[own], size, sampling_ratio)
+            for level, stride, own in zip(levels, strides, rows, strict=True)
+        ]
+        # (A box with one side below zero is of no level.)
+        pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], size, size)
+        return pooled.index_copy(0, torch.cat(rows), torch.cat(parts))
+    # No size depends on a value, and nothing waits for a GPU: the RoIs of other levels become empty ones outside of the
+    # map, which add zeros.
     pooled = levels[0].new_zeros(())
-    for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
-        # The RoIs of other levels become empty ones outside of the map: they add zeros.
-        members = torch.cat((images, boxes.where((scales == index)[:, None], _OUTSIDE * stride)), dim=1)
-        # Half precision could not tell neighbouring pixels of a large image apart.
-        features = roi_align(at_least_float32(level), members, size, 1 / stride, sampling_ratio, aligned=True)
-        pooled = pooled + features.to(level.dtype)
+    for level, stride, is_member in zip(levels, strides, members, strict=True):
+        own = torch.cat((images, boxes.where(is_member[:, None], _OUTSIDE * stride)), dim=1)
+        pooled = pooled + _pool_level(level, stride, own, size, sampling_ratio)
     return pooled
+
+
+def _pool_level(level: torch.Tensor, stride: int, rois: torch.Tensor, size: int, sampling_ratio: int) -> torch.Tensor:
+    """[`pool_rois`] of one level."""
+    from torchvision.ops import roi_align
+
+    # Half precision could not tell neighbouring pixels of a large image apart.
+    pooled = roi_align(at_least_float32(level), rois, size, 1 / stride, sampling_ratio, aligned=True)
+    return pooled.to(level.dtype)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class ClassificationDataArguments(DataArguments):
     train_val_split: float | None = option(
         None, "part of the training split that becomes the validation set, as 0.15 (default: none)"
     )
-    label_column: str | None = option(None, "column of labels (default: the only one of class labels)")
+    label_column: str | None = option(None, "column of labels or of names (default: the only one of class labels)")
     num_labels: int | None = option(None, "number of classes, for streamed labels without names (default: none)")
     streaming: bool = option(False, "read images when they are needed (default: false)")
     samples_per_epoch: int | None = option(

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.utils import logging
 
 from ..data.segmentation import MapCollator
-from ..evaluation.label_maps import LabelMapPredictor
+from ..evaluation.label_map_predictor import LabelMapPredictor
 from ..evaluation.metrics import mean_iou_metric, overlap_scores
 from ..evaluation.visualization import draw_overlays
 from ..models.image_processing_segmentation import IGNORE_INDEX
@@ -49,8 +49,8 @@ class SegmentationTrainer(DensePredictionTrainer):
         window: Evaluate in windows of this many pixels of the network's input, as
             [`~pvt_hf.models.sliding_window.sliding_window_logits`]; by default the whole image at once.
         stride: Pixels from one window to the next; it goes with `window`.
-        tta_scales: Evaluate at these scales too, as [`~pvt_hf.evaluation.label_maps.LabelMapPredictor`] (default:
-            none).
+        tta_scales: Evaluate at these scales too, as a
+            [`~pvt_hf.evaluation.label_map_predictor.LabelMapPredictor`] does (default: none).
         tta_flip: Evaluate mirrored images too (default: `False`).
         loss: Instead of the model's own.
         train_dataset: [`~pvt_hf.data.segmentation.TrainingMaps`].

@@ -78,7 +78,7 @@ def why_unwritable(path: str | Path) -> str | None:
         if not isinstance(error, FileNotFoundError):
             return str(error.strerror)
     resolved = Path(path).resolve()
-    folder = next(parent for parent in resolved.parents if parent.exists())
+    folder = next(parent for parent in (*resolved.parents, resolved) if parent.exists())  # of / itself
     if not folder.is_dir():
         return f"{folder} is no folder"
     effective = os.access in os.supports_effective_ids

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import pvt_hf
 from pvt_hf.commands import evaluate, predict, train_segmentation
@@ -67,11 +67,11 @@ def test_train_evaluate_and_predict(run, polyps, capsys, monkeypatch):
     assert re.search(r"foreground: IoU [\d.]+, Dice [\d.]+, accuracy [\d.]+, [\d,]+ pixels", output)
     model = AutoModelForSemanticSegmentation.from_pretrained("trained")
     assert model.config.model_type == "upernet" and model.config.id2label == {0: "background", 1: "foreground"}
-    assert AutoImageProcessor.from_pretrained("trained").size.shortest_edge == 64
-    assert pipeline("image-segmentation", model="trained")(str(polyps / "validation" / "images" / "0.jpg"))
+    processor = AutoImageProcessor.from_pretrained("trained")
+    assert (processor.size.shortest_edge, processor.logits_stride) == (64, 1)
 
     image = torch.from_numpy(np.array(Image.open(polyps / "validation" / "images" / "0.jpg"))).permute(2, 0, 1)
-    pixel_values = AutoImageProcessor.from_pretrained("trained")(image, return_tensors="pt").pixel_values
+    pixel_values = processor(image, return_tensors="pt").pixel_values
     with torch.no_grad():  # so short a run finds nothing: the classes shall both be there
         model.decode_head.classifier.bias -= model(pixel_values).logits.mean((0, 2, 3))
     model.save_pretrained("trained")
@@ -194,9 +194,14 @@ def test_predictions_of_classifiers_and_detectors(tmp_path, polyps, monkeypatch,
     (images / "0.jpg").write_bytes(b"no image")
     with pytest.raises(SystemExit, match=r"(?s)1 of 3 images cannot be used.*0\.jpg.*--skip_corrupt skips them"):
         predict.main([*common, "classifier"])
+    (images / "1.jpg").write_bytes((images / "1.jpg").read_bytes()[:-200])  # which only its pixels tell
     predict.main([*common, "classifier", "--skip_corrupt"])
-    assert "0.jpg cannot be read" in capsys.readouterr().out
-    assert len((tmp_path / "found" / "predictions.csv").read_text().splitlines()) == 3
+    output = capsys.readouterr().out
+    assert "0.jpg cannot be read" in output and "1.jpg cannot be read" in output and "for 1 images" in output
+    assert len((tmp_path / "found" / "predictions.csv").read_text().splitlines()) == 2
+    (images / "0.jpg").unlink()
+    with pytest.raises(SystemExit, match="1.jpg cannot be read"):
+        predict.main([*common, "classifier"])
     with pytest.raises(SystemExit, match="--binary_masks is for a segmenter of two classes"):
         predict.main([*common, "classifier", "--binary_masks"])
     with pytest.raises(SystemExit, match="There are no images in classifier"):

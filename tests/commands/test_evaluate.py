@@ -117,6 +117,11 @@ def test_other_number_of_classes_is_an_error(checkpoints, monkeypatch, tmp_path)
         run(monkeypatch, tmp_path, "--model_name_or_path", "other")
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", images=1, validation=4) / "validation"
+
+
 def name_classes(checkpoints, name, folder, names):
     """The checkpoint with names of its classes."""
     shutil.copytree(checkpoints / name, folder)
@@ -136,7 +141,7 @@ def test_classifier_is_measured_on_its_classes_in_any_order(checkpoints, monkeyp
     features = rows.features | {"label": datasets.ClassLabel(names=DIGITS[::-1])}
     rows = rows.map(lambda row: {"label": 9 - row["label"]}).cast(datasets.Features(features))
     rows.to_parquet(str(tmp_path / "data.parquet"))
-    arguments = ["--model_name_or_path", named, "--max_eval_samples", 40]
+    arguments = ["--model_name_or_path", named, "--max_eval_samples", 20]
     expected = run(monkeypatch, tmp_path, *arguments)[str(named)]
     given = ["--dataset_name", tmp_path / "data.parquet"]
     assert run(monkeypatch, tmp_path, *arguments, *given)[str(named)] == expected and expected["top5_accuracy"] > 0
@@ -146,9 +151,8 @@ def test_classifier_is_measured_on_its_classes_in_any_order(checkpoints, monkeyp
         run(monkeypatch, tmp_path, *arguments, *given, "--class_names", tmp_path / "names.txt")
 
 
-def test_segmenter_is_measured_on_its_classes_in_any_order(checkpoints, monkeypatch, tmp_path):
+def test_segmenter_is_measured_on_its_classes_in_any_order(checkpoints, scenes, monkeypatch, tmp_path):
     named = name_classes(checkpoints, "segmenter", tmp_path / "named", ["background", *DIGITS])
-    scenes = write_scenes(tmp_path / "scenes", 1, 4) / "validation"
     arguments = ["--model_name_or_path", named, "--max_eval_samples", 3, "--images", scenes / "images"]
     expected = run(monkeypatch, tmp_path, *arguments, "--maps", scenes / "maps")[str(named)]
     (tmp_path / "maps").mkdir()
@@ -160,10 +164,9 @@ def test_segmenter_is_measured_on_its_classes_in_any_order(checkpoints, monkeypa
     assert run(monkeypatch, tmp_path, *arguments, *given)[str(named)] == expected
 
 
-def test_detector_is_measured_on_its_classes_in_any_order(checkpoints, monkeypatch, tmp_path):
+def test_detector_is_measured_on_its_classes_in_any_order(checkpoints, scenes, monkeypatch, tmp_path):
     """What it is measured on has the names that the json has, and the labels of the model."""
     named = name_classes(checkpoints, "detector", tmp_path / "named", DIGITS)
-    scenes = write_scenes(tmp_path / "scenes", 1, 4) / "validation"
     content = json.loads((scenes / "annotations.json").read_text())
     names = {entry["id"]: DIGITS[-entry["id"]] for entry in content["categories"]}
     for entry in content["categories"]:

@@ -224,6 +224,9 @@ def test_odd_inputs_are_refused(tmp_path):
     assert_refused(pathlib.Path("/dev/zero"), "is no regular file")
     assert_refused(tmp_path / "loop.pth", "no such file")
     assert_refused(tmp_path / "index.json", "is JSON, not weights")
+    undecodable = save(WEIGHTS, tmp_path / "a.pth").rename(tmp_path / "\udcff.pth")
+    with pytest.raises(ConversionError, match="a name that is not UTF-8"):
+        read_checkpoint(str(undecodable))
     for name in ("a\0.pth", "b" * 5000 + ".pth", "~nobody-of-this-name/c.pth"):
         with pytest.raises(ConversionError):
             read_checkpoint(name)

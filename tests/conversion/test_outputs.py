@@ -1,6 +1,7 @@
 """Whatever goes wrong with what a conversion writes: one line, exit 1, nothing left behind."""
 
 import errno
+import json
 import os
 import re
 import signal
@@ -8,9 +9,12 @@ import threading
 
 import pytest
 
+from pvt_hf.commands import convert as command
 from pvt_hf.conversion import convert
+from pvt_hf.conversion.rename import ConversionError
 from pvt_hf.writing.files import atomic_file, hidden_folder
 from tests.support.checkpoints import run
+from tests.support.dense_models import build_dense_model
 from tests.support.disk import full_disk, read_only_folder
 
 
@@ -31,6 +35,7 @@ PATHS = {
     "below a file": (lambda folder: file(folder) / "new" / "out", "cannot be written: Not a directory"),
     "long name": (lambda folder: folder / ("ü" * 128), "cannot be written: a name of 256 bytes is longer than the 255"),
     "long folder": (lambda folder: folder / "new" / ("a" * 300) / "out", "cannot be written: a name of 300 bytes"),
+    "root": (lambda folder: "/", "(is not empty; use --overwrite|exists, and is no regular file)"),
     "file": (file, "(must be a new or an empty directory|exists; use --overwrite)"),
 }
 
@@ -143,3 +148,32 @@ def test_names_of_a_file_do_not_change_the_terminal(converted, capsys):
     assert run(converted / "b\x1b[31m.pth", converted / "none") == 1
     printed += capsys.readouterr().err
     assert all(character.isprintable() or character == "\n" for character in printed)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("backbone_config", "abc"), ("strides", "unknown"), ("anchor_ratios", []), ("backbone_config", {"depths": -1})],
+)
+def test_configuration_that_makes_no_detector_leaves_no_file(field, value, tmp_path, capfd):
+    """transformers has a table for tensors that do not fit, which is not shown."""
+    build_dense_model("retinanet", depths=[1, 1, 1, 1]).save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    known = json.loads(path.read_text())
+    value = known[field] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(known | {field: value}))
+    capfd.readouterr()
+    assert run("--to", "official", tmp_path / "saved", tmp_path / "new" / "a.pth") == 1
+    assert_one_line(capfd.readouterr().err, "(does not hold a|no object)")
+    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
+
+
+def test_debug_shows_where_any_variant_failed(tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise ConversionError("no such thing")
+
+    monkeypatch.setattr(command, "VARIANTS", {"pvt_tiny": None})
+    monkeypatch.setattr(command, "convert", fail)
+    assert run("--all", tmp_path / "zoo") == 1
+    assert "| pvt_tiny | | | | no such thing |" in capsys.readouterr().out
+    assert run("--all", tmp_path / "zoo", "--debug") == 1
+    assert "in fail" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from pvt_hf.data.classification import (
     check_images_and_labels,
     collate,
     count_images,
+    encode_names,
     find_labels,
     load_images,
     summarize_labels,
@@ -134,8 +135,9 @@ def test_labels_that_are_not_classes_are_an_error():
         find_labels(data, "kind")
     with pytest.raises(ValueError, match=r"Found: \[\]"):
         find_labels(data)
-    named = data.class_encode_column("kind")
-    assert find_labels(named) == ("kind", ["cat", "dog"])
+    named = encode_names(data, "kind")
+    assert find_labels(named) == ("kind", ["cat", "dog"]) and named["kind"][:] == [0, 1]
+    assert encode_names(named, "kind") is named and encode_names(data, None) is data
     with pytest.raises(ValueError, match="`num_labels` is 3, but 'kind' names 2 classes"):
         find_labels(named, num_labels=3)
 

@@ -130,25 +130,7 @@ def test_file_that_is_not_json_is_an_error(tmp_path):
         read_coco(tmp_path / "twice.json", tmp_path)
 
 
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    0.5,
-    math.nan,
-    math.inf,
-    10**30,
-    "",
-    "7",
-    "\0",
-    [],
-    [[]],
-    [None] * 4,
-    ["1"] * 6,
-    {},
-    {"size": 1},
-]
+ODD = [None, True, -1, 0, 0.5, math.nan, math.inf, 10**30, "", "7", "\0", [], [[]], [None] * 4, ["1"] * 6, {}]
 ODD += [{"size": [40, 60], "counts": value} for value in ("", "x", "\xe9", [-1], [1.5], ["1"], [10**12], None)]
 ODD += [[[math.nan] * 6], [["1"] * 6], [[1] * 7], [[1, 1] * 2], {"size": [40, 60]}, {"counts": [2400]}]
 

@@ -116,6 +116,14 @@ def test_layouts_hold_the_same_objects(layout, tmp_path):
         assert data.check_images(split) is data and data.image(0).shape == (3, 100, 200)
 
 
+def test_yolo_may_be_named_by_its_yaml(tmp_path):
+    LAYOUTS["yolo of Ultralytics"](tmp_path)
+    (tmp_path / "data.yaml").rename(tmp_path / "mine.yml")
+    assert find_layout(tmp_path / "mine.yml") == "yolo" and find_layout(tmp_path / "missing.yml") is None
+    data = read_detection_folder(tmp_path / "mine.yml", "train")
+    assert data.label_names == NAMES and len(data) == 2 and len(data.records[0].annotations) == 2
+
+
 def test_polygons_of_yolo_are_masks(tmp_path):
     LAYOUTS["yolo of Roboflow"](tmp_path)
     write(tmp_path / "train" / "labels" / "a.txt", "1 0.1 0.2 0.3 0.2 0.3 0.6\n\n2 0.5 0.5 0.1 0.1\n")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pvt_hf.data.images import ImageError
-from pvt_hf.data.label_maps import read_palette
+from pvt_hf.data.label_maps import read_binary_mask, read_palette
 from pvt_hf.data.segmentation import SegmentationData, read_segmentation_dataset, read_segmentation_folders
 from pvt_hf.data.segmentation_checks import check_classes, survey_maps
 
@@ -52,6 +52,18 @@ def test_masks_of_0_and_255_are_read_from_every_format(mode, ending, tmp_path):
     found = survey(folders, binary_masks=True)
     assert found.pixels == [MASK.size - labels.sum(), labels.sum()] and found.maps == [1, 1] and found.ignored == 0
     assert found.sizes == [(40, 56)]
+
+
+def test_foreground_begins_at_half_of_the_range():
+    """Of 8 bits at 128, and of 16 at 32768 where there are such values."""
+    for dtype, values, expected in (
+        (np.uint8, [0, 7, 127, 128, 248], [0, 0, 0, 1, 1]),
+        (np.uint16, [0, 255, 32767, 32768, 65535], [0, 0, 0, 1, 1]),
+        (np.uint16, [0, 127, 128, 255], [0, 0, 1, 1]),
+    ):
+        assert read_binary_mask(Image.fromarray(np.array([values], dtype=dtype)), "a mask").tolist() == [expected]
+    with pytest.raises(ValueError, match="a mask has fractions"):
+        read_binary_mask(Image.fromarray(np.zeros((2, 2), dtype=np.float32)), "a mask")
 
 
 def test_masks_of_0_and_255_are_not_taken_for_labels(tmp_path):
@@ -103,6 +115,9 @@ def test_classes_that_are_nowhere_are_told_with_all_counts(tmp_path, caplog):
         check_classes(background, full, NAMES)
     check_classes(full, full, NAMES)
     assert not caplog.records
+    of_ones = survey((tmp_path / "full" / "images", tmp_path / "full" / "masks"), binary_masks=True)
+    with pytest.raises(ValueError, match="masks of 0 and 1 are labels as they are, without `binary_masks`"):
+        check_classes(of_ones, full, NAMES)
     check_classes(full, background, NAMES)
     assert "No label map of the validation set has the classes ['polyp']" in caplog.text
     nothing = replace(full, pixels=[0, 0], maps=[0, 0])

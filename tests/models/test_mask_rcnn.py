@@ -1,6 +1,7 @@
 """Mask R-CNN: mmdetection's proposals, detections, masks, losses and gradients, and life as a model of transformers."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch.testing import assert_close
 import pvt_hf
 from pvt_hf.conversion import reference_heads
 from pvt_hf.conversion.architectures.mask_rcnn import MaskRCNN
+from pvt_hf.models import rois
 from pvt_hf.models.backbone import load_pretrained_backbone
 from pvt_hf.models.post_processing import detect_objects, paste_masks, segment_instances
-from pvt_hf.models.rois import pool_rois, sample_rois, to_rois
-from pvt_hf.models.targets import GroundTruth
+from pvt_hf.models.rois import SampledRoIs, pool_rois, sample_rois, to_rois
+from pvt_hf.models.targets import GroundTruth, read_ground_truths
+from pvt_hf.models.two_stage import MaskHead
 from tests.support import checkpoints, detectors
 from tests.support import reference_detection as loops
 from tests.support.detectors import CLASSES, backbone_config, official_mask_rcnn, padded_batch, relative, tiny_backbone
@@ -195,6 +198,8 @@ def test_rois_are_pooled_from_the_level_of_their_scale():
     for size in (7, 14):
         pooled = pool_rois(levels, to_rois(tensors), (4, 8, 16, 32), size)
         assert_close(pooled, loops.roi_features(levels, boxes, size), rtol=0, atol=1e-12)
+        with mock.patch.object(rois, "runs_transformed", lambda: True):  # and on GPUs
+            assert torch.equal(pool_rois(levels, to_rois(tensors), (4, 8, 16, 32), size), pooled)
     none = [tensors[0][:0]] * 2
     assert pool_rois(levels, to_rois(none), (4, 8, 16, 32), 7).shape == (0, 3, 7, 7)
     half = pool_rois([level.bfloat16() for level in levels], to_rois([x.float() for x in tensors]), (4, 8, 16, 32), 7)
@@ -416,31 +421,27 @@ def test_images_without_objects_have_a_loss():
 
 
 def test_object_without_a_mask_trains_its_box_only():
-    """The gradient of its mask's pixels' class is that of the other objects; all without one leave the mask head."""
-    model = small_model().eval()
-    pixels = torch.rand(2, 3, *INPUT_SIZE)
-    losses = {}
-    for name, has_masks in (("all", None), ("same", [True] * 3), ("two", [True, True, False]), ("none", [False] * 3)):
-        labels = labels_of(OBJECTS)
-        if has_masks is not None:
-            labels[0]["has_masks"] = torch.tensor(has_masks)
-            labels[0]["masks"][~labels[0]["has_masks"]] = False
-        if name == "none":
-            labels[1]["has_masks"] = torch.tensor([False])
-        torch.manual_seed(0)
-        model.zero_grad()
-        outputs = model(pixels, labels=labels)
-        losses[name] = outputs.loss_dict
-        outputs.loss_dict["loss_mask"].backward()
-        gradient = model.mask_head.predictor.bias.grad
-        # the third object is the only one of class 0
-        assert (gradient[0] == 0) == (name in ("two", "none")) and (gradient[1] == 0) == (name == "none")
-    assert losses["same"] == losses["all"] and losses["none"]["loss_mask"] == 0
-    assert all(losses["none"][name] == losses["all"][name] for name in losses["all"] if name != "loss_mask")
+    """Its RoIs do not count in the loss of the masks; labels that do not say it have all of them."""
     labels = labels_of(OBJECTS)
-    labels[0]["has_masks"] = torch.ones(2, dtype=torch.bool)
+    sizes = torch.tensor(SIZES)
+    boxes = [torch.tensor([box for box, _ in image]) for image in OBJECTS]
+    samples = [SampledRoIs(image, torch.arange(len(image)), torch.zeros(len(image)).bool()) for image in boxes]
+    logits = torch.randn(4, CLASSES, 28, 28)
+    head = MaskHead(small_model().config)
+
+    def loss(has_masks=None, last=True):
+        given = [*labels] if has_masks is None else [
+            labels[0] | {"has_masks": torch.tensor(has_masks)}, labels[1] | {"has_masks": torch.tensor([last])}
+        ]  # fmt: skip
+        truths = read_ground_truths(given, sizes, CLASSES, torch.float32, INPUT_SIZE)
+        return head.loss(logits, samples, truths)["loss_mask"].item()
+
+    single = [loss([index == 0, index == 1, index == 2], last=index == 3) for index in range(4)]
+    assert loss() == loss([True] * 3) == pytest.approx(sum(single) / 4)
+    assert loss([True, False, True]) == pytest.approx((single[0] + single[2] + single[3]) / 3)
+    assert loss([False] * 3, last=False) == 0 and len(set(single)) == 4
     with pytest.raises(ValueError, match=r"`labels\[0\]\['has_masks'\]` must be bool of shape \(3,\)"):
-        model(pixels, labels=labels)
+        loss([True, False])
 
 
 def test_wrong_masks_are_refused():

@@ -1,7 +1,6 @@
 """Segmenters of a foreground: Dice and IoU, losses against libraries and slow loops, and a recipe for small sets."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +15,7 @@ from pvt_hf.recipes import SEGMENTATION_RECIPES, SegmentationRecipe, fit_segment
 from pvt_hf.training.segmentation import SegmentationTrainer
 from pvt_hf.training.segmentation_losses import SegmentationLoss, balance_classes, dice_loss
 from tests.support.polyps import write_polyps
-from tests.support.segmentation_run import build as build_scenes
-from tests.support.segmentation_run import losses, write_data
-from tests.support.small_models import STAGES, assert_close, small_config
+from tests.support.small_models import STAGES, small_config
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +23,7 @@ def polyps(tmp_path_factory):
     return write_polyps(tmp_path_factory.mktemp("polyps"), train=4, validation=4, size=48)
 
 
-def build(output_dir, polyps) -> SegmentationTrainer:
+def build(output_dir, polyps, **settings) -> SegmentationTrainer:
     backbone = small_config("v2", out_features=STAGES)
     names = {"id2label": {0: "background", 1: "polyp"}, "label2id": {"background": 0, "polyp": 1}}
     config = pvt_hf.SemanticFPNConfig(backbone_config=backbone, neck_channels=8, head_channels=8, **names)
@@ -37,11 +34,14 @@ def build(output_dir, polyps) -> SegmentationTrainer:
     )
     return SegmentationTrainer(
         model=AutoModelForSemanticSegmentation.from_config(config),
-        args=TrainingArguments(output_dir=str(output_dir), report_to="none", use_cpu=True, disable_tqdm=True),
+        args=TrainingArguments(
+            output_dir=str(output_dir), report_to="none", use_cpu=True, disable_tqdm=True, per_device_train_batch_size=4
+        ),
         recipe=SegmentationRecipe(crop_size=64),
         train_dataset=TrainingMaps(train, SegmentationAugmentation(64, 256, crop=(64, 64))),
         eval_dataset=EvaluationMaps(validation, processor),
         processing_class=processor,
+        **settings,
     )
 
 
@@ -156,23 +156,32 @@ def test_balanced_weights_are_scikit_learns():
     assert balance_classes([70, 20, 10]) == pytest.approx(expected)
 
 
-def test_accumulated_batches_train_as_one_with_a_loss_of_choice(tmp_path):
-    """The weighted cross-entropy of 4 times 2 images is that of 8, whatever their ignored pixels."""
-    data = write_data(tmp_path / "data")
-    loss = SegmentationLoss("cross_entropy", [0.2, *[1.5] * 10])
-    settings = {"fixed_norms": True, "optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "drop_path_rate": 0.0}
-    settings |= {"fields": {"classifier_dropout": 0.0}, "trainer": {"loss": loss}}
-    runs = []
-    for batch_size, accumulated in ((8, 1), (2, 4)):
-        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulated}
-        trainer = build_scenes(tmp_path / "run", data, **settings, **sizes)
-        trainer.train()
-        runs.append((losses(trainer), trainer.model.state_dict()))
-    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-4)
-    assert_close(runs[1][1], runs[0][1])
-    plain = build_scenes(tmp_path / "run", data, **settings | {"trainer": {}}, per_device_train_batch_size=8)
-    plain.train()
-    assert losses(plain) != pytest.approx(runs[0][0], rel=1e-2)
+def test_parts_of_an_accumulated_batch_add_up_to_its_loss():
+    """Whatever their ignored pixels; the Dice loss is a mean of those of the parts."""
+    logits, labels = pixels()
+    labels[1, :3] = -100
+    valid = (labels != -100).sum(dim=(1, 2))
+    for name, weights in (("cross_entropy", [0.5, 2.0, 3.0]), ("dice", None)):
+        loss = SegmentationLoss(name, weights)
+        parts = [loss({"logits": logits[i : i + 1]}, labels[i : i + 1], valid.sum()) for i in range(2)]
+        alone = torch.stack([loss({"logits": logits[i : i + 1]}, labels[i : i + 1]) for i in range(2)])
+        torch.testing.assert_close(sum(parts), (alone * valid).sum() / valid.sum())
+        if name == "cross_entropy":
+            torch.testing.assert_close(sum(parts), loss({"logits": logits}, labels))
+    assert float(loss({"logits": logits}, labels.fill_(-100), 0)) == 0
+
+
+def test_loss_of_choice_is_what_is_trained(polyps, tmp_path):
+    """Instead of the model's own, with the pixels marked that `Trainer` shall not count."""
+    trainer = build(tmp_path, polyps, loss=SegmentationLoss("dice"))
+    (batch,) = trainer.get_train_dataloader()
+    batch = {"pixel_values": batch["pixel_values"], "labels": batch["labels"]}
+    batch["labels"][:, :8] = -100
+    expected = dice_loss(
+        F.interpolate(trainer.model.eval()(batch["pixel_values"]).logits, (64, 64), mode="bilinear"), batch["labels"]
+    )
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected)
+    assert trainer.data_collator.ignore_index == -100 and not (batch["labels"] == 255).any()
 
 
 def test_recipe_for_small_sets_fits_the_data():
@@ -187,4 +196,4 @@ def test_recipe_for_small_sets_fits_the_data():
     assert fit_segmentation_recipe(small, [(20, 30)], 4).crop_size == 64
     assert fit_segmentation_recipe(paper, sizes, 16) is paper
     assert (paper.steps, paper.crop_size, paper.scales, paper.loss_normalization) == (40_000, 512, (0.5, 2.0), "all")
-    assert SimpleNamespace(**vars(fitted)).scales == (0.75, 1.25)
+    assert fitted.scales == (0.75, 1.25)

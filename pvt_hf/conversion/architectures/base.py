@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -24,6 +25,9 @@ Weights = Mapping[str, torch.Tensor]
 Outputs = list[torch.Tensor]
 Rules = tuple[tuple[str, str], ...]
 Shape = Callable[[str], tuple[int, ...]]  # of a tensor that has to be there
+
+# What transformers raises for a configuration that makes no model.
+_NO_MODEL = (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError)
 
 # (official, pvt_hf) of the feature pyramid. The official names are those of mmdetection and mmsegmentation.
 FPN_RULES: Rules = (
@@ -114,7 +118,7 @@ class Architecture(ABC):
         try:
             with torch.device("meta"):
                 return self.auto_class.from_config(config).eval()
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except _NO_MODEL as error:
             raise ConversionError(f"There is no {self.name} with this configuration: {error}") from error
 
 
@@ -188,7 +192,7 @@ class DensePredictor(Architecture):
             return self.build_config(backbone, **self.fixed_fields, **fields, **label_fields(names))
         except ConversionError:
             raise
-        except (ArithmeticError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
+        except _NO_MODEL as error:
             raise ConversionError(f"There is no {self.name} with these shapes: {error}") from error
 
     def from_official(self, official):
@@ -206,15 +210,20 @@ class DensePredictor(Architecture):
         return official | {names[key]: tensor for key, tensor in heads.items()}
 
     def read_saved(self, saved_dir, known):
-        config = AutoConfig.from_pretrained(saved_dir)
-        if (model_type := config.backbone_config.model_type) not in ("pvt", "pvt_v2"):
-            raise ConversionError(
-                f"This {self.name} has a backbone of type {model_type!r}: there are official names on a PVT only."
+        try:
+            config = AutoConfig.from_pretrained(saved_dir)
+            if (model_type := config.backbone_config.model_type) not in ("pvt", "pvt_v2"):
+                raise ConversionError(
+                    f"This {self.name} has a backbone of type {model_type!r}: there are official names on a PVT only."
+                )
+            # Files have other names than modules where transformers keeps those of its former versions, as for DETR.
+            model, loading_info = self.auto_class.from_pretrained(
+                saved_dir, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        # Files have other names than modules where transformers keeps those of its former versions, as for DETR.
-        model, loading_info = self.auto_class.from_pretrained(
-            saved_dir, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        except ConversionError:
+            raise
+        except (*_NO_MODEL, OSError, SafetensorError) as error:
+            raise ConversionError(f"`SAVED_DIR` {saved_dir} does not hold a {self.name}: {error}") from error
         if wrong := {key: sorted(map(str, names)) for key, names in loading_info.items() if names}:
             raise ConversionError(f"`SAVED_DIR` {saved_dir} does not hold a complete {self.name}: {wrong}.")
         return self.to_official(model.state_dict())

@@ -7,7 +7,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSemanticSe
 
 import pvt_hf
 from pvt_hf.evaluation.classifier_views import ClassifierViews
-from pvt_hf.evaluation.label_maps import LabelMapPredictor
+from pvt_hf.evaluation.label_map_predictor import LabelMapPredictor
 from tests.support.small_models import STAGES, randomize, small_config
 
 PROCESSOR = pvt_hf.PvtSegmentationImageProcessor(size={"shortest_edge": 64, "longest_edge": 256})
