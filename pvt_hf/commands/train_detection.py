@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, cast
 
-from transformers import (
+from transformers import AutoConfig, (
     AutoModelForObjectDetection,
     PreTrainedConfig,
     PreTrainedModel,
@@ -61,7 +61,7 @@ def parse(
     architecture = DETECTION_RECIPES[recipe_args.recipe].architecture
     if model_args.model_name_or_path:
         model_type = shared.read_config(model_args.model_name_or_path).model_type
-        if not model_type.endswith(architecture):
+        if model_type.removeprefix("pvt_hf_") != architecture:
             raise SystemExit(f"--recipe {recipe_args.recipe} is not for a {model_type}")
     checkpoint = model_args.model_name_or_path or model_args.backbone_checkpoint
     backbone, model_args.variant = shared.read_backbone_config(checkpoint, model_args.variant)
@@ -111,8 +111,9 @@ def check_splits(
         with args.main_process_first(desc="checking the images"):
             split = split.check_images(name, data_args.skip_corrupt, args.dataloader_num_workers)
         split.warn_of_limit(max_detections, name)
-        if queries := getattr(model.config, "num_queries", None):
-            split.warn_of_limit(queries, name, "`num_queries` (`--config_overrides`)")
+        for field in ("num_queries", "num_proposals"):
+            if limit := getattr(model.config, field, None):
+                split.warn_of_limit(limit, name, f"`{field}` (`--config_overrides`)")
         checked.append(split)
         if args.process_index == 0:
             print(f"{name}: {split.summary()}")
