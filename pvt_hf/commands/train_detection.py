@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, cast
 
-from transformers import AutoConfig, (
+from transformers import (
+    AutoConfig,
     AutoModelForObjectDetection,
     PreTrainedConfig,
     PreTrainedModel,
