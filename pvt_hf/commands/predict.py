@@ -139,8 +139,10 @@ def mask_name(name: str) -> str:
 
 def write_classes(rows: Sequence[Any], folder: Path) -> None:
     # Names of files need not be UTF-8: the bytes are written as they are.
-    text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with atomic_file(folder / "predictions.csv") as path, path.open("w", **text) as file:
+    with (
+        atomic_file(folder / "predictions.csv") as path,
+        path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         csv.writer(file).writerows([("image", "class", "probability"), *rows])
 
 

@@ -175,7 +175,8 @@ class CascadeMaskRCNNForInstanceSegmentation(CascadeMaskRCNNPreTrainedModel):
         truths: Sequence[GroundTruth],
         image_sizes: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        config, losses = self.config, {}
+        config = self.config
+        losses: dict[str, torch.Tensor] = {}
         boxes = [image_proposals[has_area(image_proposals)] for image_proposals in proposals]
         for stage, weight in enumerate(config.stage_loss_weights):
             threshold = config.roi_iou_thresholds[stage]
