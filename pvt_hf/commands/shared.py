@@ -16,8 +16,10 @@ from ..data.images import ImageError
 from ..models.backbone import get_backbone_config, load_pretrained_backbone
 from ..training.arguments import DetectionDataArguments, EvaluationArguments
 from ..training.optimization import SettingError
+from ..training.run_checkpoints import CheckpointError
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
+from ..writing.hub import UploadError
 from ..writing.text import escape_lines
 
 DEFAULT_VARIANT = "pvt_v2_b0"
@@ -87,11 +89,11 @@ def exit_on_bad_data() -> Iterator[None]:
 
 @contextmanager
 def exit_on_bad_run() -> Iterator[None]:
-    """Settings that do not fit, and images that turn out to be corrupt, end the program in the same way. Any other
-    error is not the user's, and has a traceback."""
+    """Settings that do not fit, images that turn out to be corrupt, checkpoints that cannot be read or written, and
+    uploads that fail end the program in the same way. Any other error is not the user's, and has a traceback."""
     try:
         yield
-    except SettingError as error:
+    except (CheckpointError, SettingError, UploadError) as error:
         raise SystemExit(escape_lines(str(error))) from error
     except ImageError as error:
         message = _read_message(error)
