@@ -27,7 +27,7 @@ class PublishedResult:
 
 _BOXES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 _INSTANCES = ("AP", "AP50", "AP75", "mask_AP", "mask_AP50", "mask_AP75")
-_DETECTION = {
+_DETECTION: dict[str, dict[str, tuple[float | None, tuple[float, ...]]]] = {
     # Parameters, and six numbers for v1, one for v2 (below for boxes and masks).
     "retinanet_1x": {
         "pvt_tiny": (23.0, (36.7, 56.9, 38.9, 22.6, 38.8, 50.0)),
@@ -49,8 +49,11 @@ _DETECTION = {
         "pvt_large": (71.1, (43.4, 63.6, 46.1, 26.1, 46.0, 59.5)),
     },
     "detr_50ep": {"pvt_small": (None, (34.7, 55.7, 35.4, 12.0, 36.4, 56.7))},
+    "sparse_rcnn_3x_ms": {"pvt_v2_b2_li": (104.2, (48.9,)), "pvt_v2_b2": (107.0, (50.1,))},
+    "atss_3x_ms": {"pvt_v2_b2_li": (30.2, (48.9,)), "pvt_v2_b2": (33.0, (49.9,))},
+    "gfl_3x_ms": {"pvt_v2_b2_li": (30.3, (49.2,)), "pvt_v2_b2": (33.1, (50.2,))},
 }
-_INSTANCE_SEGMENTATION = {
+_INSTANCE_SEGMENTATION: dict[str, dict[str, tuple[float | None, tuple[float, ...]]]] = {
     "mask_rcnn_1x": {
         "pvt_tiny": (32.9, (36.7, 59.2, 39.3, 35.1, 56.7, 37.3)),
         "pvt_small": (44.1, (40.4, 62.9, 43.8, 37.8, 60.1, 40.3)),
@@ -73,6 +76,7 @@ _INSTANCE_SEGMENTATION = {
         "pvt_v2_b0": (23.5, (41.6, 38.2)),
         "pvt_v2_b2": (45.0, (47.8, 43.1)),
     },
+    "cascade_mask_rcnn_3x_ms": {"pvt_v2_b2_li": (80.0, (50.9, 44.0)), "pvt_v2_b2": (82.9, (51.1, 44.4))},
 }
 # v1: the paper trained longer on fewer GPUs than the released configs, whose results are the last numbers.
 _SEMANTIC_FPN = {

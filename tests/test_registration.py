@@ -21,10 +21,17 @@ MODELS = {
     "pvt_v2": {"AutoModel": "PvtV2Model", "AutoModelForImageClassification": "PvtV2ForImageClassification"}
     | {"AutoBackbone": "PvtV2Backbone"},
     "pvt_hf_retinanet": {"AutoModelForObjectDetection": "RetinaNetForObjectDetection"},
+    "pvt_hf_atss": {"AutoModelForObjectDetection": "ATSSForObjectDetection"},
+    "pvt_hf_gfl": {"AutoModelForObjectDetection": "GFLForObjectDetection"},
     "pvt_hf_mask_rcnn": dict.fromkeys(
         ("AutoModelForInstanceSegmentation", "AutoModelForImageSegmentation", "AutoModelForObjectDetection"),
         "MaskRCNNForInstanceSegmentation",
     ),
+    "pvt_hf_cascade_mask_rcnn": dict.fromkeys(
+        ("AutoModelForInstanceSegmentation", "AutoModelForImageSegmentation", "AutoModelForObjectDetection"),
+        "CascadeMaskRCNNForInstanceSegmentation",
+    ),
+    "pvt_hf_sparse_rcnn": {"AutoModelForObjectDetection": "SparseRCNNForObjectDetection"},
     "pvt_hf_semantic_fpn": {"AutoModelForSemanticSegmentation": "SemanticFPNForSemanticSegmentation"},
 }
 CHECK = f"""

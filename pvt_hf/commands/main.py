@@ -24,7 +24,9 @@ class Command(NamedTuple):
 _TRAINING = ("accelerate", "datasets", "matplotlib")
 COMMANDS = {
     "train-classification": Command("train a classifier", "training", (*_TRAINING, "timm")),
-    "train-detection": Command("train RetinaNet, Mask R-CNN or DETR", "training", (*_TRAINING, "faster_coco_eval")),
+    "train-detection": Command(
+        "train a detector: RetinaNet, ATSS, GFL, ...", "training", (*_TRAINING, "faster_coco_eval")
+    ),
     "train-segmentation": Command("train Semantic FPN or UperNet", "training", (*_TRAINING, "evaluate")),
     "evaluate": Command("measure checkpoints beside the papers' numbers", "training", ("accelerate", "datasets")),
     "predict": Command("predict what is on the images of a folder", "training", ("accelerate", "datasets")),

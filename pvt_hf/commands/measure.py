@@ -46,6 +46,7 @@ from ..training.arguments import EvaluationArguments
 from ..training.detection import DetectionTrainer
 from ..training.segmentation import SegmentationTrainer
 from ..variants import find_variant
+from ..writing.text import escape_control
 from .shared import read_detection_split
 
 Measured = tuple[Trainer, dict[str, float]]
@@ -98,7 +99,7 @@ def _is_numbered(names: list[str]) -> bool:
 
 def print_left_out(problems: list[str]) -> None:
     if problems:
-        print("\n  ".join([f"{len(problems)} corrupt images are left out:", *problems]))
+        print("\n  ".join([f"{len(problems)} corrupt images are left out:", *map(escape_control, problems)]))
 
 
 class _MappedMaps(EvaluationMaps):
@@ -252,7 +253,13 @@ TASKS = {
     "pvt": CLASSIFIER,
     "pvt_v2": CLASSIFIER,
     "pvt_hf_retinanet": Task("detector", measure_detector, "retinanet_1x", tuple(COCO_METRICS), 80),
+    "pvt_hf_atss": Task("detector", measure_detector, "atss_3x_ms", tuple(COCO_METRICS), 80),
+    "pvt_hf_gfl": Task("detector", measure_detector, "gfl_3x_ms", tuple(COCO_METRICS), 80),
     "pvt_hf_mask_rcnn": Task("detector", measure_detector, "mask_rcnn_1x", (*COCO_METRICS, *_MASK_METRICS), 80),
+    "pvt_hf_cascade_mask_rcnn": Task(
+        "detector", measure_detector, "cascade_mask_rcnn_3x_ms", (*COCO_METRICS, *_MASK_METRICS), 80
+    ),
+    "pvt_hf_sparse_rcnn": Task("detector", measure_detector, "sparse_rcnn_3x_ms", tuple(COCO_METRICS), 80),
     "detr": Task("detector", measure_detector, "detr_50ep", tuple(COCO_METRICS), 80),
 }
 

@@ -37,6 +37,7 @@ from ..evaluation.label_map_predictor import LabelMapPredictor
 from ..evaluation.metrics import coco_results
 from ..training.arguments import STRIDE, TTA_FLIP, TTA_SCALES, WINDOW, check_together, option
 from ..writing.files import atomic_file
+from ..writing.text import escape_control
 from .measure import CLASSIFIER, SEGMENTER, check_options, task_of
 from .parser import parse_arguments
 from .shared import read_config
@@ -137,7 +138,11 @@ def mask_name(name: str) -> str:
 
 
 def write_classes(rows: Sequence[Any], folder: Path) -> None:
-    with atomic_file(folder / "predictions.csv") as path, path.open("w", newline="") as file:
+    # Names of files need not be UTF-8: the bytes are written as they are.
+    with (
+        atomic_file(folder / "predictions.csv") as path,
+        path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         csv.writer(file).writerows([("image", "class", "probability"), *rows])
 
 
@@ -169,7 +174,8 @@ def check_names(names: Sequence[str]) -> None:
     found: dict[str, str] = {}
     for name in names:
         if (other := found.setdefault(mask_name(name), name)) != name:
-            raise SystemExit(f"{other} and {name} differ in their endings only: both masks would be {mask_name(name)}")
+            both = f"{other} and {name} differ in their endings only: both masks would be {mask_name(name)}"
+            raise SystemExit(escape_control(both))
 
 
 def check_files(images: dict[str, str]) -> None:

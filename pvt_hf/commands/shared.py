@@ -18,6 +18,7 @@ from ..training.arguments import DetectionDataArguments, EvaluationArguments
 from ..training.optimization import SettingError
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
+from ..writing.text import escape_lines
 
 DEFAULT_VARIANT = "pvt_v2_b0"
 
@@ -91,7 +92,7 @@ def exit_on_bad_run() -> Iterator[None]:
     try:
         yield
     except SettingError as error:
-        raise SystemExit(str(error)) from error
+        raise SystemExit(escape_lines(str(error))) from error
     except ImageError as error:
         message = _read_message(error)
         raise SystemExit(f"{message}\n--skip_corrupt leaves out images that cannot be decoded") from error
@@ -100,7 +101,9 @@ def exit_on_bad_run() -> Iterator[None]:
 def _read_message(error: Exception) -> str:
     """Of an error from a loader's process it is the last line of a traceback."""
     message = str(error)
-    return message.strip().split("\n")[-1].split(": ", 1)[-1] if message.startswith("Caught ") else message
+    if message.startswith("Caught "):
+        message = message.strip().split("\n")[-1].split(": ", 1)[-1]
+    return escape_lines(message)
 
 
 def read_detection_split(
@@ -135,5 +138,5 @@ def finish(trainer: VisionTrainer) -> int:
     """
     summary = trainer.finish()
     if trainer.is_world_process_zero():
-        print(summary)
+        print(escape_lines(summary))
     return 0

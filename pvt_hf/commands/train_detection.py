@@ -1,4 +1,4 @@
-"""Trains RetinaNet, Mask R-CNN or DETR on PVT with the papers' recipes, and measures COCO's AP.
+"""Trains RetinaNet, ATSS, GFL, Mask R-CNN or DETR on PVT with the papers' recipes, and measures COCO's AP.
 
     accelerate launch -m pvt_hf.commands.train_detection --recipe retinanet_1x \\
         --backbone_checkpoint converted/pvt_small \\
@@ -24,6 +24,7 @@ from dataclasses import fields
 from typing import Any, cast
 
 from transformers import (
+    AutoConfig,
     AutoModelForObjectDetection,
     PreTrainedConfig,
     PreTrainedModel,
@@ -51,12 +52,6 @@ from ..training.optimization import freeze_stages
 from . import presets, shared
 from .parser import parse_arguments
 
-# By architecture; DETR is transformers'.
-CLASSES: dict[str, tuple[Any, Any]] = {
-    "retinanet": (pvt_hf.RetinaNetConfig, pvt_hf.RetinaNetForObjectDetection),
-    "mask_rcnn": (pvt_hf.MaskRCNNConfig, pvt_hf.MaskRCNNForInstanceSegmentation),
-}
-
 
 def parse(
     argv: Sequence[str] | None,
@@ -67,7 +62,7 @@ def parse(
     architecture = DETECTION_RECIPES[recipe_args.recipe].architecture
     if model_args.model_name_or_path:
         model_type = shared.read_config(model_args.model_name_or_path).model_type
-        if not model_type.endswith(architecture):
+        if model_type.removeprefix("pvt_hf_") != architecture:
             raise SystemExit(f"--recipe {recipe_args.recipe} is not for a {model_type}")
     checkpoint = model_args.model_name_or_path or model_args.backbone_checkpoint
     backbone, model_args.variant = shared.read_backbone_config(checkpoint, model_args.variant)
@@ -117,8 +112,9 @@ def check_splits(
         with args.main_process_first(desc="checking the images"):
             split = split.check_images(name, data_args.skip_corrupt, args.dataloader_num_workers)
         split.warn_of_limit(max_detections, name)
-        if queries := getattr(model.config, "num_queries", None):
-            split.warn_of_limit(queries, name, "`num_queries` (`--config_overrides`)")
+        for field in ("num_queries", "num_proposals"):
+            if limit := getattr(model.config, field, None):
+                split.warn_of_limit(limit, name, f"`{field}` (`--config_overrides`)")
         checked.append(split)
         if args.process_index == 0:
             print(f"{name}: {split.summary()}")
@@ -129,11 +125,11 @@ def build_detector(architecture: str, backbone: PreTrainedConfig, values: dict[s
     """A detector with random weights; `values` are fields of its configuration."""
     if architecture == "detr":
         return pvt_hf.build_detr(pvt_hf.build_detr_config(backbone, **values))
-    config_class, model_class = CLASSES[architecture]
+    config_class = type(AutoConfig.for_model(f"pvt_hf_{architecture}"))
     if unknown := values.keys() - {field.name for field in fields(config_class)}:
         raise SystemExit(f"--config_overrides: a {config_class.__name__} has no fields {sorted(unknown)}")
     backbone.out_features = list(config_class.backbone_out_features)
-    return model_class(config_class(backbone_config=backbone, **values))
+    return AutoModelForObjectDetection.from_config(config_class(backbone_config=backbone, **values))
 
 
 def load_model(

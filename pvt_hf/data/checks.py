@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..models.pixels import PixelError, check_mode, read_orientation
-from .images import ImageError, decode
+from ..writing.text import escape_control
+from .images import ImageError, check_source, decode
 
 if TYPE_CHECKING:
     import datasets
@@ -168,6 +169,7 @@ def describe_problems(problems: Sequence[str], count: int, subject: str, shown: 
         subject: What they are, as "images of the validation set".
         shown: How many are listed (default: 5).
     """
+    problems = list(map(escape_control, problems))
     others = [f"... and {len(problems) - shown} others"] if len(problems) > shown else []
     return "\n  ".join([f"{len(problems)} of {count} {subject} cannot be used:", *problems[:shown], *others])
 
@@ -237,7 +239,7 @@ class _ImageCheck:
             decode({"path": self._find_source(item)}, name)
         source = self._find_source(item)
         try:
-            with Image.open(source) as image:
+            with Image.open(check_source(source)) as image:
                 check_mode(image, name)
                 # Orientations from 5 to 8 lie on their sides.
                 return {"height": image.height, "width": image.width, "turned": read_orientation(image) >= 5}

@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging
 
 from ..models.annotations import AnnotationError, has_mask, iter_annotations, rasterize, usable_polygons
+from ..writing.text import escape_control
 from .box_formats import check_bbox_format, to_xywh
 from .checks import check_images, refuse_problems
 from .class_names import match_class_names
@@ -278,8 +279,8 @@ class DetectionData:
         missing = [name for name, count in zip(self.label_names, counts, strict=True) if not count]
         return (
             f"{len(self)} images, {sum(counts)} objects of {len(counts)} classes ({min(counts, default=0)} to "
-            f"{max(counts, default=0)} of a class), at most {len(fullest.annotations)} in an image ({fullest.name})"
-            + (f"; none of {missing}" if missing else "")
+            f"{max(counts, default=0)} of a class), at most {len(fullest.annotations)} in an image "
+            f"({escape_control(fullest.name)})" + (f"; none of {missing}" if missing else "")
         )
 
     def warn_of_limit(self, limit: int, name: str, option: str = "`max_detections` (`--max_detections`)") -> None:
@@ -294,7 +295,7 @@ class DetectionData:
         if above:
             fullest = max(above, key=lambda record: len(record.annotations))
             logger.warning(
-                f"{len(above)} images of {name} have more than {limit} objects, {fullest.name} has "
+                f"{len(above)} images of {name} have more than {limit} objects, {escape_control(fullest.name)} has "
                 f"{len(fullest.annotations)}, but at most {limit} are found in an image and measured: raise {option}."
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from ..models.pixels import PixelError, read_file
+from ..writing.text import escape_lines
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 class ImageError(RuntimeError):
     """An image, or a file of images, that cannot be read. The message names it."""
+
+    def __init__(self, message: object):
+        super().__init__(escape_lines(str(message)))
 
 
 @contextmanager
@@ -94,13 +99,26 @@ def decode(image: Mapping[str, Any] | None, name: str, mode: str | None = "RGB",
     if image.get("bytes") is None and image.get("path") is None:
         raise ImageError(f"{name} is missing: there is neither a file nor bytes.")
     try:
-        return read_file(
-            io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"], name, mode, turn
-        )
+        source = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else check_source(image["path"])
+        return read_file(source, name, mode, turn)
     except PixelError as error:
         raise ImageError(str(error)) from error
     except Exception as error:  # Pillow's decoders raise whatever a corrupt file leads them to
         raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
+
+
+def check_source(source: Any) -> Any:
+    """Where an image is, unless that is something that would be waited for: a pipe.
+
+    Args:
+        source: A path, of a file or of nothing, or an open file.
+
+    Raises:
+        OSError: If there is something else.
+    """
+    if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
+        raise OSError("it is no regular file")
+    return source
 
 
 def decode_to_fit(image: Mapping[str, Any] | None, name: str, size: tuple[int, int]) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from transformers.utils import logging
 
 from ..models.image_processing_segmentation import IGNORE_INDEX
+from ..writing.text import escape_control
 from .checks import Checked, check_all, check_images, describe_problems
 from .images import ImageError
 from .segmentation import SegmentationData
@@ -46,7 +47,7 @@ class LabelSurvey:
             names: Of the classes.
         """
         classes = (
-            f"{name} {pixels:,} pixels in {maps:,} maps"
+            f"{escape_control(name)} {pixels:,} pixels in {maps:,} maps"
             for name, pixels, maps in zip(names, self.pixels, self.maps, strict=True)
         )
         return f"{'; '.join(classes)}; {self.ignored:,} pixels are ignored"

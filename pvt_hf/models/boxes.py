@@ -24,6 +24,32 @@ _SPLIT_THRESHOLD = 10_000
 
 
 @dataclass(frozen=True)
+class Anchors:
+    """All anchors of a batch's levels, in the order of the levels.
+
+    Args:
+        boxes: xyxy in pixels, `(anchors, 4)`.
+        level_sizes: Number of anchors of each level.
+        level_strides: Pixels per cell of each level.
+    """
+
+    boxes: torch.Tensor
+    level_sizes: Sequence[int]
+    level_strides: Sequence[int]
+
+    @property
+    def centres(self) -> torch.Tensor:
+        """xy in pixels, `(anchors, 2)`."""
+        return _centres_and_sizes(self.boxes)[0]
+
+    @property
+    def strides(self) -> torch.Tensor:
+        """Pixels per cell at each anchor, `(anchors,)`."""
+        levels = zip(self.level_sizes, self.level_strides, strict=True)
+        return torch.cat([self.boxes.new_full((size,), stride) for size, stride in levels])
+
+
+@dataclass(frozen=True)
 class AnchorGrid:
     """Anchors around the upper left corner of every cell of every level (`AnchorGenerator`, `center_offset=0`).
 
@@ -44,6 +70,16 @@ class AnchorGrid:
     def num_per_cell(self) -> int:
         """Anchors of each cell."""
         return len(self.scales) * len(self.ratios)
+
+    def generate_anchors(self, level_shapes: Sequence[tuple[int, int]], like: torch.Tensor) -> Anchors:
+        """[`generate_boxes`], with what the levels are.
+
+        Args:
+            level_shapes: Height and width of each level in cells.
+            like: A tensor whose dtype and device the anchors get.
+        """
+        level_sizes = [height * width * self.num_per_cell for height, width in level_shapes]
+        return Anchors(self.generate_boxes(level_shapes, like), level_sizes, self.strides)
 
     def generate_boxes(self, level_shapes: Sequence[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
         """All anchors, in the order of the levels, then rows, then columns, then the anchors of a cell: see
@@ -194,6 +230,26 @@ def pairwise_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return intersection / (areas[:, None] + other_areas - intersection).clamp(min=1e-6)
 
 
+def paired_overlaps(boxes: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Intersection over union, plain and generalised (arXiv 1902.09630), of each box with that at its place.
+
+    Args:
+        boxes: xyxy `(..., 4)`.
+        others: xyxy `(..., 4)` in the same unit.
+
+    Returns:
+        IoU and GIoU, each `(...)`.
+    """
+    sides = torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])
+    intersection = sides.clamp(min=0).prod(dim=-1)
+    areas, other_areas = ((b[..., 2:] - b[..., :2]).prod(dim=-1) for b in (boxes, others))
+    union = (areas + other_areas - intersection).clamp(min=1e-6)
+    sides = torch.maximum(boxes[..., 2:], others[..., 2:]) - torch.minimum(boxes[..., :2], others[..., :2])
+    enclosing = sides.clamp(min=0).prod(dim=-1).clamp(min=1e-6)
+    iou = intersection / union
+    return iou, iou - (enclosing - union) / enclosing
+
+
 def match_boxes(
     iou: torch.Tensor,
     positive_threshold: float,
@@ -219,7 +275,7 @@ def match_boxes(
     """
     num_objects, num_boxes = iou.shape
     matches = torch.full((num_boxes,), IGNORED, device=iou.device)
-    if num_objects == 0:
+    if 0 in iou.shape:
         matches[:] = NEGATIVE
     else:
         if valid is not None:
@@ -233,6 +289,57 @@ def match_boxes(
         last_taker = (takes * numbers[:, None]).amax(dim=0)  # (boxes,), from 1 on, or 0 where no ground truth takes it
         matches = torch.where(last_taker > 0, last_taker - 1, matches)
     return matches if valid is None else matches.masked_fill(~valid, IGNORED)
+
+
+def match_atss(
+    objects: torch.Tensor,
+    anchors: Anchors,
+    num_candidates: int,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Assigns anchors to ground truths by a threshold that each of these has for itself (`ATSSAssigner`, arXiv
+    1912.02424, algorithm 1).
+
+    The candidates of a ground truth are, of every level, the anchors whose centres are nearest to its own; of equally
+    distant ones the first. Its threshold is the mean of their overlaps plus the standard deviation. A candidate is
+    positive from the threshold on if its centre is inside of the ground truth; one of several gets the ground truth
+    that it overlaps most with. All others are negative, and a ground truth may remain without an anchor.
+
+    Args:
+        objects: Boxes of the ground truths, xyxy in pixels, `(ground truths, 4)`.
+        anchors: Of all levels.
+        num_candidates: Of each level, at most.
+        valid: Which anchors take part, bool `(anchors,)`; by default all. The others are ignored.
+
+    Returns:
+        Int64 `(anchors,)`: the index of a ground truth, `NEGATIVE`, or `IGNORED`.
+    """
+    takes_part = torch.ones_like(anchors.boxes[:, 0], dtype=torch.bool) if valid is None else valid
+    matches = torch.full_like(takes_part, NEGATIVE, dtype=torch.int64)
+    if len(objects):
+        centres = anchors.centres
+        offsets = centres - _centres_and_sizes(objects)[0][:, None]  # (ground truths, anchors, 2)
+        distances = offsets.square().sum(dim=-1).sqrt().masked_fill(~takes_part, torch.inf)
+        nearest = [_find_smallest(part, num_candidates) for part in distances.split(list(anchors.level_sizes), dim=1)]
+        candidates = torch.cat(nearest, dim=1) & takes_part  # (ground truths, anchors)
+
+        iou = pairwise_iou(objects, anchors.boxes)  # (ground truths, anchors)
+        count = candidates.sum(dim=1, keepdim=True)
+        mean = (iou * candidates).sum(dim=1, keepdim=True) / count.clamp(min=1)
+        variance = ((iou - mean).square() * candidates).sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+        inside = torch.cat((centres - objects[:, None, :2], objects[:, None, 2:] - centres), dim=-1).amin(dim=-1) > 0.01
+        positive = candidates & (iou >= mean + variance.sqrt()) & inside
+        best, best_object = iou.masked_fill(~positive, -1).max(dim=0)  # (anchors,)
+        matches = torch.where(best >= 0, best_object, matches)
+    return matches.masked_fill(~takes_part, IGNORED)
+
+
+def _find_smallest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Which are the `count` smallest of each row, the first ones of equal values: bool `(rows, values)`."""
+    count = min(count, values.shape[1])
+    largest = values.topk(count, dim=1, largest=False).values.amax(dim=1, keepdim=True)  # (rows, 1)
+    smaller, equal = values < largest, values == largest
+    return smaller | (equal & (equal.cumsum(dim=1) <= count - smaller.sum(dim=1, keepdim=True)))
 
 
 def sample_boxes(

@@ -11,7 +11,6 @@ import inspect
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, DetrConfig, DetrForObjectDetection, PreTrainedConfig
@@ -20,6 +19,7 @@ from transformers.loss.loss_for_object_detection import HungarianMatcher, genera
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from .distributed import mean_over_processes
 from .targets import check_labels
 
 # What differs from the defaults of `DetrConfig`, which are those of the DETR paper.
@@ -145,7 +145,7 @@ def detr_loss(
 
     num_queries = outputs.logits.shape[1]
     matched = sum(min(len(label["class_labels"]), num_queries) for label in labels)
-    num_boxes = _mean_over_processes(matched, outputs.logits.device)
+    num_boxes = mean_over_processes(torch.tensor(float(matched), device=outputs.logits.device)).clamp(min=1)
     loss_dict = {
         f"{name}{ending}": value
         for ending, (logits, boxes) in layers.items()
@@ -220,15 +220,6 @@ def _compute_layer_losses(
         "loss_bbox": (predicted - wanted).abs().sum() / num_boxes,
         "loss_giou": (1 - overlaps).sum() / num_boxes,
     }
-
-
-def _mean_over_processes(count: int, device: torch.device) -> torch.Tensor:
-    """The mean of `count`, at least 1, as a scalar."""
-    mean = torch.tensor(float(count), device=device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    return mean.clamp(min=1)
 
 
 def _check_config(config: DetrConfig) -> None:

@@ -1,6 +1,7 @@
 """Feature pyramid network (arXiv 1612.03144), as mmdetection and mmsegmentation build it."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,10 @@ class FeaturePyramid(nn.Module):
     Args:
         in_channels: Channels of the backbone's maps, finest first.
         out_channels: Channels of every level of the pyramid.
-        num_extra_convs: Coarser levels that 3 x 3 convolutions of stride 2 make, the first of them from the backbone's
-            last map itself (`on_input`), without an activation between them: P6 and P7 of RetinaNet (default: 0).
+        num_extra_convs: Coarser levels that 3 x 3 convolutions of stride 2 make, each of the one before and without an
+            activation between them: P6 and P7 of RetinaNet (default: 0).
+        extra_convs_source: What the first of them reads, with mmdetection's names: `"on_input"`, the backbone's last
+            map itself (the default, as in RetinaNet), or `"on_output"`, the last of the other levels (ATSS, GFL).
         extra_pooled_level: One coarser level that takes every second position of the last one: P6 of Mask R-CNN
             (default: False).
     """
@@ -27,13 +30,16 @@ class FeaturePyramid(nn.Module):
         in_channels: Sequence[int],
         out_channels: int,
         num_extra_convs: int = 0,
+        extra_convs_source: Literal["on_input", "on_output"] = "on_input",
         extra_pooled_level: bool = False,
     ):
         super().__init__()
         self.lateral_convs = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
         self.output_convs = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+        self.extra_convs_source = extra_convs_source
+        source_channels = in_channels[-1] if extra_convs_source == "on_input" else out_channels
         self.extra_convs = nn.ModuleList(
-            nn.Conv2d(out_channels if index else in_channels[-1], out_channels, 3, stride=2, padding=1)
+            nn.Conv2d(out_channels if index else source_channels, out_channels, 3, stride=2, padding=1)
             for index in range(num_extra_convs)
         )
         self.extra_pooled_level = extra_pooled_level
@@ -59,8 +65,10 @@ class FeaturePyramid(nn.Module):
             finer = laterals[level - 1]
             laterals[level - 1] = finer + F.interpolate(laterals[level], size=finer.shape[2:], mode="nearest")
         levels = [conv(lateral) for conv, lateral in zip(self.output_convs, laterals, strict=True)]
-        for index, conv in enumerate(self.extra_convs):
-            levels.append(conv(levels[-1] if index else feature_maps[-1]))
+        source = feature_maps[-1] if self.extra_convs_source == "on_input" else levels[-1]
+        for conv in self.extra_convs:
+            source = conv(source)
+            levels.append(source)
         if self.extra_pooled_level:
             levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
         return levels

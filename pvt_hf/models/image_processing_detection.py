@@ -198,8 +198,8 @@ class _DetectionPreprocessing(DensePreprocessing):
     def post_process_object_detection(
         self, outputs: Any, threshold: float = 0.5, target_sizes: TargetSizes = None, max_detections: int = 100
     ) -> list[dict[str, torch.Tensor]]:
-        """The detections of RetinaNet, Mask R-CNN or DETR, as mmdetection makes them: with a `threshold` of 0.05, for
-        DETR of 0.
+        """The detections of RetinaNet, ATSS, GFL, Mask R-CNN or DETR, as mmdetection makes them: with a `threshold` of
+        0.05, for ATSS and DETR of 0.
 
         Args:
             outputs: What the model returned, or an object with its `logits` and `pred_boxes` alone, as tensors or
@@ -207,8 +207,7 @@ class _DetectionPreprocessing(DensePreprocessing):
             threshold: Detections have a larger score (default: 0.5).
             target_sizes: Height and width in pixels of each image, `(batch, 2)`, usually the original one. Without them
                 boxes are relative to the image's size.
-            max_detections: Of RetinaNet and DETR: at most so many per image (default: 100). Mask R-CNN's configuration
-                has it.
+            max_detections: At most so many per image (default: 100). Mask R-CNN's configuration has it.
 
         Returns:
             For each image `scores` `(detections,)`, `labels` int64 `(detections,)` and `boxes` xyxy `(detections, 4)`
@@ -216,7 +215,7 @@ class _DetectionPreprocessing(DensePreprocessing):
 
         Raises:
             ValueError: If there are not as many `target_sizes` as images, or if RetinaNet's logits and boxes alone do
-                not say which level they are of.
+                not say which level they are of. Those of ATSS and GFL never are enough.
         """
         outputs = read_outputs(outputs, "pred_boxes")
         if "scores" not in outputs:
@@ -308,7 +307,7 @@ def _build_labels(
 
 class PvtDetectionImageProcessor(_DetectionPreprocessing, TorchvisionBackend):
     r"""
-    Prepares images for RetinaNet, Mask R-CNN and DETR on PVT as mmdetection 2.13 does, on the torchvision backend: the
+    Prepares images for the detectors and DETR on PVT as mmdetection 2.13 does, on the torchvision backend: the
     aspect ratio is kept, sides are rounded to the nearest pixel, the resize is OpenCV's bilinear (no antialiasing) to
     the last bit, and the padding is zero after the normalisation. Both backends give the same values.
 

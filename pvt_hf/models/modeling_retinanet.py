@@ -1,24 +1,20 @@
 """RetinaNet (arXiv 1708.02002) on any backbone, as the PVT papers use it (mmdetection 2.13)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple
 
-from .backbone import build_backbone
 from .boxes import (
     IGNORED,
     AnchorGrid,
+    Anchors,
     at_least_float32,
-    clip_boxes,
     decode_boxes,
     encode_boxes,
     flatten_to_anchors,
@@ -26,9 +22,8 @@ from .boxes import (
     pairwise_iou,
 )
 from .configuration_retinanet import RetinaNetConfig
-from .fpn import FeaturePyramid
-from .pretrained import PretrainedMixin
-from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_images
+from .one_stage import OneStageDetector
+from .targets import GroundTruth
 
 
 @dataclass
@@ -110,11 +105,15 @@ class RetinaNetHead(nn.Module):
             deltas.append(flatten_to_anchors(self.box_predictor(box_states), 4))
         return at_least_float32(torch.cat(logits, dim=1)), at_least_float32(torch.cat(deltas, dim=1))
 
+    def decode(self, anchors: Anchors, deltas: torch.Tensor) -> torch.Tensor:
+        """Boxes of the anchors' deltas, xyxy in pixels, `(batch, anchors, 4)`."""
+        return decode_boxes(anchors.boxes, deltas)
+
     def loss(
         self,
         logits: torch.Tensor,
         deltas: torch.Tensor,
-        anchors: torch.Tensor,
+        anchors: Anchors,
         valid: Sequence[torch.Tensor],
         truths: Sequence[GroundTruth],
     ) -> dict[str, torch.Tensor]:
@@ -124,7 +123,7 @@ class RetinaNetHead(nn.Module):
         Args:
             logits: `(batch, anchors, num_labels)`.
             deltas: `(batch, anchors, 4)`.
-            anchors: xyxy in pixels, `(anchors, 4)`.
+            anchors: Of all levels.
             valid: For each image, which anchors take part: bool `(anchors,)`.
             truths: The objects of each image.
 
@@ -138,7 +137,7 @@ class RetinaNetHead(nn.Module):
         box_loss, normalizer = deltas[:0].sum(), 0  # connected to the deltas in an empty batch, too
         for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
             matches = match_boxes(  # (anchors,)
-                pairwise_iou(truth.boxes, anchors),
+                pairwise_iou(truth.boxes, anchors.boxes),
                 self.config.positive_iou_threshold,
                 self.config.negative_iou_threshold,
                 0,
@@ -148,7 +147,7 @@ class RetinaNetHead(nn.Module):
             objects = matches[positives]  # (positives,)
             targets[index, positives, truth.class_labels[objects]] = 1
             weights[index, matches != IGNORED] = 1
-            wanted = encode_boxes(anchors[positives], truth.boxes[objects])  # (positives, 4)
+            wanted = encode_boxes(anchors.boxes[positives], truth.boxes[objects])  # (positives, 4)
             box_loss = box_loss + F.l1_loss(deltas[index, positives], wanted, reduction="sum")
             normalizer += max(len(positives), 1)
         normalizer = max(normalizer, 1)
@@ -156,101 +155,13 @@ class RetinaNetHead(nn.Module):
         return {"loss_class": (focal * weights).sum() / normalizer, "loss_box": box_loss / normalizer}
 
 
-class RetinaNetPreTrainedModel(PretrainedMixin, PreTrainedModel):
-    """The base of RetinaNet: its configuration, its weight initialisation, and complete loading."""
+class RetinaNetForObjectDetection(OneStageDetector):
+    """Backbone, feature pyramid of five levels (strides 8 to 128) and the shared head."""
 
     config: RetinaNetConfig
     config_class = RetinaNetConfig
-    _may_change_shape = ("head.class_predictor.",)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # The parts know how; their layers have been visited before them.
-        if isinstance(module, FeaturePyramid | RetinaNetHead):
-            module.reset_parameters()
+    head_class = RetinaNetHead
+    output_class = RetinaNetObjectDetectionOutput
 
 
-class RetinaNetForObjectDetection(RetinaNetPreTrainedModel):
-    """Backbone, feature pyramid of five levels (strides 8 to 128) and the shared head."""
-
-    accepts_loss_kwargs = False  # the loss is a mean over positive anchors, not over labels that Trainer could count
-
-    def __init__(self, config: RetinaNetConfig):
-        super().__init__(config)
-        self.backbone = build_backbone(config)
-        self.neck = FeaturePyramid(self.backbone.channels, config.neck_channels, num_extra_convs=2)
-        self.head = RetinaNetHead(config)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_mask: torch.Tensor | None = None,
-        labels: Sequence[Mapping[str, torch.Tensor]] | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs: Any,
-    ) -> RetinaNetObjectDetectionOutput:
-        r"""
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`):
-                Normalised images, padded to the right and below with zeros to a height and width of multiples of 32.
-            pixel_mask (`torch.Tensor` of shape `(batch, height, width)`, *optional*):
-                1 in each image and 0 in its padding; all 1 by default. It says where an image ends: boxes are clipped
-                there, and labels are relative to that size. More padding than to multiples of 32 is taken off (not in
-                compiled code); the rest is computed as if it were image.
-            labels (`list[dict[str, torch.Tensor]]`, *optional*):
-                For each image `class_labels` int64 `(objects,)` and `boxes` `(objects, 4)`, cxcywh relative to the
-                image's size without padding.
-            output_attentions (`bool`, *optional*):
-                As in the backbone.
-            output_hidden_states (`bool`, *optional*):
-                As in the backbone.
-
-        Returns:
-            [`RetinaNetObjectDetectionOutput`]
-
-        Raises:
-            TypeError: For `pixel_values`, a `pixel_mask` or `labels` of another type.
-            ValueError: For `pixel_values`, a `pixel_mask` or `labels` of another form; the message names the image and
-                the annotation.
-        """
-        pixel_values, image_sizes = read_images(pixel_values, pixel_mask, self.backbone.config.num_channels)
-        truths = None
-        if labels is not None:
-            dtype = torch.promote_types(self.dtype, torch.float32)
-            truths = read_ground_truths(labels, image_sizes, self.config.num_labels, dtype)
-        features = self.backbone.forward_with_filtered_kwargs(
-            pixel_values,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        levels = self.neck(features.feature_maps)  # P3 ... P7
-        logits, deltas = self.head(levels)
-        grid, level_shapes = self.head.anchor_grid, [level.shape[2:] for level in levels]
-        anchors = grid.generate_boxes(level_shapes, like=deltas)
-        boxes = clip_boxes(decode_boxes(anchors, deltas.detach()), image_sizes[:, None])  # (batch, anchors, 4)
-        loss_dict = None
-        if truths is not None:
-            sizes = pad_image_sizes(image_sizes.tolist(), pixel_values.shape[2:])
-            valid = [grid.find_valid(level_shapes, size, deltas.device) for size in sizes]
-            loss_dict = self.head.loss(logits, deltas, anchors, valid, truths)
-        level_sizes = [height * width * grid.num_per_cell for height, width in level_shapes]
-        return RetinaNetObjectDetectionOutput(
-            loss=sum(loss_dict.values()) if loss_dict else None,
-            loss_dict=loss_dict,
-            logits=logits,
-            pred_boxes=normalize_boxes(boxes, image_sizes[:, None]),
-            level_sizes=torch.tensor(level_sizes, device=logits.device),
-            image_sizes=image_sizes,
-            hidden_states=features.hidden_states,
-            attentions=features.attentions,
-        )
-
-
-__all__ = ["RetinaNetForObjectDetection", "RetinaNetObjectDetectionOutput", "RetinaNetPreTrainedModel"]
+__all__ = ["RetinaNetForObjectDetection", "RetinaNetObjectDetectionOutput"]

@@ -16,7 +16,10 @@ from transformers.image_transforms import center_to_corners_format
 from .boxes import at_least_float32, batched_nms
 
 # What is read here of outputs.
-_FIELDS = ("logits", "pred_boxes", "level_sizes", "scores", "class_labels", "pred_masks", "image_sizes")
+_FIELDS = (
+    *("logits", "pred_boxes", "level_sizes", "centerness", "nms_threshold"),
+    *("scores", "class_labels", "pred_masks", "image_sizes"),
+)
 # Anchors of each cell of RetinaNet, where only their number is left.
 _ANCHORS_PER_CELL = 9
 
@@ -33,10 +36,7 @@ def read_outputs(outputs: Any, *needed: str) -> dict[str, torch.Tensor]:
         ValueError: If there is no such field.
     """
     if isinstance(outputs, tuple | list):
-        # Losses have fewer dimensions or are in a dictionary, hidden states are in tuples.
-        values = [value for value in outputs if getattr(value, "ndim", 0) >= 2]
-        masks = next((value for value in values[2:] if value.ndim == 4), None)
-        outputs = dict(zip(("logits", "pred_boxes"), values, strict=False)) | {"pred_masks": masks}
+        outputs = _recognize_fields(outputs)
     elif not isinstance(outputs, Mapping):
         outputs = {name: getattr(outputs, name, None) for name in _FIELDS}
     fields = {name: torch.as_tensor(outputs[name]) for name in _FIELDS if outputs.get(name) is not None}
@@ -45,10 +45,29 @@ def read_outputs(outputs: Any, *needed: str) -> dict[str, torch.Tensor]:
     return fields
 
 
+def _recognize_fields(outputs: Sequence[Any]) -> dict[str, Any]:
+    """The fields in a tuple of outputs, by their order and their form."""
+    # Losses have fewer dimensions or are in a dictionary, hidden states are in tuples.
+    values = [value for value in outputs if getattr(value, "ndim", 0) >= 2]
+    fields = dict(zip(("logits", "pred_boxes"), values, strict=False))
+    for value in values[2:]:
+        if value.ndim == 4:
+            fields.setdefault("pred_masks", value)
+        elif value.shape == values[0].shape[:2]:
+            fields["centerness"] = value
+    for vector in (torch.as_tensor(value) for value in outputs if getattr(value, "ndim", 0) == 1):
+        if vector.is_floating_point():
+            fields["nms_threshold"] = vector
+        elif values and vector.sum() == values[0].shape[1]:  # not what several processes have put together
+            fields["level_sizes"] = vector
+    return fields
+
+
 def complete_outputs(
     outputs: dict[str, torch.Tensor], num_labels: int | None, input_size: tuple[int, int] | None
 ) -> dict[str, torch.Tensor]:
     """Finds the `level_sizes` of RetinaNet from the number of its anchors, where logits and boxes are all that is left.
+    (Of ATSS and GFL they are not enough.)
 
     Without them other outputs are in DETR's form, as Mask R-CNN's are, too: as many logits as classes and one more.
 
@@ -71,7 +90,8 @@ def complete_outputs(
     if len(found) != 1:
         raise ValueError(
             f"`outputs` with {num_anchors} anchors do not say how many each level has ({len(found)} possibilities): "
-            "hand over the model's `level_sizes`, too, or `target_sizes` with the original sizes of the images."
+            "hand over the model's `level_sizes`, too (and of ATSS and GFL all outputs), or `target_sizes` with the "
+            "original sizes of the images."
         )
     if (outputs["pred_boxes"] < 0).any():
         raise ValueError(
@@ -94,6 +114,8 @@ def _find_level_sizes(num_anchors: int, input_size: tuple[int, int] | None) -> s
     options = [size_levels(*input_size, divide) for divide in (floordiv, _ceil)] if input_size is not None else []
     if matching := {sizes for sizes in options if sum(sizes) == num_anchors}:
         return matching
+    if any(sum(sizes) == num_anchors * _ANCHORS_PER_CELL for sizes in options):
+        return set()  # one anchor per cell: ATSS or GFL
     most = num_anchors // (21 * _ANCHORS_PER_CELL)  # cells of stride 32; those of stride 16 and 8 are 20 times as many
     multiples = (
         size_levels(32 * rows, 32 * columns, _ceil)
@@ -111,24 +133,28 @@ def detect_objects(
     outputs: Any,
     threshold: float = 0.05,
     target_sizes: torch.Tensor | Sequence[tuple[int, int]] | None = None,
-    nms_threshold: float = 0.5,
+    nms_threshold: float | None = None,
     candidates_per_level: int = 1000,
     max_detections: int = 100,
+    class_threshold: float = 0.05,
 ) -> list[dict[str, torch.Tensor]]:
-    """The detections of [`RetinaNetForObjectDetection`] or [`MaskRCNNForInstanceSegmentation`], as mmdetection makes
-    them with a `threshold` of 0.05.
+    """The detections of RetinaNet, ATSS, GFL or Mask R-CNN, as mmdetection makes them with a `threshold` of 0.05, of
+    ATSS of 0.
 
-    RetinaNet's outputs are all its anchors: the best `candidates_per_level` of each level by their best class are
-    scaled to the target size, and then suppressed. Mask R-CNN's outputs are its detections (its configuration has the
+    The outputs of the first three are all anchors: the best `candidates_per_level` of each level by their best class
+    are scaled to the target size, and then suppressed. ATSS's scores are the product of class and centerness, and can
+    be far below the `class_threshold`. Mask R-CNN's outputs are its detections (its configuration has the
     settings), which are just filtered and scaled.
 
     Args:
         outputs: What the model returned, see [`read_outputs`].
         threshold: Detections have a larger score (default: 0.05).
         target_sizes: Size of each image, `(batch, 2)`. Without them boxes are relative to the image.
-        nms_threshold: Of RetinaNet: detections of a class do not overlap by a larger IoU (default: 0.5).
-        candidates_per_level: Of RetinaNet: anchors of each level that may become detections (default: 1000).
-        max_detections: Of RetinaNet: at most so many per image (default: 100).
+        nms_threshold: Of anchors: detections of a class do not overlap by a larger IoU (default: what the outputs say,
+            or 0.5).
+        candidates_per_level: Of anchors: those of each level that may become detections (default: 1000).
+        max_detections: Of anchors: at most so many detections per image (default: 100).
+        class_threshold: Of ATSS: detections have a larger probability of their class (default: 0.05).
 
     Returns:
         For each image `scores` `(detections,)`, `labels` int64 `(detections,)` and `boxes` xyxy `(detections, 4)`, best
@@ -141,11 +167,17 @@ def detect_objects(
     boxes = center_to_corners_format(at_least_float32(outputs["pred_boxes"]))  # (batch, anchors or detections, 4)
     if target_sizes is not None:
         boxes = boxes * check_target_sizes(target_sizes, len(boxes)).to(boxes)[:, None, [1, 0, 1, 0]]
+    if nms_threshold is None:
+        nms_threshold = outputs["nms_threshold"][0].item() if "nms_threshold" in outputs else 0.5
     detections = []
     for index, image_boxes in enumerate(boxes):
         if "level_sizes" in outputs:
-            scores = at_least_float32(outputs["logits"][index]).sigmoid()  # (anchors, classes)
+            scores = class_scores = at_least_float32(outputs["logits"][index]).sigmoid()  # (anchors, classes)
+            if "centerness" in outputs:
+                scores = class_scores * at_least_float32(outputs["centerness"][index]).sigmoid()[:, None]
             candidates = _select_best_of_levels(scores, outputs["level_sizes"].tolist(), candidates_per_level)
+            if "centerness" in outputs:
+                scores = scores.masked_fill(class_scores <= class_threshold, 0)
             image_boxes, scores = image_boxes[candidates], scores[candidates]
             rows, labels = select_detections(image_boxes, scores, threshold, nms_threshold, max_detections)
             scores = scores[rows, labels]
@@ -288,8 +320,12 @@ def select_detections(
     """
     rows, classes = (scores > score_threshold).nonzero().unbind(dim=1)  # (candidates,)
     candidates = boxes[rows] if boxes.ndim == 2 else boxes[rows, classes]  # (candidates, 4)
-    kept = batched_nms(candidates, scores[rows, classes], classes, nms_threshold)[:max_detections]
-    return rows[kept], classes[kept]
+    scores = scores[rows, classes]
+    if nms_threshold < 1:
+        kept = batched_nms(candidates, scores, classes, nms_threshold)
+    else:  # no overlap is larger
+        kept = scores.argsort(descending=True, stable=True)
+    return rows[kept[:max_detections]], classes[kept[:max_detections]]
 
 
 def check_target_sizes(target_sizes: torch.Tensor | Sequence[tuple[int, int]], batch_size: int) -> torch.Tensor:

@@ -18,12 +18,14 @@ from .optimization import detection_parameter_groups, step_multiplier
 
 
 class DetectionTrainer(DensePredictionTrainer):
-    """Trains RetinaNet, Mask R-CNN or DETR with one of the papers' recipes, on one process or many.
+    """Trains a detector of pvt_hf or DETR with one of the papers' recipes, on one process or many.
 
     An evaluation leaves its detections in `results`, by image id, and in `output_dir/predictions.json`.
 
-    mmdetection's losses are averages over what each process has (positive anchors, sampled regions; DETR's boxes are
-    counted over all): one process with batches of 4 images is not exactly two with 2, nor are accumulated batches.
+    The losses of RetinaNet, Mask R-CNN and Cascade Mask R-CNN are, as mmdetection's, averages over what each process
+    has (positive anchors, sampled regions): one process with batches of 4 images is not exactly two with 2. Those of
+    ATSS, GFL, Sparse R-CNN and DETR count over all processes, and it is. Accumulated batches are averaged one by one.
+    On several GPUs batch normalisation in a head (Cascade Mask R-CNN's) is over all processes.
 
     Args:
         model: Of the architecture that the recipe is for. transformers' DETR gets the original DETR's loss.
@@ -62,7 +64,8 @@ class DetectionTrainer(DensePredictionTrainer):
         if is_detr:
             prepare_detr_training(model)
         self.masks = getattr(model.config, "use_masks", False)
-        self.threshold = 0.0 if is_detr else 0.05  # mmdetection's: below it nothing is a detection
+        # mmdetection's: below it nothing is a detection
+        self.threshold = 0.0 if is_detr else getattr(model, "evaluation_threshold", 0.05)
         self.metric_names = {"AP": "AP", "AP50": "AP50"}
         if self.masks:
             self.metric_names |= {"mask_AP": "mask AP", "mask_AP50": "mask AP50"}
@@ -79,6 +82,10 @@ class DetectionTrainer(DensePredictionTrainer):
             schedule=(lambda *steps: step_multiplier(recipe, *steps)) if recipe_schedule else None,
             **kwargs,
         )
+        if self.args.world_size > 1 and self.args.device.type == "cuda":
+            for name, part in self.model.named_children():
+                if name != "backbone":
+                    nn.SyncBatchNorm.convert_sync_batchnorm(part)  # in place, with the same parameters
         self.model_accepts_loss_kwargs = False  # transformers' DETR takes any argument, which does not mean this one
 
     def build_sampler(self) -> AspectRatioSampler:

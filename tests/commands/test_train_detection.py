@@ -276,7 +276,18 @@ def test_recipe_decides_what_the_command_line_leaves_open(tmp_path):
     assert numbers == (0.01, 1e-4, 0, 3) and recipe.shortest_edges == [96, 128] and recipe.longest_edge == 1333
 
 
-@pytest.mark.parametrize("recipe", ["retinanet_1x", "mask_rcnn_1x", "detr_50ep"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "retinanet_1x",
+        "atss_3x_ms",
+        "gfl_3x_ms",
+        "mask_rcnn_1x",
+        "cascade_mask_rcnn_3x_ms",
+        "sparse_rcnn_3x_ms",
+        "detr_50ep",
+    ],
+)
 def test_small_detectors_can_be_built(recipe):
     """The presets of `--smoke` and `--demo` are fields of the configurations."""
     (model_args, *_), backbone, recipe, _ = parse(["--demo", "--recipe", recipe])

@@ -12,7 +12,13 @@ from pvt_hf.models.backbone import build_backbone
 from tests.support.small_models import SMALL_V1, small_config
 
 BOTH = pytest.mark.parametrize("config_class", [pvt_hf.PvtConfig, pvt_hf.PvtV2Config])
-DENSE = [pvt_hf.RetinaNetConfig, pvt_hf.MaskRCNNConfig, pvt_hf.SemanticFPNConfig]
+DENSE = [
+    pvt_hf.RetinaNetConfig,
+    pvt_hf.ATSSConfig,
+    pvt_hf.GFLConfig,
+    pvt_hf.MaskRCNNConfig,
+    pvt_hf.SemanticFPNConfig,
+]
 EVERY = pytest.mark.parametrize("config_class", [pvt_hf.PvtConfig, pvt_hf.PvtV2Config, *DENSE])
 
 

@@ -434,16 +434,19 @@ def detectors(name: str) -> transformers.PreTrainedModel:
         return model.eval()
     config_class, model_class = {
         "retinanet": (pvt_hf.RetinaNetConfig, pvt_hf.RetinaNetForObjectDetection),
+        "atss": (pvt_hf.ATSSConfig, pvt_hf.ATSSForObjectDetection),
+        "gfl": (pvt_hf.GFLConfig, pvt_hf.GFLForObjectDetection),
         "mask_rcnn": (pvt_hf.MaskRCNNConfig, pvt_hf.MaskRCNNForInstanceSegmentation),
     }[name]
-    model = model_class(config_class(backbone_config=backbone, neck_channels=8, num_labels=3)).eval()
-    if name == "retinanet":
+    groups = {"norm_groups": 4} if name in ("atss", "gfl") else {}
+    model = model_class(config_class(backbone_config=backbone, neck_channels=8, num_labels=3, **groups)).eval()
+    if name != "mask_rcnn":
         torch.nn.init.normal_(model.head.class_predictor.weight, std=30)
         model.head.class_predictor.bias.data.fill_(-0.5)
     return model
 
 
-@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "detr"])
+@pytest.mark.parametrize("name", ["retinanet", "atss", "gfl", "mask_rcnn", "detr"])
 def test_pipeline_loads_a_saved_checkpoint(name, tmp_path, logged_errors):
     """Both backends, loaded by the Auto class, give what the parts give, in pixels of the original image."""
     model = detectors(name)

@@ -6,19 +6,35 @@ import pvt_hf
 from tests.support.detectors import backbone_config
 from tests.support.small_models import STAGES, randomize
 
+_GROUPS = {"norm_groups": 4}
+ONE_STAGE = {
+    "retinanet": (pvt_hf.RetinaNetForObjectDetection, pvt_hf.RetinaNetConfig, {}),
+    "atss": (pvt_hf.ATSSForObjectDetection, pvt_hf.ATSSConfig, _GROUPS),
+    "gfl": (pvt_hf.GFLForObjectDetection, pvt_hf.GFLConfig, _GROUPS),
+}
 _DETR = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 7}
 _DETR |= {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
 
 
 def build_dense_model(name: str, backbone: str = "v2", **fields: object) -> torch.nn.Module:
     """In evaluation mode, with three classes and random weights; `name` is an architecture."""
-    stages = STAGES[1:] if name in ("retinanet", "detr") else STAGES
+    stages = STAGES[1:] if name in ("detr", *ONE_STAGE) else STAGES
     config = backbone_config(backbone, out_features=stages, **fields)
     if name == "detr":
         model = pvt_hf.build_detr(pvt_hf.build_detr_config(config, num_labels=3, **_DETR))
-    elif name == "retinanet":
-        config = pvt_hf.RetinaNetConfig(backbone_config=config, neck_channels=8, num_head_convs=1, num_labels=3)
-        model = pvt_hf.RetinaNetForObjectDetection(config)
+    elif name in ONE_STAGE:
+        sizes = {"neck_channels": 8, "num_head_convs": 1, "num_labels": 3}
+        model_class, config_class, more = ONE_STAGE[name]
+        model = model_class(config_class(backbone_config=config, **sizes, **more))
+    elif name.startswith("cascade"):
+        sizes = {"neck_channels": 8, "box_head_size": 16, "num_box_convs": 1, "num_mask_convs": 1, "max_detections": 20}
+        sizes |= {"num_candidates": 100, "num_proposals": 60, "num_labels": 3, "use_masks": "mask" in name}
+        config = pvt_hf.CascadeMaskRCNNConfig(backbone_config=config, **sizes)
+        model = pvt_hf.CascadeMaskRCNNForInstanceSegmentation(config)
+    elif name == "sparse_rcnn":
+        sizes = {"num_proposals": 12, "num_heads": 2, "num_attention_heads": 2, "dynamic_channels": 4, "ffn_dim": 8}
+        config = pvt_hf.SparseRCNNConfig(backbone_config=config, neck_channels=8, num_labels=3, **sizes)
+        model = pvt_hf.SparseRCNNForObjectDetection(config)
     elif name == "semantic_fpn":
         config = pvt_hf.SemanticFPNConfig(backbone_config=config, neck_channels=8, head_channels=8, num_labels=3)
         model = pvt_hf.SemanticFPNForSemanticSegmentation(config)

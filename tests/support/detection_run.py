@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForObjectDetection, TrainingArguments, set_seed
 
 import pvt_hf
 from pvt_hf.data.augmentation import DetectionAugmentation
@@ -17,12 +17,19 @@ from tests.support.training_processes import pause_after, write_result
 SIDES = {"shortest_edges": (64, 96), "longest_edge": 128}
 HEADS = {
     "retinanet": {"neck_channels": 8, "num_head_convs": 1},
+    "atss": {"neck_channels": 8, "num_head_convs": 1, "norm_groups": 4},
+    "gfl": {"neck_channels": 8, "num_head_convs": 1, "norm_groups": 4},
     "mask_rcnn": {"neck_channels": 8, "num_mask_convs": 1, "box_head_size": 8, "num_candidates": 50,
                   "num_candidates_train": 50, "num_proposals": 50, "roi_num_samples": 32},
+    "cascade_mask_rcnn": {"neck_channels": 8, "num_mask_convs": 1, "num_box_convs": 1, "box_head_size": 8,
+                          "num_candidates": 50, "num_candidates_train": 50, "num_proposals": 50,
+                          "num_proposals_train": 50, "roi_num_samples": 32},
+    "sparse_rcnn": {"neck_channels": 8, "num_proposals": 8, "num_heads": 2, "num_attention_heads": 2,
+                    "dynamic_channels": 4, "ffn_dim": 16},
     "detr": {"d_model": 16, "num_queries": 8, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
              "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
 }  # fmt: skip
-FIRST_STAGE = {"retinanet": 1, "mask_rcnn": 0, "detr": 3}
+FIRST_STAGE = {"retinanet": 1, "atss": 1, "gfl": 1, "mask_rcnn": 0, "cascade_mask_rcnn": 0, "sparse_rcnn": 0, "detr": 3}
 
 
 def small_detector(architecture: str, num_labels: int = 10, **overrides):
@@ -30,9 +37,8 @@ def small_detector(architecture: str, num_labels: int = 10, **overrides):
     fields = HEADS[architecture] | {"num_labels": num_labels} | overrides
     if architecture == "detr":
         return pvt_hf.build_detr(pvt_hf.build_detr_config(backbone, **fields))
-    if architecture == "mask_rcnn":
-        return pvt_hf.MaskRCNNForInstanceSegmentation(pvt_hf.MaskRCNNConfig(backbone_config=backbone, **fields))
-    return pvt_hf.RetinaNetForObjectDetection(pvt_hf.RetinaNetConfig(backbone_config=backbone, **fields))
+    config_class = type(AutoConfig.for_model(f"pvt_hf_{architecture}"))
+    return AutoModelForObjectDetection.from_config(config_class(backbone_config=backbone, **fields))
 
 
 def build(output_dir, scenes, *, recipe="retinanet_1x", changes=None, data=None, empty=False, **arguments):
@@ -66,7 +72,7 @@ def build(output_dir, scenes, *, recipe="retinanet_1x", changes=None, data=None,
         model=model,
         args=TrainingArguments(output_dir=str(output_dir), **arguments),
         recipe=recipe,
-        train_dataset=TrainingDetections(train, augment, masks=recipe.architecture == "mask_rcnn"),
+        train_dataset=TrainingDetections(train, augment, masks=recipe.architecture.endswith("mask_rcnn")),
         eval_dataset=EvaluationDetections(validation),
         processing_class=pvt_hf.PvtDetectionImageProcessor(size=size),
     )

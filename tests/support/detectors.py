@@ -9,7 +9,7 @@ from tests.support import checkpoints
 from tests.support import reference_detection as loops
 from tests.support.small_models import ROOT, STAGES, small_config
 
-CHANNELS, CLASSES = 16, 5
+CHANNELS, CLASSES, GROUPS = 16, 5, 4
 
 
 def small_resnet(**overrides):
@@ -35,13 +35,13 @@ def layer(name, *shape, std=0.1):
     return {f"{name}.weight": torch.randn(shape).double() * std, f"{name}.bias": torch.randn(shape[0]).double() * std}
 
 
-def neck(in_channels, num_extra):
+def neck(in_channels, num_extra, on_output=False):
     weights = {}
     for level, channels in enumerate(in_channels):
         weights |= layer(f"neck.lateral_convs.{level}.conv", CHANNELS, channels, 1, 1)
         weights |= layer(f"neck.fpn_convs.{level}.conv", CHANNELS, CHANNELS, 3, 3)
     for extra in range(num_extra):
-        channels = CHANNELS if extra else in_channels[-1]
+        channels = CHANNELS if extra or on_output else in_channels[-1]
         weights |= layer(f"neck.fpn_convs.{len(in_channels) + extra}.conv", CHANNELS, channels, 3, 3)
     return weights
 
@@ -74,6 +74,33 @@ def official_retinanet(variant):
     standardize(weights, "bbox_head.retina_cls", logits, mean=-3.5, std=1)
     standardize(weights, "bbox_head.retina_reg", deltas, mean=0, std=0.3)
     return weights
+
+
+def official_adaptive(variant, name, predictors):
+    """ATSS or GFL. `predictors` are their channels, and the mean and standard deviation of what they give."""
+    weights = official_backbone(variant) | neck(variant.hidden_sizes[1:], num_extra=2, on_output=True)
+    for tower in (f"bbox_head.{part}_convs.{index}" for part in ("cls", "reg") for index in range(4)):
+        convolution = layer(f"{tower}.conv", CHANNELS, CHANNELS, 3, 3)
+        weights |= {f"{tower}.conv.weight": convolution[f"{tower}.conv.weight"]}
+        weights |= {key: value + key.endswith("weight") for key, value in layer(f"{tower}.gn", CHANNELS).items()}
+    weights |= {f"bbox_head.scales.{level}.scale": torch.rand(()).double() + 0.5 for level in range(5)}
+    for part, (channels, _, _) in predictors.items():
+        weights |= layer(f"bbox_head.{name}_{part}", channels, CHANNELS, 3, 3)
+    pixels = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    levels = reference_heads.pyramid(weights, feature_maps(weights, pixels)[1:], on_output=True)
+    raw = zip(*getattr(reference_heads, name)(weights, levels, groups=GROUPS), strict=True)
+    for (part, (_, mean, std)), outputs in zip(predictors.items(), raw, strict=True):
+        standardize(weights, f"bbox_head.{name}_{part}", torch.cat(outputs, dim=1), mean, std)
+    return weights
+
+
+def official_atss(variant):
+    return official_adaptive(variant, "atss", {"cls": (CLASSES, -2.5, 1), "reg": (4, 0, 1), "centerness": (1, 0, 1)})
+
+
+def official_gfl(variant):
+    weights = official_adaptive(variant, "gfl", {"cls": (CLASSES, -3.5, 1), "reg": (68, 0, 2)})
+    return weights | {"bbox_head.integral.project": torch.arange(17.0).double()}
 
 
 def official_mask_rcnn(variant):

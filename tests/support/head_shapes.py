@@ -27,13 +27,13 @@ def linear(name: str, out_features: int, in_features: int) -> Shapes:
     return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
 
 
-def neck(in_channels: tuple[int, ...], channels: int, num_extra: int = 0) -> Shapes:
+def neck(in_channels: tuple[int, ...], channels: int, num_extra: int = 0, on_output: bool = False) -> Shapes:
     shapes = {}
     for level, width in enumerate(in_channels):
         shapes |= conv(f"neck.lateral_convs.{level}.conv", channels, width, 1)
         shapes |= conv(f"neck.fpn_convs.{level}.conv", channels, channels, 3)
     for level in range(num_extra):
-        width = channels if level else in_channels[-1]
+        width = channels if level or on_output else in_channels[-1]
         shapes |= conv(f"neck.fpn_convs.{len(in_channels) + level}.conv", channels, width, 3)
     return shapes
 
@@ -59,6 +59,34 @@ def retinanet(in_channels: tuple[int, ...], num_labels: int = 80, channels: int 
         shapes
         | conv("bbox_head.retina_cls", 9 * num_labels, channels, 3)
         | conv("bbox_head.retina_reg", 36, channels, 3)
+    )
+
+
+def adaptive_head(in_channels: tuple[int, ...], channels: int) -> Shapes:
+    """What ATSS and GFL have in common."""
+    shapes = neck(in_channels[1:], channels, num_extra=2, on_output=True)
+    for tower in ("cls", "reg"):
+        for name in (f"bbox_head.{tower}_convs.{index}" for index in range(4)):
+            shapes |= conv(f"{name}.conv", channels, channels, 3, bias=False)
+            shapes |= {f"{name}.gn.{part}": (channels,) for part in ("weight", "bias")}
+    return shapes | {f"bbox_head.scales.{level}.scale": () for level in range(5)}
+
+
+def atss(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256) -> Shapes:
+    return (
+        adaptive_head(in_channels, channels)
+        | conv("bbox_head.atss_cls", num_labels, channels, 3)
+        | conv("bbox_head.atss_reg", 4, channels, 3)
+        | conv("bbox_head.atss_centerness", 1, channels, 3)
+    )
+
+
+def gfl(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256) -> Shapes:
+    return (
+        adaptive_head(in_channels, channels)
+        | conv("bbox_head.gfl_cls", num_labels, channels, 3)
+        | conv("bbox_head.gfl_reg", 68, channels, 3)
+        | {"bbox_head.integral.project": (17,)}
     )
 
 
@@ -110,6 +138,72 @@ def detr(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256
     return shapes
 
 
+def norm(name: str, channels: int) -> Shapes:
+    return {f"{name}.{part}": (channels,) for part in ("weight", "bias")}
+
+
+def sparse_rcnn(
+    in_channels: tuple[int, ...],
+    num_labels: int = 80,
+    channels: int = 256,
+    hidden: int = 2048,
+    proposals: int = 300,
+    heads: int = 6,
+    dynamic: int = 64,
+) -> Shapes:
+    shapes = neck(in_channels, channels)
+    shapes |= {"rpn_head.init_proposal_bboxes.weight": (proposals, 4)}
+    shapes |= {"rpn_head.init_proposal_features.weight": (proposals, channels)}
+    for name in (f"roi_head.bbox_head.{index}" for index in range(heads)):
+        shapes |= linear(f"{name}.fc_cls", num_labels, channels) | linear(f"{name}.fc_reg", 4, channels)
+        shapes |= {f"{name}.attention.attn.in_proj_weight": (3 * channels, channels)}
+        shapes |= {f"{name}.attention.attn.in_proj_bias": (3 * channels,)}
+        shapes |= linear(f"{name}.attention.attn.out_proj", channels, channels)
+        shapes |= norm(f"{name}.attention_norm", channels)
+        dynamic_conv = f"{name}.instance_interactive_conv"
+        shapes |= linear(f"{dynamic_conv}.dynamic_layer", 2 * channels * dynamic, channels)
+        shapes |= norm(f"{dynamic_conv}.norm_in", dynamic) | norm(f"{dynamic_conv}.norm_out", channels)
+        shapes |= linear(f"{dynamic_conv}.fc_layer", channels, 49 * channels) | norm(
+            f"{dynamic_conv}.fc_norm", channels
+        )
+        shapes |= norm(f"{dynamic_conv}_norm", channels)
+        shapes |= linear(f"{name}.ffn.layers.0.0", hidden, channels) | linear(f"{name}.ffn.layers.1", channels, hidden)
+        shapes |= norm(f"{name}.ffn_norm", channels)
+        for layer in (f"{name}.cls_fcs.0", *(f"{name}.reg_fcs.{3 * index}" for index in range(3))):
+            shapes |= {f"{layer}.weight": (channels, channels)}
+            shapes |= norm(f"{layer[:-1]}{int(layer[-1]) + 1}", channels)
+    return shapes
+
+
+def cascade_rcnn(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256, hidden: int = 1024) -> Shapes:
+    shapes = (
+        neck(in_channels, channels)
+        | conv("rpn_head.rpn_conv", channels, channels, 3)
+        | conv("rpn_head.rpn_cls", 3, channels, 1)
+        | conv("rpn_head.rpn_reg", 12, channels, 1)
+    )
+    for name in (f"roi_head.bbox_head.{index}" for index in range(3)):
+        shapes |= linear(f"{name}.fc_cls", num_labels + 1, hidden) | linear(f"{name}.fc_reg", 4 * num_labels, hidden)
+        for layer in (f"{name}.shared_convs.{index}" for index in range(4)):
+            shapes |= conv(f"{layer}.conv", channels, channels, 3, bias=False) | norm(f"{layer}.bn", channels)
+            shapes |= {f"{layer}.bn.running_{part}": (channels,) for part in ("mean", "var")}
+            shapes[f"{layer}.bn.num_batches_tracked"] = ()
+        shapes |= linear(f"{name}.shared_fcs.0", hidden, 49 * channels)
+    return shapes
+
+
+def cascade_mask_rcnn(
+    in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256, hidden: int = 1024
+) -> Shapes:
+    shapes = cascade_rcnn(in_channels, num_labels, channels, hidden)
+    for name in (f"roi_head.mask_head.{index}" for index in range(3)):
+        for layer in range(4):
+            shapes |= conv(f"{name}.convs.{layer}.conv", channels, channels, 3)
+        shapes |= conv(f"{name}.upsample", channels, channels, 2)
+        shapes |= conv(f"{name}.conv_logits", num_labels, channels, 1)
+    return shapes
+
+
 def checkpoint_shapes(head: Callable[..., Shapes], variant: Variant, **options: int) -> Shapes:
     """Names and shapes of an official detector or segmenter on the official backbone, which has no classifier there.
 
@@ -134,6 +228,8 @@ def checkpoint_weights(
             weights[name] = torch.tensor(40_000)
         elif name.endswith("running_var"):
             weights[name] = torch.empty(shape).uniform_(0.5, 2)
+        elif name == "bbox_head.integral.project":
+            weights[name] = torch.arange(17.0)
         else:
             is_norm = name.endswith("weight") and len(shape) == 1
             weights[name] = torch.empty(shape).normal_(std=std).add_(1 if is_norm else 0)

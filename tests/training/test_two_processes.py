@@ -12,13 +12,15 @@ from transformers import AutoModelForObjectDetection
 
 from pvt_hf.data.digits import write_scenes
 from pvt_hf.evaluation.metrics import COCO_METRICS
-from tests.support import classification_run, detection_run, segmentation_run
+from tests.support import classification_run, detection_run, normalizers_run, segmentation_run
 from tests.support.small_models import assert_close
 from tests.support.training_processes import Run, read_result, run_in_two_processes
 
 pytestmark = pytest.mark.process
 
 MODELS = [(version, is_backbone) for version in ("v1", "v2") for is_backbone in (False, True)]
+# Detectors whose losses are divided by numbers of all processes.
+GLOBAL_NORMALIZERS = ("atss", "gfl")
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 CLASSIFICATION = SGD | {"trainer": {"ema_decay": 0.9}}
 SHARDED = {"sharded": True, "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 6}
@@ -63,6 +65,7 @@ def list_runs(folder: Path) -> list[Run]:
         ("classification", "random", RANDOM),
         ("classification", "resumed", RANDOM | {"resume": folder / "random" / "checkpoint-12"}),
         ("detection", "detection", detection),
+        *(("normalizers", architecture, {"architecture": architecture}) for architecture in GLOBAL_NORMALIZERS),
         ("segmentation", "segmentation", SEGMENTATION | part | {"scenes": maps}),
         # The last ones: what is done so that CPUs shard stays.
         ("classification", "sharded", SHARDED | part),
@@ -145,6 +148,15 @@ def test_detections_of_two_processes_are_those_of_one(folder, tmp_path):
         results.sort(key=lambda result: (result["image_id"], -result["score"], result["category_id"]))
     assert [result["image_id"] for result in together] == [result["image_id"] for result in single]
     assert [result["score"] for result in together] == pytest.approx([result["score"] for result in single], abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", GLOBAL_NORMALIZERS)
+def test_losses_and_gradients_of_two_processes_are_those_of_one(architecture, folder):
+    """2 x 2 images are 1 x 4, whichever of them have the objects."""
+    two, one = torch.load(folder / architecture / "means.pt"), normalizers_run.compute(architecture, range(4))
+    assert two.keys() == one.keys() and sum(name.startswith("loss_") for name in one) == 3
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-10)
 
 
 def test_segmenter_of_two_processes_is_that_of_one(folder, tmp_path):

@@ -34,6 +34,12 @@ FPN_RULES: Rules = (
     ("neck.lateral_convs.{n}.conv.", "neck.lateral_convs.{n}."),
     ("neck.fpn_convs.{n}.conv.", "neck.output_convs.{n}."),
 )
+# Of one with two more levels that convolutions make from the coarsest of three.
+FIVE_LEVELS_RULES: Rules = (
+    ("neck.fpn_convs.3.conv.", "neck.extra_convs.0."),
+    ("neck.fpn_convs.4.conv.", "neck.extra_convs.1."),
+    *FPN_RULES,
+)
 
 
 class Architecture(ABC):
@@ -243,6 +249,13 @@ class Detector(DensePredictor):
 
     def build_image_processor(self, config):
         return PvtDetectionImageProcessor(num_labels=config.num_labels)
+
+
+class OneStageDetector(Detector):
+    """A detector whose head all levels of the pyramid share."""
+
+    def outputs(self, model, image):
+        return list(model.head(model.neck(model.backbone(image).feature_maps)))
 
 
 def count_matches(names: Iterable[str], pattern: str) -> int:

@@ -4,18 +4,16 @@ import torch
 
 from ...models.configuration_retinanet import RetinaNetConfig
 from .. import reference_heads
-from .base import FPN_RULES, Detector, count_matches
+from .base import FIVE_LEVELS_RULES, OneStageDetector, count_matches
 
 
-class RetinaNet(Detector):
+class RetinaNet(OneStageDetector):
     name = "RetinaNet"
     tags = ("retinanet",)
     signature = "bbox_head.retina_cls."
     config_class = RetinaNetConfig
     rules = (
-        ("neck.fpn_convs.3.conv.", "neck.extra_convs.0."),
-        ("neck.fpn_convs.4.conv.", "neck.extra_convs.1."),
-        *FPN_RULES,
+        *FIVE_LEVELS_RULES,
         ("bbox_head.cls_convs.{n}.conv.", "head.class_convs.{n}."),
         ("bbox_head.reg_convs.{n}.conv.", "head.box_convs.{n}."),
         ("bbox_head.retina_cls.", "head.class_predictor."),
@@ -29,9 +27,6 @@ class RetinaNet(Detector):
             "neck_channels": shape("neck.fpn_convs.0.conv.weight")[0],
             "num_head_convs": count_matches(official, r"bbox_head\.cls_convs\.(\d+)\."),
         }
-
-    def outputs(self, model, image):
-        return list(model.head(model.neck(model.backbone(image).feature_maps)))
 
     def head_reference(self, weights, image, feature_maps):
         levels = reference_heads.retinanet(weights, reference_heads.pyramid(weights, feature_maps))
