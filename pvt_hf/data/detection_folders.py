@@ -55,9 +55,9 @@ def read_detection_folder(
     """Reads a split of a folder in one of three layouts.
 
     - Roboflow's COCO: `train/_annotations.coco.json` beside its images.
-    - YOLO: `data.yaml` with `names` and where each split is, or without it `images/train` or `train/images`; the labels
-      of `images/.../a.jpg` are in `labels/.../a.txt`. Lines of polygons become masks. Without `data.yaml`, the names
-      are those of `classes.txt` or of `label_names`.
+    - YOLO: `data.yaml` with `names` and where each split is (folders, or text files that list images), or without it
+      `images/train` or `train/images`; the labels of `images/.../a.jpg` are in `labels/.../a.txt`. Lines of polygons
+      become masks. Without `names` in `data.yaml`, they are those of `classes.txt` or `label_names`.
     - Pascal VOC: `train/a.xml` beside the images, or `Annotations`, `JPEGImages` and `ImageSets/Main/train.txt`. The
       corners are pixels that belong to the box, counted from 1. What is `difficult` is not trained on, and is not to be
       found either.
@@ -137,7 +137,11 @@ def _read_yolo(folder: Path, options: _Options) -> DetectionData:
     if "kpt_shape" in content:
         raise AnnotationError(f"{options.data_yaml} is of poses (`kpt_shape`): their labels are not boxes.")
     names = _name_yolo_classes(folder, options, content)
-    images = [path for place in _find_yolo_images(folder, options, content) for path in _list_images(place)]
+    images = [
+        path
+        for place in _find_yolo_images(folder, options, content)
+        for path in (_read_image_list(place, folder, options) if place.is_file() else _list_images(place))
+    ]
     labels = [_label_file(path) for path in images]
     if not any(map(Path.is_file, labels)):
         raise AnnotationError(f"None of {len(images)} images has labels, the first would have {[*labels, None][0]}.")
@@ -179,7 +183,8 @@ def _read_data_yaml(file: Path) -> dict[str, Any]:
 
 
 def _find_yolo_images(folder: Path, options: _Options, content: dict[str, Any]) -> list[Path]:
-    """The folders with the images of a split, where data.yaml says, or else where they usually are."""
+    """The folders with the images of a split, or files that list them, where data.yaml says, or else where they usually
+    are."""
     given = next((content[name] for name in options.aliases if content.get(name)), None)
     if given is None:
         return [_find(folder, [place for name in options.aliases for place in (f"images/{name}", f"{name}/images")])]
@@ -195,6 +200,15 @@ def _find_yolo_images(folder: Path, options: _Options, content: dict[str, Any]) 
         _find(folder, [f"{root}/{place}", place, re.sub(r"^(\.\.?/)+", "", place)], options.allow_outside)
         for place in places
     ]
+
+
+def _read_image_list(file: Path, folder: Path, options: _Options) -> list[Path]:
+    """The images that a file names, a line each, relative to itself or to the folder."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        raise AnnotationError(f"{file} cannot be read: {error}") from error
+    return [_find(folder, [str(file.absolute().parent / line), line], options.allow_outside) for line in lines if line]
 
 
 def _label_file(image: Path) -> Path:

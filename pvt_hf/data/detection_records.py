@@ -189,7 +189,10 @@ class DetectionData:
         bare, used = sum(use.is_maskless and not use.reason for use in uses), sum(not use.reason for use in uses)
         self._check_that_masks_are_left(bare, used)
         if bare:
-            logger.warning(f"{bare} of {used} annotations have no mask: they train their box only.")
+            logger.warning(
+                f"{bare} of {used} annotations have no mask: they train their box only (`--skip_without_mask` leaves "
+                "them out)."
+            )
         return replace(self, records=kept)
 
     def _find_uses(self, min_side: int = 0, masks: bool = False) -> list[_Use]:

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def seed_random_state(*numbers: int) -> Iterator[None]:
 
 
 def load_split(source: str, split: str, builder: str | None = None, **options: Any) -> Any:
-    """Loads a split of a data set, as `datasets.load_dataset` does.
+    """Loads a split of a data set, as `datasets.load_dataset` does, or of a folder that `save_to_disk` wrote.
 
     Args:
         source: Its name on the Hub, or where it is.
@@ -71,6 +72,11 @@ def load_split(source: str, split: str, builder: str | None = None, **options: A
     import datasets
 
     try:
+        if (Path(source) / "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(source)
+            if split not in saved:
+                raise ValueError(f"it has the splits {list(saved)}")
+            return saved[split]
         return datasets.load_dataset(builder or source, split=split, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ImageError(f"Split {split!r} of {source!r} cannot be loaded: {error}") from error

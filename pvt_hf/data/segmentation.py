@@ -278,8 +278,9 @@ def read_segmentation_dataset(
     map_column = map_column or (others[0] if len(others) == 1 else None)
     if image_column not in columns or map_column not in others:
         raise ImageError(
-            f"The data set must have columns of images `{image_column}` and `{map_column or 'map_column'}`, it has "
-            f"{columns}. `--image_column` and `--map_column` name others."
+            f"The data set must have a column of images `{image_column}` and one of label maps"
+            f"{f' `{map_column}`' if map_column else ''}, its columns of images are {columns}. "
+            "`--image_column` and `--map_column` name others."
         )
     data = data.select_columns([image_column, map_column])
     for column in (image_column, map_column):

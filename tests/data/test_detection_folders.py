@@ -125,6 +125,22 @@ def test_yolo_may_be_named_by_its_yaml(tmp_path):
     assert data.label_names == NAMES and len(data) == 2 and len(data.records[0].annotations) == 2
 
 
+def test_yolo_may_list_its_images_in_files(tmp_path):
+    LAYOUTS["yolo of Ultralytics"](tmp_path)
+    expected = read_detection_folder(tmp_path, "train")
+    write(tmp_path / "data.yaml", ULTRALYTICS_YAML.replace("images/train", "lists/train.txt"))
+    files = [next((tmp_path / "images" / "train").glob(f"{stem}.*")) for stem in ("a", "b")]
+    write(tmp_path / "lists" / "train.txt", f"../images/train/{files[0].name}\n./images/train/{files[1].name}\n\n")
+    assert read_detection_folder(tmp_path, "train").records == expected.records
+    write(tmp_path / "lists" / "train.txt", "../images/train/gone.jpg\n")
+    with pytest.raises(AnnotationError, match=r"has none of \[.*gone\.jpg"):
+        read_detection_folder(tmp_path, "train")
+    draw(tmp_path.parent / "outside.png")
+    write(tmp_path / "lists" / "train.txt", "../../outside.png\n")
+    with pytest.raises(AnnotationError, match="is outside of .*--allow_outside"):
+        read_detection_folder(tmp_path, "train")
+
+
 def test_names_of_voc_files_may_have_blanks(tmp_path):
     LAYOUTS["voc devkit"](tmp_path)
     for folder in ("Annotations", "JPEGImages"):

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,9 @@ from transformers.image_utils import load_image
 
 import pvt_hf
 from pvt_hf.data.checks import check_images
-from pvt_hf.data.classification import EvaluationImages, TrainingImages
+from pvt_hf.data.classification import EvaluationImages, TrainingImages, load_images
 from pvt_hf.data.detection import DetectionData, ImageRecord
-from pvt_hf.data.images import ImageError, decode, seed_random_state
+from pvt_hf.data.images import ImageError, decode, load_split, seed_random_state
 from pvt_hf.data.segmentation import EvaluationMaps, SegmentationData
 
 
@@ -137,3 +138,16 @@ def test_corrupt_exif_turns_nothing(tmp_path):
     for header in (b"MM\x00*", b"II*\x00"):
         content = content.replace(header, b"\xff" * 4)
     np.testing.assert_array_equal(decode({"bytes": content}, "a.jpg"), decode({"bytes": upright}, "b.jpg"))
+
+
+def test_data_sets_that_were_saved_are_loaded_by_every_reader(tmp_path):
+    """As `save_to_disk` writes them, with splits; a split that is missing is told with those that are there."""
+    path = write(tmp_path / "a.png", GREY)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.Dataset.from_dict({"image": [path], "label": [1]}, features=features)
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
+    for load in (load_split, load_images):
+        data = load(str(tmp_path / "saved"), "train")
+        assert data["label"][:] == [1] and data.features["label"].names == ["a", "b"]
+        with pytest.raises(ImageError, match=r"Split 'test' of .* cannot be loaded: it has the splits \['train'\]"):
+            load(str(tmp_path / "saved"), "test")

@@ -98,7 +98,7 @@ def test_data_set_of_the_hub_equals_folders(folder):
         for index in (0, len(expected) - 1):
             for ours, theirs in zip(data.read(index), expected.read(index), strict=True):
                 assert torch.equal(ours, theirs)
-    with pytest.raises(ImageError, match=r"must have columns of images `image` and `map_column`, it has \['image'\]"):
+    with pytest.raises(ImageError, match=r"must have a column of images `image` and one of label maps.*\['image'\]"):
         read_segmentation_dataset(table.remove_columns("annotation"))
 
 
