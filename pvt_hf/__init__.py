@@ -30,23 +30,27 @@ from transformers.models.auto.modeling_auto import (
 
 from .models.backbone import load_pretrained_backbone
 from .models.configuration_atss import ATSSConfig
+from .models.configuration_cascade_mask_rcnn import CascadeMaskRCNNConfig
 from .models.configuration_gfl import GFLConfig
 from .models.configuration_mask_rcnn import MaskRCNNConfig
 from .models.configuration_pvt import PvtConfig
 from .models.configuration_pvt_v2 import PvtV2Config
 from .models.configuration_retinanet import RetinaNetConfig
 from .models.configuration_semantic_fpn import SemanticFPNConfig
+from .models.configuration_sparse_rcnn import SparseRCNNConfig
 from .models.detr import build_detr, build_detr_config, detr_loss, prepare_detr_training
 from .models.image_processing_detection import PvtDetectionImageProcessor, PvtDetectionImageProcessorPil
 from .models.image_processing_pvt import PvtImageProcessor, PvtImageProcessorPil
 from .models.image_processing_segmentation import PvtSegmentationImageProcessor, PvtSegmentationImageProcessorPil
 from .models.modeling_atss import ATSSForObjectDetection
+from .models.modeling_cascade_mask_rcnn import CascadeMaskRCNNForInstanceSegmentation
 from .models.modeling_gfl import GFLForObjectDetection
 from .models.modeling_mask_rcnn import MaskRCNNForInstanceSegmentation
 from .models.modeling_pvt import PvtBackbone, PvtForImageClassification, PvtModel
 from .models.modeling_pvt_v2 import PvtV2Backbone, PvtV2ForImageClassification, PvtV2Model
 from .models.modeling_retinanet import RetinaNetForObjectDetection
 from .models.modeling_semantic_fpn import SemanticFPNForSemanticSegmentation
+from .models.modeling_sparse_rcnn import SparseRCNNForObjectDetection
 from .models.post_processing import detr_detections
 from .models.sliding_window import sliding_window_logits
 from .variants import VARIANTS, build_config
@@ -57,6 +61,8 @@ __all__ = [
     "VARIANTS",
     "ATSSConfig",
     "ATSSForObjectDetection",
+    "CascadeMaskRCNNConfig",
+    "CascadeMaskRCNNForInstanceSegmentation",
     "GFLConfig",
     "GFLForObjectDetection",
     "MaskRCNNConfig",
@@ -79,6 +85,8 @@ __all__ = [
     "RetinaNetForObjectDetection",
     "SemanticFPNConfig",
     "SemanticFPNForSemanticSegmentation",
+    "SparseRCNNConfig",
+    "SparseRCNNForObjectDetection",
     "build_config",
     "build_detr",
     "build_detr_config",
@@ -166,6 +174,22 @@ _register(
         AutoModelForImageSegmentation: MaskRCNNForInstanceSegmentation,
         AutoModelForObjectDetection: MaskRCNNForInstanceSegmentation,
     },
+    PvtDetectionImageProcessor,
+    PvtDetectionImageProcessorPil,
+)
+_register(
+    CascadeMaskRCNNConfig,
+    {
+        AutoModelForInstanceSegmentation: CascadeMaskRCNNForInstanceSegmentation,
+        AutoModelForImageSegmentation: CascadeMaskRCNNForInstanceSegmentation,
+        AutoModelForObjectDetection: CascadeMaskRCNNForInstanceSegmentation,
+    },
+    PvtDetectionImageProcessor,
+    PvtDetectionImageProcessorPil,
+)
+_register(
+    SparseRCNNConfig,
+    {AutoModelForObjectDetection: SparseRCNNForObjectDetection},
     PvtDetectionImageProcessor,
     PvtDetectionImageProcessorPil,
 )

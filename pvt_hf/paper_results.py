@@ -49,6 +49,7 @@ _DETECTION: dict[str, dict[str, tuple[float | None, tuple[float, ...]]]] = {
         "pvt_large": (71.1, (43.4, 63.6, 46.1, 26.1, 46.0, 59.5)),
     },
     "detr_50ep": {"pvt_small": (None, (34.7, 55.7, 35.4, 12.0, 36.4, 56.7))},
+    "sparse_rcnn_3x_ms": {"pvt_v2_b2_li": (104.2, (48.9,)), "pvt_v2_b2": (107.0, (50.1,))},
     "atss_3x_ms": {"pvt_v2_b2_li": (30.2, (48.9,)), "pvt_v2_b2": (33.0, (49.9,))},
     "gfl_3x_ms": {"pvt_v2_b2_li": (30.3, (49.2,)), "pvt_v2_b2": (33.1, (50.2,))},
 }
@@ -75,6 +76,7 @@ _INSTANCE_SEGMENTATION: dict[str, dict[str, tuple[float | None, tuple[float, ...
         "pvt_v2_b0": (23.5, (41.6, 38.2)),
         "pvt_v2_b2": (45.0, (47.8, 43.1)),
     },
+    "cascade_mask_rcnn_3x_ms": {"pvt_v2_b2_li": (80.0, (50.9, 44.0)), "pvt_v2_b2": (82.9, (51.1, 44.4))},
 }
 # v1: the paper trained longer on fewer GPUs than the released configs, whose results are the last numbers.
 _SEMANTIC_FPN = {

@@ -76,7 +76,7 @@ class DetectionRecipe:
     released configurations (`detection/configs/`).
 
     Attributes:
-        architecture: `"retinanet"`, `"atss"`, `"gfl"`, `"mask_rcnn"` or `"detr"`.
+        architecture: What the `model_type` is, without `pvt_hf_`: `"retinanet"`, `"sparse_rcnn"`, `"detr"` and so on.
         epochs: Length of the run.
         decay_epochs: After each of them the learning rate is a tenth of what it was. In a run of another length it
             happens after the same parts of the run.
@@ -137,11 +137,19 @@ DETECTION_RECIPES = {
         max_grad_norm=0.1,
         shortest_edges=range(640, 801, 32),
     ),
+    "cascade_mask_rcnn_3x_ms": DetectionRecipe("cascade_mask_rcnn", **_LONG_WITH_CROPS),
+    "sparse_rcnn_3x_ms": DetectionRecipe(
+        "sparse_rcnn",
+        learning_rate=2.5e-5,
+        max_grad_norm=1.0,
+        **_LONG_WITH_CROPS | {"weight_decay": 1e-4, "decays_norms": True},
+    ),
 }
 # What was trained with 8 images per step, one per GPU, at a 1.4 times lower rate.
 _BATCHES_OF_EIGHT = {
     "retinanet_1x": ("pvt_v2_b4", "pvt_v2_b5"),
     "mask_rcnn_1x": ("pvt_large", "pvt_v2_b4", "pvt_v2_b5"),
+    "sparse_rcnn_3x_ms": ("pvt_v2_b2",),
 }
 
 

@@ -1,6 +1,6 @@
 """How files of others are looked at before anything is made of them: pickles inertly, JSON strictly.
 
-This needs the standard library only, because the converter and the training programs read such files alike.
+This needs the standard library only, because the converter, the data and the training programs read such files alike.
 """
 
 import json
@@ -45,6 +45,19 @@ def check_regular_file(path: Path) -> None:
         raise UntrustedFileError(f"cannot be read: {error}") from error
     if not stat.S_ISREG(mode):
         raise UntrustedFileError("is a directory." if stat.S_ISDIR(mode) else "is no regular file.")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark.
+
+    Raises:
+        UntrustedFileError: If there is none that can be read.
+    """
+    check_regular_file(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UntrustedFileError(f"cannot be read: {error}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

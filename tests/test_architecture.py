@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "paper_results": {"variants"},
     "untrusted": set(),
     "writing": {"writing"},
-    "data": {"data", "models", "writing", "variants", "recipes"},
+    "data": {"data", "models", "untrusted", "writing", "variants", "recipes"},
     "evaluation": {"evaluation", "data", "models", "writing"},
     "training": {"training", *BELOW_TRAINING},
     "commands": {"__init__", "commands", "training", "conversion", *BELOW_TRAINING},

@@ -4,7 +4,16 @@ import pytest
 import torch
 from transformers import AutoModelForInstanceSegmentation, AutoModelForObjectDetection, AutoModelForSemanticSegmentation
 
-from pvt_hf import ATSSConfig, GFLConfig, MaskRCNNConfig, RetinaNetConfig, SemanticFPNConfig, build_config
+from pvt_hf import (
+    ATSSConfig,
+    CascadeMaskRCNNConfig,
+    GFLConfig,
+    MaskRCNNConfig,
+    RetinaNetConfig,
+    SemanticFPNConfig,
+    SparseRCNNConfig,
+    build_config,
+)
 from pvt_hf.paper_results import PUBLISHED
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -13,6 +22,8 @@ ARCHITECTURES = {
     "atss_3x_ms": (AutoModelForObjectDetection, ATSSConfig, STAGES[1:], 80),
     "gfl_3x_ms": (AutoModelForObjectDetection, GFLConfig, STAGES[1:], 80),
     "mask_rcnn_1x": (AutoModelForInstanceSegmentation, MaskRCNNConfig, STAGES, 80),
+    "cascade_mask_rcnn_3x_ms": (AutoModelForInstanceSegmentation, CascadeMaskRCNNConfig, STAGES, 80),
+    "sparse_rcnn_3x_ms": (AutoModelForObjectDetection, SparseRCNNConfig, STAGES, 80),
     "semantic_fpn_40k": (AutoModelForSemanticSegmentation, SemanticFPNConfig, STAGES, 150),
 }
 

@@ -27,6 +27,11 @@ MODELS = {
         ("AutoModelForInstanceSegmentation", "AutoModelForImageSegmentation", "AutoModelForObjectDetection"),
         "MaskRCNNForInstanceSegmentation",
     ),
+    "pvt_hf_cascade_mask_rcnn": dict.fromkeys(
+        ("AutoModelForInstanceSegmentation", "AutoModelForImageSegmentation", "AutoModelForObjectDetection"),
+        "CascadeMaskRCNNForInstanceSegmentation",
+    ),
+    "pvt_hf_sparse_rcnn": {"AutoModelForObjectDetection": "SparseRCNNForObjectDetection"},
     "pvt_hf_semantic_fpn": {"AutoModelForSemanticSegmentation": "SemanticFPNForSemanticSegmentation"},
 }
 CHECK = f"""

@@ -19,15 +19,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from ..training.arguments import EvaluationArguments
 from ..variants import VARIANTS
 from ..writing.files import atomic_file
-from .measure import published_metrics, task_of
+from .measure import check_options, published_metrics, task_of
 from .parser import parse_arguments
 from .presets import EVALUATION
-from .shared import exit_on_bad_data
+from .shared import exit_on_bad_data, read_config
 
 
 def find_checkpoints(options: EvaluationArguments) -> list[str]:
@@ -52,11 +50,13 @@ def table_rows(checkpoint: str, percentages: dict[str, float], paper: dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     (options,) = parse_arguments((EvaluationArguments,), argv, "pvt-hf evaluate", __doc__, EVALUATION)
-    checkpoints, output_dir = find_checkpoints(options), Path(options.output_dir)
+    configs = {checkpoint: read_config(checkpoint) for checkpoint in find_checkpoints(options)}
+    for checkpoint, config in configs.items():  # before the first is measured
+        check_options(options, checkpoint, config)
+    output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     rows, results = ["| checkpoint | metric | paper | measured | difference | images |", "|--|--|--|--|--|--|"], {}
-    for checkpoint in checkpoints:
-        config = AutoConfig.from_pretrained(checkpoint)
+    for checkpoint, config in configs.items():
         task = task_of(config)
         with exit_on_bad_data():
             trainer, metrics = task.measure(checkpoint, task.recipe, options)

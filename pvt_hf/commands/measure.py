@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..data.classification import (
 )
 from ..data.detection import EvaluationDetections, read_coco
 from ..data.digits import write_scenes
+from ..data.images import load_split
 from ..data.label_maps import read_palette
 from ..data.segmentation import EvaluationMaps, SegmentationData, read_segmentation_dataset, read_segmentation_folders
 from ..data.segmentation_checks import check_classes, survey_maps
@@ -45,6 +46,7 @@ from ..training.arguments import EvaluationArguments
 from ..training.detection import DetectionTrainer
 from ..training.segmentation import SegmentationTrainer
 from ..variants import find_variant
+from ..writing.text import escape_control
 from .shared import read_detection_split
 
 Measured = tuple[Trainer, dict[str, float]]
@@ -57,6 +59,7 @@ def build_evaluation_arguments(options: EvaluationArguments, batch_size: int) ->
         output_dir=options.output_dir,
         per_device_eval_batch_size=options.per_device_eval_batch_size or batch_size,
         dataloader_num_workers=options.dataloader_num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         bf16=options.bf16,
         seed=options.seed,
@@ -96,7 +99,7 @@ def _is_numbered(names: list[str]) -> bool:
 
 def print_left_out(problems: list[str]) -> None:
     if problems:
-        print("\n  ".join([f"{len(problems)} corrupt images are left out:", *problems]))
+        print("\n  ".join([f"{len(problems)} corrupt images are left out:", *map(escape_control, problems)]))
 
 
 class _MappedMaps(EvaluationMaps):
@@ -185,7 +188,7 @@ def read_label_maps(names: list[str], reduce_labels: bool, options: EvaluationAr
     if options.maps and options.images:
         return read_segmentation_folders(options.images, options.maps, **settings)
     if options.dataset_name:
-        rows = datasets.load_dataset(options.dataset_name, options.dataset_config_name, split=options.eval_split)
+        rows = load_split(options.dataset_name, options.eval_split, name=options.dataset_config_name)
         return read_segmentation_dataset(rows, options.map_column, options.image_column, **settings)
     scenes = draw_validation_scenes(options)
     return read_segmentation_folders(scenes / "images", scenes / "maps", **settings)
@@ -214,7 +217,10 @@ def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments
     )
     maps = _MappedMaps(data, image_processor, scales)
     maps.places = torch.tensor(places)
-    return trainer, trainer.evaluate(maps)
+    metrics = trainer.evaluate(maps)
+    if trainer.is_world_process_zero():
+        print(trainer.describe_classes())
+    return trainer, metrics
 
 
 @dataclass(frozen=True)
@@ -222,12 +228,14 @@ class Task:
     """How models are measured, and which of the papers' numbers they are compared with.
 
     Attributes:
+        models: What its models are called.
         measure: From a checkpoint, `recipe` and the arguments to the trainer and its metrics.
         recipe: Whose numbers the papers state.
         metrics: The names of the metrics, without `eval_`.
         num_labels: How many classes the papers' data set has.
     """
 
+    models: str
     measure: Callable[[str, str, EvaluationArguments], Measured]
     recipe: str
     metrics: tuple[str, ...]
@@ -235,23 +243,53 @@ class Task:
 
 
 _MASK_METRICS = tuple(f"mask_{name}" for name in COCO_METRICS)
-CLASSIFIER = Task(measure_classifier, "imagenet", ("accuracy", "top5_accuracy"), 1000)
+CLASSIFIER = Task("classifier", measure_classifier, "imagenet", ("accuracy", "top5_accuracy"), 1000)
 _FOREGROUND_METRICS = ("dice_images", "dice_set", "iou_images", "iou_set")  # of two classes
-SEGMENTER = Task(measure_segmenter, "semantic_fpn_40k", ("mIoU", "mAcc", "aAcc", *_FOREGROUND_METRICS), 150)
+SEGMENTER = Task(
+    "segmenter", measure_segmenter, "semantic_fpn_40k", ("mIoU", "mAcc", "aAcc", *_FOREGROUND_METRICS), 150
+)
 # By model type; every other model is a segmenter.
 TASKS = {
     "pvt": CLASSIFIER,
     "pvt_v2": CLASSIFIER,
-    "pvt_hf_retinanet": Task(measure_detector, "retinanet_1x", tuple(COCO_METRICS), 80),
-    "pvt_hf_atss": Task(measure_detector, "atss_3x_ms", tuple(COCO_METRICS), 80),
-    "pvt_hf_gfl": Task(measure_detector, "gfl_3x_ms", tuple(COCO_METRICS), 80),
-    "pvt_hf_mask_rcnn": Task(measure_detector, "mask_rcnn_1x", (*COCO_METRICS, *_MASK_METRICS), 80),
-    "detr": Task(measure_detector, "detr_50ep", tuple(COCO_METRICS), 80),
+    "pvt_hf_retinanet": Task("detector", measure_detector, "retinanet_1x", tuple(COCO_METRICS), 80),
+    "pvt_hf_atss": Task("detector", measure_detector, "atss_3x_ms", tuple(COCO_METRICS), 80),
+    "pvt_hf_gfl": Task("detector", measure_detector, "gfl_3x_ms", tuple(COCO_METRICS), 80),
+    "pvt_hf_mask_rcnn": Task("detector", measure_detector, "mask_rcnn_1x", (*COCO_METRICS, *_MASK_METRICS), 80),
+    "pvt_hf_cascade_mask_rcnn": Task(
+        "detector", measure_detector, "cascade_mask_rcnn_3x_ms", (*COCO_METRICS, *_MASK_METRICS), 80
+    ),
+    "pvt_hf_sparse_rcnn": Task("detector", measure_detector, "sparse_rcnn_3x_ms", tuple(COCO_METRICS), 80),
+    "detr": Task("detector", measure_detector, "detr_50ep", tuple(COCO_METRICS), 80),
 }
 
 
 def task_of(config: PreTrainedConfig) -> Task:
     return TASKS.get(config.model_type, SEGMENTER)
+
+
+# Options that are not for all models, of `pvt-hf evaluate` and `pvt-hf predict`.
+_MODELS_OF_OPTIONS = (
+    dict.fromkeys(("annotations", "objects_column", "bbox_format", "max_detections", "threshold"), ("detector",))
+    | dict.fromkeys(("maps", "map_column", "reduce_labels", "binary_masks", "palette"), ("segmenter",))
+    | dict.fromkeys(("window", "stride"), ("segmenter",))
+    | dict.fromkeys(("label_column", "top_k"), ("classifier",))
+    | dict.fromkeys(("tta_scales", "tta_flip"), ("classifier", "segmenter"))
+)
+
+
+def check_options(options: Any, checkpoint: str, config: PreTrainedConfig) -> None:
+    """Ends the program if options are given that a model has no use for.
+
+    Args:
+        options: A dataclass.
+        checkpoint: Of the model, for the message.
+        config: Of the model.
+    """
+    models = task_of(config).models
+    given = [entry.name for entry in fields(options) if getattr(options, entry.name) != entry.default]
+    if useless := [f"--{name}" for name in given if models not in _MODELS_OF_OPTIONS.get(name, (models,))]:
+        raise SystemExit(f"{checkpoint} is a {models}, which has no {' and no '.join(useless)}")
 
 
 def published_metrics(config: PreTrainedConfig, recipe: str | None = None) -> dict[str, float]:

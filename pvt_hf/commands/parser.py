@@ -72,7 +72,7 @@ def _read_file(file: str, parser: argparse.ArgumentParser) -> list[str]:
 
     try:
         values = yaml.safe_load(Path(file).read_text())  # YAML contains JSON
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         parser.error(f"{file} cannot be read: {error}")
     if not isinstance(values, dict):
         parser.error(f"{file} must hold names and values of options, got {type(values).__name__}")

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForObjectDetection,
@@ -38,8 +37,10 @@ from ..evaluation.label_map_predictor import LabelMapPredictor
 from ..evaluation.metrics import coco_results
 from ..training.arguments import STRIDE, TTA_FLIP, TTA_SCALES, WINDOW, check_together, option
 from ..writing.files import atomic_file
-from .measure import CLASSIFIER, SEGMENTER, task_of
+from ..writing.text import escape_control
+from .measure import CLASSIFIER, SEGMENTER, check_options, task_of
 from .parser import parse_arguments
+from .shared import read_config
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -137,7 +138,11 @@ def mask_name(name: str) -> str:
 
 
 def write_classes(rows: Sequence[Any], folder: Path) -> None:
-    with atomic_file(folder / "predictions.csv") as path, path.open("w", newline="") as file:
+    # Names of files need not be UTF-8: the bytes are written as they are.
+    with (
+        atomic_file(folder / "predictions.csv") as path,
+        path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         csv.writer(file).writerows([("image", "class", "probability"), *rows])
 
 
@@ -169,7 +174,8 @@ def check_names(names: Sequence[str]) -> None:
     found: dict[str, str] = {}
     for name in names:
         if (other := found.setdefault(mask_name(name), name)) != name:
-            raise SystemExit(f"{other} and {name} differ in their endings only: both masks would be {mask_name(name)}")
+            both = f"{other} and {name} differ in their endings only: both masks would be {mask_name(name)}"
+            raise SystemExit(escape_control(both))
 
 
 def check_files(images: dict[str, str]) -> None:
@@ -182,10 +188,11 @@ def check_files(images: dict[str, str]) -> None:
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     (options,) = parse_arguments((PredictionArguments,), argv, "pvt-hf predict", __doc__, {})
-    config = AutoConfig.from_pretrained(options.model_name_or_path)
+    config = read_config(options.model_name_or_path)
+    check_options(options, options.model_name_or_path, config)
     kind = task_of(config)
     auto_class, predict, write = {CLASSIFIER: CLASSIFICATION, SEGMENTER: SEGMENTATION}.get(kind, DETECTION)
-    if options.binary_masks and (kind is not SEGMENTER or config.num_labels != 2):
+    if options.binary_masks and config.num_labels != 2:
         raise SystemExit(f"--binary_masks is for a segmenter of two classes; this one has {config.num_labels}")
     images = find_images(options.images)
     if kind is SEGMENTER:

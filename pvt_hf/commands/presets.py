@@ -124,6 +124,23 @@ SMALL_DETECTORS: dict[str, Preset] = {
         "num_candidates_train": 200,
         "num_proposals": 200,
     },
+    "cascade_mask_rcnn": {
+        "neck_channels": 64,
+        "box_head_size": 256,
+        "num_box_convs": 2,
+        "roi_num_samples": 64,
+        "num_candidates": 200,
+        "num_candidates_train": 200,
+        "num_proposals": 200,
+        "num_proposals_train": 200,
+    },
+    "sparse_rcnn": {
+        "neck_channels": 64,
+        "num_proposals": 20,
+        "num_heads": 3,
+        "dynamic_channels": 16,
+        "ffn_dim": 256,
+    },
     "detr": {
         "d_model": 128,
         "num_queries": 20,

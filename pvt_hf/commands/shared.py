@@ -15,10 +15,28 @@ from ..data.digits import write_scenes
 from ..data.images import ImageError
 from ..models.backbone import get_backbone_config, load_pretrained_backbone
 from ..training.arguments import DetectionDataArguments, EvaluationArguments
+from ..training.optimization import SettingError
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
+from ..writing.text import escape_lines
 
 DEFAULT_VARIANT = "pvt_v2_b0"
+
+
+def read_config(checkpoint: str) -> PreTrainedConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        SystemExit: If there is none, with what transformers says about it.
+    """
+    try:
+        return AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SystemExit(
+            f"{checkpoint} cannot be loaded: it must be a folder with a model's config.json, or a repository of the "
+            f"Hub. {reason}"
+        ) from error
 
 
 def read_backbone_config(checkpoint: str | None, variant: str | None) -> tuple[PreTrainedConfig, str | None]:
@@ -37,7 +55,7 @@ def read_backbone_config(checkpoint: str | None, variant: str | None) -> tuple[P
     if checkpoint is None:
         variant = variant or DEFAULT_VARIANT
         return build_config(variant), variant
-    config = get_backbone_config(AutoConfig.from_pretrained(checkpoint))
+    config = get_backbone_config(read_config(checkpoint))
     found = getattr(find_variant(config), "name", None)
     if variant not in (None, found):
         raise SystemExit(f"{checkpoint} is not a {variant}")
@@ -64,7 +82,28 @@ def exit_on_bad_data() -> Iterator[None]:
     try:
         yield
     except (ImageError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        raise SystemExit(_read_message(error)) from error
+
+
+@contextmanager
+def exit_on_bad_run() -> Iterator[None]:
+    """Settings that do not fit, and images that turn out to be corrupt, end the program in the same way. Any other
+    error is not the user's, and has a traceback."""
+    try:
+        yield
+    except SettingError as error:
+        raise SystemExit(escape_lines(str(error))) from error
+    except ImageError as error:
+        message = _read_message(error)
+        raise SystemExit(f"{message}\n--skip_corrupt leaves out images that cannot be decoded") from error
+
+
+def _read_message(error: Exception) -> str:
+    """Of an error from a loader's process it is the last line of a traceback."""
+    message = str(error)
+    if message.startswith("Caught "):
+        message = message.strip().split("\n")[-1].split(": ", 1)[-1]
+    return escape_lines(message)
 
 
 def read_detection_split(
@@ -79,7 +118,9 @@ def read_detection_split(
         workers: Processes that look at files.
     """
     name = str(options.dataset_name)
-    if find_layout(name):
+    if layout := find_layout(name):
+        if options.bbox_format != "coco":
+            raise ValueError(f"--bbox_format: {name} has the layout {layout}, which says what its boxes are.")
         return read_detection_folder(
             name, split, label_names, options.skip_corrupt, options.allow_outside, workers=workers
         )
@@ -97,5 +138,5 @@ def finish(trainer: VisionTrainer) -> int:
     """
     summary = trainer.finish()
     if trainer.is_world_process_zero():
-        print(summary)
+        print(escape_lines(summary))
     return 0

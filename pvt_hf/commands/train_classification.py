@@ -100,7 +100,7 @@ def match_labels(validation: datasets.Dataset, classes: tuple[str, list[str]]) -
         images.find_labels(validation, column, len(names))
         return names, list(range(len(names)))
     found = validation.features[column].names
-    return found, match_class_names(names, found, ("Training", "evaluation"), subset=True)
+    return found, match_class_names(names, found, ("The training set", "the validation set"), subset=True)
 
 
 def check_splits(
@@ -156,6 +156,7 @@ def build_training_set(
     )
 
 
+@shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), recipe, args = parse(argv)
     set_seed(args.seed)

@@ -61,8 +61,8 @@ def parse(
     model_args, data_args, recipe_args, options = groups
     architecture = DETECTION_RECIPES[recipe_args.recipe].architecture
     if model_args.model_name_or_path:
-        model_type = AutoConfig.from_pretrained(model_args.model_name_or_path).model_type
-        if not model_type.endswith(architecture):
+        model_type = shared.read_config(model_args.model_name_or_path).model_type
+        if model_type.removeprefix("pvt_hf_") != architecture:
             raise SystemExit(f"--recipe {recipe_args.recipe} is not for a {model_type}")
     checkpoint = model_args.model_name_or_path or model_args.backbone_checkpoint
     backbone, model_args.variant = shared.read_backbone_config(checkpoint, model_args.variant)
@@ -92,7 +92,7 @@ def load_splits(data_args: DetectionDataArguments, args: TrainingArguments) -> t
         train, validation = (read_coco(*pair, *options) for pair in files)
     if names:
         train = train.reorder(names, (str(data_args.class_names), "the training set"))
-    return train, validation.reorder(train.label_names, ("Training", "evaluation"))
+    return train, validation.reorder(train.label_names, ("The training set", "the validation set"))
 
 
 def check_splits(
@@ -112,8 +112,9 @@ def check_splits(
         with args.main_process_first(desc="checking the images"):
             split = split.check_images(name, data_args.skip_corrupt, args.dataloader_num_workers)
         split.warn_of_limit(max_detections, name)
-        if queries := getattr(model.config, "num_queries", None):
-            split.warn_of_limit(queries, name, "`num_queries` (`--config_overrides`)")
+        for field in ("num_queries", "num_proposals"):
+            if limit := getattr(model.config, field, None):
+                split.warn_of_limit(limit, name, f"`{field}` (`--config_overrides`)")
         checked.append(split)
         if args.process_index == 0:
             print(f"{name}: {split.summary()}")
@@ -147,6 +148,7 @@ def load_model(
     return model
 
 
+@shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), backbone, recipe, args = parse(argv)
     set_seed(args.seed)

@@ -23,7 +23,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 from transformers import (
     AutoConfig,
     AutoModelForSemanticSegmentation,
@@ -40,6 +39,7 @@ from ..data import segmentation as data
 from ..data.augmentation import SegmentationAugmentation
 from ..data.class_names import read_class_names
 from ..data.digits import CLASSES
+from ..data.images import load_split
 from ..data.label_maps import read_palette
 from ..data.segmentation_checks import LabelSurvey, check_classes, survey_maps
 from ..models.configuration_pvt import label_fields
@@ -79,11 +79,14 @@ def name_classes(data_args: SegmentationDataArguments, checkpoint: str | None) -
     if data_args.class_names:
         return read_class_names(data_args.class_names)
     if checkpoint:
-        return list(AutoConfig.from_pretrained(checkpoint).id2label.values())
+        return list(shared.read_config(checkpoint).id2label.values())
     if data_args.binary_masks:
         return ["background", "foreground"]
     if data_args.dataset_name or data_args.train_images:
-        raise SystemExit("--class_names is missing: a json file with the names of the classes")
+        raise SystemExit(
+            "--class_names is missing: a JSON, YAML or text file of the names of the classes. Masks of 0 and 255 need "
+            "--binary_masks instead"
+        )
     return ["background", *CLASSES]
 
 
@@ -100,7 +103,7 @@ def load_splits(
     if data_args.dataset_name:
         name, config = data_args.dataset_name, data_args.dataset_config_name
         chosen = [data_args.train_split, data_args.eval_split][: 1 if data_args.train_val_split else 2]
-        rows = (datasets.load_dataset(name, config, split=split) for split in chosen)
+        rows = (load_split(name, split, name=config) for split in chosen)
         columns = data_args.map_column, data_args.image_column
         splits = [data.read_segmentation_dataset(split, *columns, **settings) for split in rows]
     else:
@@ -210,6 +213,7 @@ def load_model(
     return model
 
 
+@shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), backbone, recipe, args = parse(argv)
     set_seed(args.seed)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from ..untrusted import UntrustedFileError, check_regular_file, read_json_object
 from ..variants import VARIANTS
+from ..writing.hub import hide_secrets
 from .rename import ConversionError, StateDict, add_base_prefix, quote
 from .torch_file import read_torch_file
 
@@ -153,7 +154,8 @@ def _read_from_hub(repo: str) -> Checkpoint:
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:  # a repository that is missing, private or out of reach; the message says which
-            raise ConversionError(f"{file} of {repo} could not be downloaded from the Hub: {error}") from error
+            reason = hide_secrets(str(error))
+            raise ConversionError(f"{file} of {repo} could not be downloaded from the Hub: {reason}") from error
 
     path = next((path for path in map(fetch, _HUB_FILES) if path), None)
     if path is None:

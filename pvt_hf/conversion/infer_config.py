@@ -28,7 +28,8 @@ def infer_fields(weights: StateDict) -> dict[str, Any]:
         if key not in weights:
             raise ConversionError(f"The checkpoint lacks {key!r} (by its official name), and is not a complete PVT.")
         if weights[key].ndim != ndim or not weights[key].numel():
-            raise ConversionError(f"{key!r} must have {ndim} dimensions, got shape {tuple(weights[key].shape)}.")
+            wanted = f"{ndim} dimensions" + (" that are not 0" if weights[key].ndim == ndim else "")
+            raise ConversionError(f"{key!r} must have {wanted}, got shape {tuple(weights[key].shape)}.")
         return tuple(weights[key].shape)
 
     stages = (1, 2, 3, 4)

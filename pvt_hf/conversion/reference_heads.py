@@ -122,13 +122,32 @@ def box_head(weights: StateDict, features: torch.Tensor) -> tuple[torch.Tensor, 
     )
 
 
-def mask_head(weights: StateDict, features: torch.Tensor) -> torch.Tensor:
+def mask_head(weights: StateDict, features: torch.Tensor, name: str = "roi_head.mask_head") -> torch.Tensor:
     """RoI features (regions, channels, 14, 14) to mask logits (regions, classes, 28, 28)."""
     for index in range(4):
-        features = conv(weights, f"roi_head.mask_head.convs.{index}.conv", features, padding=1).clamp(min=0)
-    kernel, bias = weights["roi_head.mask_head.upsample.weight"], weights["roi_head.mask_head.upsample.bias"]
+        features = conv(weights, f"{name}.convs.{index}.conv", features, padding=1).clamp(min=0)
+    kernel, bias = weights[f"{name}.upsample.weight"], weights[f"{name}.upsample.bias"]
     features = F.conv_transpose2d(features, kernel, bias, stride=2).clamp(min=0)
-    return conv(weights, "roi_head.mask_head.conv_logits", features)
+    return conv(weights, f"{name}.conv_logits", features)
+
+
+def cascade_box_head(
+    weights: StateDict, features: torch.Tensor, stage: int, batch_statistics: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As [`box_head`], of a stage of the cascade; with `batch_statistics` as in training."""
+    name = f"roi_head.bbox_head.{stage}"
+    for index in range(4):
+        features = conv(weights, f"{name}.shared_convs.{index}.conv", features, padding=1)
+        scale, shift, mean, variance = (
+            weights[f"{name}.shared_convs.{index}.bn.{part}"][:, None, None]
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        if batch_statistics:
+            mean = features.mean((0, 2, 3), keepdim=True)
+            variance = (features - mean).square().mean((0, 2, 3), keepdim=True)
+        features = ((features - mean) / torch.sqrt(variance + 1e-5) * scale + shift).clamp(min=0)
+    hidden = linear(weights, f"{name}.shared_fcs.0", features.flatten(1)).clamp(min=0)
+    return linear(weights, f"{name}.fc_cls", hidden), linear(weights, f"{name}.fc_reg", hidden)
 
 
 def semantic_fpn(weights: StateDict, levels: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -253,3 +272,92 @@ def detr(
         hidden = feed_forward(weights, "bbox_head.reg_ffn", output).clamp(min=0)
         boxes.append(torch.sigmoid(linear(weights, "bbox_head.fc_reg", hidden)))
     return torch.stack(logits), torch.stack(boxes)
+
+
+def interpolated(x: torch.Tensor, positions: torch.Tensor, axis: int) -> torch.Tensor:
+    """Values between the cells of an axis, whose centres are at 0, 1, ...: zero beyond one cell outside of it."""
+    length = x.shape[axis]
+    inside = (positions >= -1) & (positions <= length)
+    positions = positions.clamp(0, length - 1)
+    low = positions.floor().long()
+    fraction = positions - low
+    shape = [-1 if index == axis else 1 for index in range(x.ndim)]
+    parts = [
+        x.index_select(axis, rows) * (share * inside).reshape(shape)
+        for rows, share in ((low, 1 - fraction), ((low + 1).clamp(max=length - 1), fraction))
+    ]
+    return parts[0] + parts[1]
+
+
+def region_features(levels: Sequence[torch.Tensor], boxes: torch.Tensor, size: int, samples: int) -> torch.Tensor:
+    """Of boxes (batch, boxes, 4), xyxy in pixels, the features (batch, boxes, channels, size, size): means of
+    `samples` x `samples` values in each of `size` x `size` parts, from the level of the box's scale (P2 ... P5)."""
+    steps = (torch.arange(size * samples).to(boxes) + 0.5) / (size * samples)
+    regions = []
+    for image, image_boxes in enumerate(boxes):
+        for x0, y0, x1, y1 in image_boxes.tolist():
+            scale = torch.tensor((x1 - x0) * (y1 - y0), dtype=torch.double).sqrt() / 56 + 1e-6
+            if scale.isnan():
+                regions.append(levels[0].new_zeros(levels[0].shape[1], size, size))
+                continue
+            number = int(torch.floor(torch.log2(scale)).clamp(0, len(levels) - 1))
+            stride, region = 4 * 2**number, levels[number][image]
+            for axis, start, end in ((1, y0, y1), (2, x0, x1)):
+                region = interpolated(region, start / stride - 0.5 + (end - start) / stride * steps, axis)
+            regions.append(region.unflatten(2, (size, samples)).unflatten(1, (size, samples)).mean((2, 4)))
+    return torch.stack(regions).unflatten(0, boxes.shape[:2])
+
+
+def decoded(boxes: torch.Tensor, deltas: torch.Tensor, stds: Sequence[float]) -> torch.Tensor:
+    """Boxes moved and scaled by deltas in the units of `stds`, all (..., 4), xyxy and not clipped."""
+    dx, dy, dw, dh = (delta * std for delta, std in zip(deltas.unbind(-1), stds, strict=True))
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    limit = 4.135166556742356
+    width, height = (x1 - x0) * dw.clamp(-limit, limit).exp(), (y1 - y0) * dh.clamp(-limit, limit).exp()
+    x, y = (x0 + x1) / 2 + (x1 - x0) * dx, (y0 + y1) / 2 + (y1 - y0) * dy
+    return torch.stack((x - width / 2, y - height / 2, x + width / 2, y + height / 2), -1)
+
+
+def dynamic_convolution(weights: StateDict, name: str, state: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """Features of the proposals (batch, proposals, channels) and of their boxes (batch, proposals, channels, 7, 7)."""
+    channels = state.shape[-1]
+    inner = len(weights[f"{name}.norm_in.weight"])
+    parameters = linear(weights, f"{name}.dynamic_layer", state)
+    matrices = parameters[..., : channels * inner].unflatten(-1, (channels, inner))
+    x = norm(weights, f"{name}.norm_in", regions.flatten(3).transpose(2, 3) @ matrices).clamp(min=0)
+    matrices = parameters[..., channels * inner :].unflatten(-1, (inner, channels))
+    x = norm(weights, f"{name}.norm_out", x @ matrices).clamp(min=0).flatten(2)
+    return norm(weights, f"{name}.fc_norm", linear(weights, f"{name}.fc_layer", x)).clamp(min=0)
+
+
+def normed_layers(weights: StateDict, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Linear layers without a bias, each with a norm and a ReLU, as many as there are."""
+    index = 0
+    while f"{name}.{index}.weight" in weights:
+        x = norm(weights, f"{name}.{index + 1}", x @ weights[f"{name}.{index}.weight"].T).clamp(min=0)
+        index += 3
+    return x
+
+
+def sparse_rcnn(
+    weights: StateDict, levels: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]], heads: int = 8
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The class logits (batch, proposals, classes) and the boxes (batch, proposals, 4), xyxy in pixels, of every stage,
+    for images of these (height, width) without padding."""
+    cx, cy, w, h = weights["rpn_head.init_proposal_bboxes.weight"].unbind(-1)
+    corners = torch.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), -1)
+    boxes = torch.stack([corners * corners.new_tensor([width, height] * 2) for height, width in sizes])
+    state = weights["rpn_head.init_proposal_features.weight"].expand(len(sizes), -1, -1)
+    outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    while (name := f"roi_head.bbox_head.{len(outputs)}") + ".fc_cls.weight" in weights:
+        regions = region_features(levels, boxes.detach(), 7, 2)
+        update = attention(weights, f"{name}.attention.attn", state, state, state, None, heads)
+        state = norm(weights, f"{name}.attention_norm", state + update)
+        update = dynamic_convolution(weights, f"{name}.instance_interactive_conv", state, regions)
+        state = norm(weights, f"{name}.instance_interactive_conv_norm", state + update)
+        state = norm(weights, f"{name}.ffn_norm", state + feed_forward(weights, f"{name}.ffn", state))
+        logits = linear(weights, f"{name}.fc_cls", normed_layers(weights, f"{name}.cls_fcs", state))
+        deltas = linear(weights, f"{name}.fc_reg", normed_layers(weights, f"{name}.reg_fcs", state))
+        outputs.append((logits, decoded(boxes, deltas, (0.5, 0.5, 1, 1))))
+        boxes = outputs[-1][1].detach()
+    return outputs

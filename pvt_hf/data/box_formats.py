@@ -8,7 +8,13 @@ from ..models.annotations import AnnotationError
 
 # The names are those of albumentations. `coco` is xywh and `voc` xyxy in pixels; relative to the image's size are
 # `yolo`, cxcywh, and `albumentations`, xyxy.
-BBOX_FORMATS = ("coco", "voc", "yolo", "albumentations")
+_MEANINGS = {
+    "coco": "x, y, width, height in pixels",
+    "voc": "two corners in pixels",
+    "yolo": "centre, width and height relative to the image",
+    "albumentations": "two corners relative to the image",
+}
+BBOX_FORMATS = tuple(_MEANINGS)
 # A format fits where nearly all of the boxes make sense in it. Sloppy boxes reach out of the image by up to a tenth.
 _FITTING, _DOUBTFUL, _SLACK = 0.99, 0.8, 0.1
 
@@ -34,7 +40,8 @@ def to_xywh(boxes: np.ndarray, sizes: np.ndarray, bbox_format: str) -> np.ndarra
 
 
 def check_bbox_format(boxes: np.ndarray, sizes: np.ndarray, bbox_format: str, source: str) -> None:
-    """Raises an [`~pvt_hf.models.annotations.AnnotationError`] if the boxes fit another format and not this one.
+    """Raises an [`~pvt_hf.models.annotations.AnnotationError`] if the boxes fit another format and not this one, or are
+    relative where they should be in pixels.
 
     Args:
         boxes: float64 `(boxes, 4)`.
@@ -45,19 +52,15 @@ def check_bbox_format(boxes: np.ndarray, sizes: np.ndarray, bbox_format: str, so
     if not len(boxes):
         return
     shares = {name: _fitting_share(to_xywh(boxes, sizes, name), sizes) for name in BBOX_FORMATS}
-    others = [name for name, share in shares.items() if share >= _FITTING]
-    if shares[bbox_format] < _DOUBTFUL and others:
-        meanings = {
-            "coco": "x, y, width, height in pixels",
-            "voc": "two corners in pixels",
-            "yolo": "centre, width and height relative to the image",
-            "albumentations": "two corners relative to the image",
-        }
-        guesses = " or ".join(f"`{name}` ({meanings[name]})" for name in others)
+    guesses = [f"`{name}` ({_MEANINGS[name]})" for name, share in shares.items() if share >= _FITTING]
+    if bbox_format in ("coco", "voc") and _fitting_share(boxes * sizes[:, [1, 0, 1, 0]], sizes) >= _FITTING:
+        guesses.append("x, y, width, height relative to the image (which no format is: multiply them by its sides)")
+    if shares[bbox_format] < _DOUBTFUL and guesses:
         raise AnnotationError(
             f"{source}: only {shares[bbox_format]:.0%} of the {len(boxes)} boxes lie in their image as `{bbox_format}` "
-            f"({meanings[bbox_format]}); the first is {boxes[0].tolist()} in an image of (height, width) "
-            f"{sizes[0].tolist()}. They look like {guesses}: set `bbox_format` (`--bbox_format`)."
+            f"({_MEANINGS[bbox_format]}); the first is {boxes[0].tolist()} in an image of (height, width) "
+            f"{sizes[0].tolist()}. They look like {' or '.join(guesses)}. Of COCO json and data sets of the Hub, "
+            "`bbox_format` (`--bbox_format`) says what boxes are."
         )
 
 

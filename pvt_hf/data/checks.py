@@ -17,8 +17,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
-from ..models.pixels import read_orientation
-from .images import ImageError, decode
+from ..models.pixels import PixelError, check_mode, read_orientation
+from ..writing.text import escape_control
+from .images import ImageError, check_source, decode
 
 if TYPE_CHECKING:
     import datasets
@@ -34,7 +35,7 @@ Item: TypeAlias = "str | tuple[str, ...] | Any"
 # Fewer results are not worth a file.
 _CACHED_FROM = 200
 # Part of the cache's name: another number, when what a check returns has another meaning.
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 32
 
 
@@ -168,6 +169,7 @@ def describe_problems(problems: Sequence[str], count: int, subject: str, shown: 
         subject: What they are, as "images of the validation set".
         shown: How many are listed (default: 5).
     """
+    problems = list(map(escape_control, problems))
     others = [f"... and {len(problems) - shown} others"] if len(problems) > shown else []
     return "\n  ".join([f"{len(problems)} of {count} {subject} cannot be used:", *problems[:shown], *others])
 
@@ -187,7 +189,9 @@ def refuse_problems(problems: Sequence[str], count: int, subject: str, skip_corr
     if not problems:
         return
     message = describe_problems(problems, count, subject)
-    if not skip_corrupt or len(problems) == count:
+    if len(problems) == count:
+        raise ImageError(message)
+    if not skip_corrupt:
         raise ImageError(f"{message}\nSet `skip_corrupt` (`--skip_corrupt`) to leave them out.")
     logger.warning(f"{message}\nThey are left out.")
 
@@ -235,9 +239,12 @@ class _ImageCheck:
             decode({"path": self._find_source(item)}, name)
         source = self._find_source(item)
         try:
-            with Image.open(source) as image:
+            with Image.open(check_source(source)) as image:
+                check_mode(image, name)
                 # Orientations from 5 to 8 lie on their sides.
                 return {"height": image.height, "width": image.width, "turned": read_orientation(image) >= 5}
+        except PixelError as error:
+            raise ImageError(str(error)) from error
         except Exception as error:  # Pillow's readers raise whatever a corrupt file leads them to
             raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..untrusted import UntrustedFileError, read_text
+from ..writing.text import escape_lines
+
+_MAX_DEPTH = 50  # of YAML
+
 
 class ClassNameError(ValueError):
     """Class names that cannot be used. The message names the file, or has both lists."""
+
+    def __init__(self, message: object):
+        super().__init__(escape_lines(str(message)))
 
 
 def read_class_names(file: str | Path) -> list[str]:
@@ -26,12 +35,12 @@ def read_class_names(file: str | Path) -> list[str]:
     """
     path = Path(file)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ClassNameError(f"{file} cannot be read: {error}") from error
+        text = read_text(path)
+    except UntrustedFileError as error:
+        raise ClassNameError(f"{file} {error}") from error
     names = _list_names(file, _parse(path, text))
-    if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
-        raise ClassNameError(f"{file}: a class name must be a string that is not empty, got {wrong[0]!r}.")
+    if wrong := [name for name in names if not is_name(name)]:
+        raise ClassNameError(f"{file}: a class name must be a string in UTF-8 that is not empty, got {wrong[0]!r}.")
     names = [name.strip() for name in names]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ClassNameError(f"{file} has class names twice: {twice[:5]}.")
@@ -40,12 +49,22 @@ def read_class_names(file: str | Path) -> list[str]:
     return names
 
 
+def is_name(value: Any) -> bool:
+    """Whether this can be the name of a class: a string that is not empty, and that can be written to files. Json may
+    hold halves of characters, which cannot.
+
+    Args:
+        value: Of a file of others.
+    """
+    return isinstance(value, str) and value.strip() != "" and not re.search(r"[\ud800-\udfff]", value)
+
+
 def _parse(path: Path, text: str) -> Any:
     try:
         if path.suffix.lower() == ".json":
             return json.loads(text)
         if path.suffix.lower() in (".yaml", ".yml"):
-            return _parse_yaml(text)
+            return parse_yaml(text)
     except (ValueError, RecursionError) as error:
         raise ClassNameError(f"{path} cannot be read: {error}") from error
     lines = text.splitlines()
@@ -54,12 +73,27 @@ def _parse(path: Path, text: str) -> Any:
     return lines
 
 
-def _parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """What a text in YAML holds.
+
+    Args:
+        text: Of anybody.
+
+    Raises:
+        ValueError: If it is no YAML, is nested deeply, or refers to parts of itself: a few lines can be read or printed
+            for hours then.
+    """
     import yaml
 
+    depth = 0
     try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _MAX_DEPTH:
+                raise ValueError("it has references (`*name`)" if depth <= _MAX_DEPTH else "it is nested too deeply")
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    # Its readers of dates, integers and truth values raise whatever a wrong one leads them to.
+    except (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise ValueError(error) from error
 
 

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .checks import check_images, refuse_problems
 from .digits import load_digits_dataset
-from .images import ImageError, decode, drop_skipped, prepare, seed_random_state
+from .images import ImageError, decode, drop_skipped, load_split, prepare, seed_random_state
 
 if TYPE_CHECKING:
     import datasets
@@ -54,10 +54,7 @@ def load_images(
     """
     import datasets
 
-    try:
-        data = _load_split(source, split, config_name, streaming)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ImageError(f"Split {split!r} of {source!r} cannot be loaded: {error}") from error
+    data = _load_split(source, split, config_name, streaming)
     if data.features is None:
         data = data._resolve_features()
     image_columns = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
@@ -85,17 +82,15 @@ def load_images(
 def _load_split(
     source: str | None, split: str, config_name: str | None, streaming: bool
 ) -> datasets.Dataset | datasets.IterableDataset:
-    import datasets
-
     if source is None:
         return load_digits_dataset(split)
     if Path(source).is_dir() and not any(Path(source).rglob("*.parquet")):
-        return datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
+        return load_split(source, split, "imagefolder", data_dir=source, streaming=streaming)
     if source.endswith((".parquet", ".tar")):
         builder = "parquet" if source.endswith(".parquet") else "webdataset"
         # The files are the split, whatever they are called.
-        return datasets.load_dataset(builder, data_files={split: source}, split=split, streaming=streaming)
-    return datasets.load_dataset(source, config_name, split=split, streaming=streaming)
+        return load_split(source, split, builder, data_files={split: source}, streaming=streaming)
+    return load_split(source, split, name=config_name, streaming=streaming)
 
 
 def cache_stream(stream: datasets.IterableDataset) -> datasets.Dataset:

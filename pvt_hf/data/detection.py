@@ -15,7 +15,9 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..models.annotations import AnnotationError, is_integer, read_objects
+from ..untrusted import UntrustedFileError, read_text
 from .checks import check_images, refuse_problems
+from .class_names import is_name
 from .detection_records import DetectionData, ImageRecord, check_records
 from .images import ImageError, drop_skipped
 from .user_transforms import Transform, transform_objects
@@ -34,9 +36,10 @@ logger = logging.get_logger(__name__)
 # Lists of COCO json, and what the fields that each of their entries must have are.
 _INTEGER = (lambda value: type(value) is int, "an integer")
 _SIDE = (lambda value: type(value) is int and 0 < value < 10**6, "a positive integer, in pixels")
-_NAME = (lambda value: isinstance(value, str) and value.strip() != "", "a string that is not empty")
+_FILE = (lambda value: isinstance(value, str) and value.strip() != "", "a string that is not empty")
+_NAME = (is_name, "a string in UTF-8 that is not empty")
 _COCO_FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "images": {"id": _INTEGER, "file_name": _NAME, "height": _SIDE, "width": _SIDE},
+    "images": {"id": _INTEGER, "file_name": _FILE, "height": _SIDE, "width": _SIDE},
     "annotations": {"image_id": _INTEGER, "category_id": _INTEGER, "bbox": (lambda value: True, "")},
     "categories": {"id": _INTEGER, "name": _NAME},
 }
@@ -99,8 +102,10 @@ def read_coco(
 def _load_coco(annotation_file: str | Path) -> dict[str, list[dict[str, Any]]]:
     """The content of a COCO json in which each entry has the fields that are needed, and ids are different integers."""
     try:
-        content = json.loads(Path(annotation_file).read_text(encoding="utf-8-sig"), object_pairs_hook=_make_object)
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(Path(annotation_file)), object_pairs_hook=_make_object)
+    except UntrustedFileError as error:
+        raise AnnotationError(f"{annotation_file} {error}") from error
+    except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{annotation_file} cannot be read: {error}") from error
     lists = content if isinstance(content, dict) else {}
     if missing := [part for part in _COCO_FIELDS if not isinstance(lists.get(part), list)]:
@@ -132,7 +137,7 @@ def _check_entry(entry: Any, fields: Mapping[str, tuple[Callable[[Any], bool], s
         raise AnnotationError(f"{name} has no {lacking}: {entry!r:.200}.")
     for field, (is_valid, wanted) in fields.items():
         if not is_valid(entry[field]):
-            name += f" (id {entry['id']!r})" if "id" in entry else ""
+            name += f" (id {entry['id']!r:.80})" if "id" in entry else ""
             raise AnnotationError(f"{name} has `{field}` {entry[field]!r:.200}, it must be {wanted}.")
 
 
@@ -197,7 +202,8 @@ def read_detection_dataset(
     records, label_names = _label_objects(records, _unwrap_list(names[columns[1]]), label_names, columns[1])
     records, left_out = _read_sizes(records, rows, skip_corrupt, workers)
     found = DetectionData(label_names, list(range(len(label_names))), records, rows, left_out)
-    return check_records(found, "The data set", bbox_format)
+    source = f"The split {data.split} of the data set" if data.split else "The data set"
+    return check_records(found, source, bbox_format)
 
 
 def _unwrap_list(feature: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from xml.etree import ElementTree
 from transformers.utils import logging
 
 from ..models.annotations import AnnotationError
+from ..untrusted import UntrustedFileError, check_regular_file, read_text
 from .checks import IMAGE_ENDINGS, check_images, refuse_problems
-from .class_names import read_class_names
+from .class_names import parse_yaml, read_class_names
 from .detection import read_coco
 from .detection_records import DetectionData, ImageRecord, check_records
 
@@ -112,11 +114,18 @@ def _find(folder: Path, candidates: Sequence[str], allow_outside: bool = False) 
     """The first of these paths that is there, and in the folder unless others are allowed."""
     paths = [Path(os.path.normpath(folder / name)) for name in candidates]
     for path in paths:
-        if path.exists() and (allow_outside or path.is_relative_to(os.path.normpath(folder))):
+        if os.path.exists(path) and (allow_outside or path.is_relative_to(os.path.normpath(folder))):
             return path
-    if outside := next((path for path in paths if path.exists()), None):
+    if outside := next(filter(os.path.exists, paths), None):
         raise AnnotationError(f"{outside} is outside of {folder}: set `allow_outside` (`--allow_outside`) to read it.")
-    raise AnnotationError(f"{folder} has none of {list(candidates)}.")
+    raise AnnotationError(f"{folder} has none of {list(dict.fromkeys(candidates))}.")
+
+
+def _read(file: Path) -> str:
+    try:
+        return read_text(file)
+    except UntrustedFileError as error:
+        raise AnnotationError(f"{file} {error}") from error
 
 
 def _list_images(folder: Path) -> list[Path]:
@@ -127,10 +136,7 @@ def _read_yolo(folder: Path, options: _Options) -> DetectionData:
     content = _read_data_yaml(options.data_yaml)
     if "kpt_shape" in content:
         raise AnnotationError(f"{options.data_yaml} is of poses (`kpt_shape`): their labels are not boxes.")
-    names_file = next((file for file in (options.data_yaml, folder / "classes.txt") if file.exists()), None)
-    names = read_class_names(names_file) if names_file else options.label_names
-    if names is None:
-        raise AnnotationError(f"{folder} has neither data.yaml nor classes.txt: pass the names of its classes.")
+    names = _name_yolo_classes(folder, options, content)
     images = [path for place in _find_yolo_images(folder, options, content) for path in _list_images(place)]
     labels = [_label_file(path) for path in images]
     if not any(map(Path.is_file, labels)):
@@ -147,12 +153,25 @@ def _read_yolo(folder: Path, options: _Options) -> DetectionData:
     return check_records(data, str(folder), "yolo")
 
 
-def _read_data_yaml(file: Path) -> dict[str, Any]:
-    import yaml
+def _name_yolo_classes(folder: Path, options: _Options, content: dict[str, Any]) -> Sequence[str]:
+    text_file = folder / "classes.txt"
+    names_file = options.data_yaml if "names" in content else text_file if text_file.exists() else None
+    names = read_class_names(names_file) if names_file else options.label_names
+    if names is None:
+        raise AnnotationError(
+            f"{folder} has neither data.yaml with `names` nor classes.txt: pass the names of its classes "
+            "(`--class_names`)."
+        )
+    if content.get("nc", len(names)) != len(names):
+        raise AnnotationError(f"{options.data_yaml} says `nc` {content['nc']!r}, but there are {len(names)} names.")
+    return names
 
+
+def _read_data_yaml(file: Path) -> dict[str, Any]:
+    text = _read(file) if file.exists() else "{}"
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig")) if file.exists() else {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        content = parse_yaml(text)
+    except ValueError as error:
         raise AnnotationError(f"{file} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise AnnotationError(f"{file} must hold names and values, got {type(content).__name__}.")
@@ -202,10 +221,7 @@ def _measure(images: Sequence[Path], options: _Options) -> tuple[list[tuple[int,
 
 def _read_yolo_labels(file: Path, size: tuple[int, int], num_labels: int) -> list[dict[str, Any]]:
     """The lines of a file of labels: a class and a box, or a class and a polygon, relative to the image."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines() if file.exists() else []
-    except (OSError, ValueError) as error:
-        raise AnnotationError(f"{file} cannot be read: {error}") from error
+    lines = _read(file).splitlines() if file.exists() else []
     annotations = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -227,6 +243,8 @@ def _parse_yolo_line(line: str, name: str, num_labels: int) -> tuple[int, list[f
         label, *values = map(float, line.split())
     except ValueError:
         raise AnnotationError(f"{name} must have numbers only, got {line!r:.200}.") from None
+    if not all(map(math.isfinite, values)):
+        raise AnnotationError(f"{name} has numbers that are not finite: {line!r:.200}.")
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
         raise AnnotationError(
             f"{name} has {len(values) + 1} numbers, it must have 5 (class, centre, width, height) or a class and a "
@@ -270,16 +288,22 @@ def _list_voc_files(folder: Path, aliases: Sequence[str]) -> tuple[list[Path], P
     if not (folder / "Annotations").is_dir():
         part = _find(folder, aliases)
         return sorted(part.glob("*.xml")), part
-    stems = _find(folder, [f"ImageSets/Main/{name}.txt" for name in aliases]).read_text().split()
+    split = _find(folder, [f"ImageSets/Main/{name}.txt" for name in aliases])
+    stems = [line.strip() for line in _read(split).splitlines() if line.strip()]
+    if outside := [stem for stem in stems if os.path.isabs(stem) or ".." in Path(stem).parts]:
+        raise AnnotationError(f"{split} names files outside of {folder / 'Annotations'}: {outside[:5]}.")
     files = [folder / "Annotations" / f"{stem}.xml" for stem in stems]
-    if missing := [str(file) for file in files if not file.is_file()]:
+    if missing := [str(file) for file in files if not os.path.isfile(file)]:
         raise AnnotationError(f"{len(missing)} of {len(files)} xml files are missing: {missing[:5]}.")
     return files, _find(folder, ["JPEGImages"])
 
 
 def _parse_xml(file: Path) -> ElementTree.Element:
     try:
+        check_regular_file(file)
         return ElementTree.parse(file).getroot()
+    except UntrustedFileError as error:
+        raise AnnotationError(f"{file} {error}") from error
     except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
         raise AnnotationError(f"{file} cannot be read: {error}") from error
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from transformers.utils import logging
 
 from ..models.annotations import AnnotationError, has_mask, iter_annotations, rasterize, usable_polygons
+from ..writing.text import escape_control
 from .box_formats import check_bbox_format, to_xywh
 from .checks import check_images, refuse_problems
 from .class_names import match_class_names
@@ -60,6 +61,7 @@ class DetectionData:
         records: Of the images.
         rows: The data set of the Hub that has the pixels (default: `None`, they are in files).
         left_out: The problems of images that were left out (default: of none).
+        source: The file or data set with the annotations, for messages (default: not known).
     """
 
     label_names: list[str]
@@ -67,6 +69,7 @@ class DetectionData:
     records: list[ImageRecord]
     rows: datasets.Dataset | None = None
     left_out: list[str] = field(default_factory=list)
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -115,7 +118,7 @@ class DetectionData:
         places = match_class_names(label_names, self.label_names, owners)
         if places == sorted(places):
             return replace(self, label_names=list(label_names))
-        logger.warning(f"{owners[1]} has the classes of {owners[0]} in another order: they are mapped by their names.")
+        logger.warning(f"{' and '.join(owners)} have the same classes in other orders: they are mapped by their names.")
         records = [
             replace(
                 record,
@@ -175,15 +178,16 @@ class DetectionData:
         if len(kept) < len(self):
             logger.warning(
                 f"Training skips {len(self) - len(kept)} of {len(self)} images: {len(self) - len(large)} have a "
-                f"side of less than {min_side} pixels, {len(large) - len(kept)} others have no annotations."
+                f"side of less than {min_side} pixels, {len(large) - len(kept)} others have no annotations"
+                + (" (`--keep_empty` trains on them too)." if len(kept) < len(large) else ".")
             )
         self._check_that_classes_are_left(uses)
         if not kept:
-            raise AnnotationError(f"No image of {len(self)} is left to train on.")
+            self._refuse(f"No image of {len(self)} is left to train on.")
         if skipped := Counter(use.reason for use in uses if use.reason):
             logger.warning(f"Training skips {sum(skipped.values())} of {len(uses)} annotations: {dict(skipped)}.")
         bare, used = sum(use.is_maskless and not use.reason for use in uses), sum(not use.reason for use in uses)
-        _check_that_masks_are_left(bare, used)
+        self._check_that_masks_are_left(bare, used)
         if bare:
             logger.warning(f"{bare} of {used} annotations have no mask: they train their box only.")
         return replace(self, records=kept)
@@ -199,8 +203,17 @@ class DetectionData:
         return uses
 
     def iter_annotations(self, record: ImageRecord) -> Iterator[tuple[str, dict[str, Any], str | None]]:
-        """See [`~pvt_hf.models.annotations.iter_annotations`]."""
-        return iter_annotations(record.annotations, record.image_id, record.size, len(self.label_names))
+        """See [`~pvt_hf.models.annotations.iter_annotations`]; names and errors begin with the source and the image."""
+        place = ", ".join(filter(None, (self.source, record.name)))
+        found = iter_annotations(record.annotations, record.image_id, record.size, len(self.label_names))
+        try:
+            for name, entry, reason in found:
+                yield f"{place}: {name}", entry, reason
+        except AnnotationError as error:
+            raise AnnotationError(f"{place}: {error}") from error
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise AnnotationError(f"{self.source}: {problem}" if self.source else problem)
 
     def _check_that_classes_are_left(self, uses: Sequence[_Use]) -> None:
         by_class: dict[int, Counter[str | None]] = {}
@@ -209,7 +222,15 @@ class DetectionData:
         lost = {self.label_names[label]: dict(counts) for label, counts in sorted(by_class.items()) if not counts[None]}
         if lost:
             what = "any class" if len(lost) == len(by_class) else f"{len(lost)} of {len(by_class)} classes"
-            raise AnnotationError(f"No annotation of {what} can be trained on. Left out, by class and reason: {lost}.")
+            self._refuse(f"No annotation of {what} can be trained on. Left out, by class and reason: {lost}.")
+
+    def _check_that_masks_are_left(self, bare: int, count: int) -> None:
+        """`bare` of so many annotations have no mask."""
+        if bare and bare == count:
+            self._refuse(
+                f"No annotation of any class has a mask ({bare} have none): choose a detector without masks, such as "
+                "RetinaNet, or Mask R-CNN with `use_masks=False`."
+            )
 
     def for_evaluation(self, masks: bool = False) -> DetectionData:
         """These images, after a check that there is something to measure.
@@ -231,7 +252,7 @@ class DetectionData:
                     bare += is_maskless
                     reasons[reason] += 1
         if not reasons:
-            raise AnnotationError(
+            self._refuse(
                 f"There is nothing to measure: {len(self)} images have {crowds} annotations, all of them crowds."
             )
         if odd := {reason: count for reason, count in reasons.items() if reason}:
@@ -239,7 +260,7 @@ class DetectionData:
                 f"Of {reasons.total()} objects to find, training would skip {sum(odd.values())}: {odd}. COCO's numbers "
                 "count them."
             )
-        _check_that_masks_are_left(bare, reasons.total())
+        self._check_that_masks_are_left(bare, reasons.total())
         if bare:
             logger.warning(
                 f"{bare} of {reasons.total()} objects to find have no mask: for the AP of masks their boxes count as "
@@ -255,8 +276,8 @@ class DetectionData:
         missing = [name for name, count in zip(self.label_names, counts, strict=True) if not count]
         return (
             f"{len(self)} images, {sum(counts)} objects of {len(counts)} classes ({min(counts, default=0)} to "
-            f"{max(counts, default=0)} of a class), at most {len(fullest.annotations)} in an image ({fullest.name})"
-            + (f"; none of {missing}" if missing else "")
+            f"{max(counts, default=0)} of a class), at most {len(fullest.annotations)} in an image "
+            f"({escape_control(fullest.name)})" + (f"; none of {missing}" if missing else "")
         )
 
     def warn_of_limit(self, limit: int, name: str, option: str = "`max_detections` (`--max_detections`)") -> None:
@@ -271,7 +292,7 @@ class DetectionData:
         if above:
             fullest = max(above, key=lambda record: len(record.annotations))
             logger.warning(
-                f"{len(above)} images of {name} have more than {limit} objects, {fullest.name} has "
+                f"{len(above)} images of {name} have more than {limit} objects, {escape_control(fullest.name)} has "
                 f"{len(fullest.annotations)}, but at most {limit} are found in an image and measured: raise {option}."
             )
 
@@ -315,15 +336,6 @@ def _find_problem(record: ImageRecord, checked: Any) -> str | None:
     return f"{name} has (height, width) {size}, but {record.size} according to its annotations."
 
 
-def _check_that_masks_are_left(bare: int, count: int) -> None:
-    """`bare` of so many annotations have no mask."""
-    if bare and bare == count:
-        raise AnnotationError(
-            f"No annotation of any class has a mask ({bare} have none): choose a detector without masks, such as "
-            "RetinaNet, or Mask R-CNN with `use_masks=False`."
-        )
-
-
 def _has_mask(annotation: dict[str, Any]) -> bool:
     return has_mask(annotation.get("segmentation"))
 
@@ -359,13 +371,11 @@ def check_records(data: DetectionData, source: str, bbox_format: str = "coco") -
     Raises:
         AnnotationError: If an annotation lacks a field or has one of another type, or the boxes are in another format.
     """
+    data = replace(data, source=source)
     entries: list[dict[str, Any]] = []
     sizes: list[tuple[int, int]] = []
     for record in data.records:
-        try:
-            entries += [entry for _, entry, _ in data.iter_annotations(record)]
-        except AnnotationError as error:
-            raise AnnotationError(f"{source}, {record.name}: {error}") from error
+        entries += [entry for _, entry, _ in data.iter_annotations(record)]
         sizes += [record.size] * (len(entries) - len(sizes))
     boxes = np.array([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
     of_images = np.array(sizes, dtype=np.float64).reshape(-1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..models.pixels import PixelError, read_file
+from ..writing.text import escape_lines
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 class ImageError(RuntimeError):
     """An image, or a file of images, that cannot be read. The message names it."""
+
+    def __init__(self, message: object):
+        super().__init__(escape_lines(str(message)))
 
 
 @contextmanager
@@ -51,6 +56,26 @@ def seed_random_state(*numbers: int) -> Iterator[None]:
         yield
 
 
+def load_split(source: str, split: str, builder: str | None = None, **options: Any) -> Any:
+    """Loads a split of a data set, as `datasets.load_dataset` does.
+
+    Args:
+        source: Its name on the Hub, or where it is.
+        split: For example `train`.
+        builder: What `load_dataset` shall take in place of `source` (default: nothing else).
+        **options: Of `load_dataset`.
+
+    Raises:
+        ImageError: If there is no such data, with what `datasets` says about it.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(builder or source, split=split, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ImageError(f"Split {split!r} of {source!r} cannot be loaded: {error}") from error
+
+
 def decode(image: Mapping[str, Any] | None, name: str, mode: str | None = "RGB", turn: bool = True) -> Image.Image:
     """Decodes an image as `datasets.Image(decode=False)` stores it.
 
@@ -65,14 +90,29 @@ def decode(image: Mapping[str, Any] | None, name: str, mode: str | None = "RGB",
         ImageError: If the image is corrupt or missing, or has pixels that cannot become RGB; the message has `name`.
     """
     image = image or {}
+    if image.get("bytes") is None and image.get("path") is None:
+        raise ImageError(f"{name} is missing: there is neither a file nor bytes.")
     try:
-        return read_file(
-            io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"], name, mode, turn
-        )
+        source = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else check_source(image["path"])
+        return read_file(source, name, mode, turn)
     except PixelError as error:
         raise ImageError(str(error)) from error
     except Exception as error:  # Pillow's decoders raise whatever a corrupt file leads them to
         raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}.") from error
+
+
+def check_source(source: Any) -> Any:
+    """Where an image is, unless that is something that would be waited for: a pipe.
+
+    Args:
+        source: A path, of a file or of nothing, or an open file.
+
+    Raises:
+        OSError: If there is something else.
+    """
+    if isinstance(source, str) and os.path.exists(source) and not os.path.isfile(source):
+        raise OSError("it is no regular file")
+    return source
 
 
 def decode_to_fit(image: Mapping[str, Any] | None, name: str, size: tuple[int, int]) -> torch.Tensor:

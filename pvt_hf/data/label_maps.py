@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageColor
 
 from ..models.image_processing_segmentation import IGNORE_INDEX
+from ..untrusted import UntrustedFileError, read_text
 
 Color: TypeAlias = tuple[int, int, int]
 Palette: TypeAlias = Mapping[Color, int]
@@ -34,8 +35,10 @@ def read_palette(file: str | Path, names: list[str]) -> dict[Color, int]:
         ValueError: If the file is none of these, or an entry is not a colour or a class; the message names both.
     """
     try:
-        content = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(Path(file)))
+    except UntrustedFileError as error:
+        raise ValueError(f"The palette {file} {error}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"The palette {file} cannot be read: {error}") from error
     if isinstance(content, list):
         pairs = [(color, label) for label, color in enumerate(content)]

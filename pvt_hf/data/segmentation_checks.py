@@ -10,6 +10,7 @@ import torch
 from transformers.utils import logging
 
 from ..models.image_processing_segmentation import IGNORE_INDEX
+from ..writing.text import escape_control
 from .checks import Checked, check_all, check_images, describe_problems
 from .images import ImageError
 from .segmentation import SegmentationData
@@ -46,7 +47,7 @@ class LabelSurvey:
             names: Of the classes.
         """
         classes = (
-            f"{name} {pixels:,} pixels in {maps:,} maps"
+            f"{escape_control(name)} {pixels:,} pixels in {maps:,} maps"
             for name, pixels, maps in zip(names, self.pixels, self.maps, strict=True)
         )
         return f"{'; '.join(classes)}; {self.ignored:,} pixels are ignored"
@@ -98,7 +99,7 @@ def survey_maps(
         subject: What messages call the split.
         workers: Processes that read (default: 0, this one).
         skip_corrupt: Whether images and maps that cannot be read are left out, and listed, instead of being an error
-            (default: `False`).
+            (default: `False`). All images are decoded for it, so that none fails later.
 
     Returns:
         The split (without those), and what its maps hold.
@@ -107,7 +108,7 @@ def survey_maps(
         ImageError: If images or maps cannot be used; it counts them and lists the first ones.
         ValueError: If all maps have only the values 0 and 255, and 255 would be ignored.
     """
-    images, maps = _check_rows(data, workers)
+    images, maps = _check_rows(data, workers, decoded=skip_corrupt)
     problems = [image.problem or label_map.problem for image, label_map in zip(images, maps, strict=True)]
     left_out = list(filter(None, problems)) if skip_corrupt else []
     if left_out:
@@ -129,14 +130,14 @@ def survey_maps(
     return data, replace(survey, left_out=left_out)
 
 
-def _check_rows(data: SegmentationData, workers: int) -> tuple[list[Checked], list[Checked]]:
-    """The facts about all images and all maps; of files they are kept."""
+def _check_rows(data: SegmentationData, workers: int, decoded: bool) -> tuple[list[Checked], list[Checked]]:
+    """The facts about all images, `decoded` or not, and all maps; of files they are kept."""
     kind = "binary masks" if data.binary_masks else "label maps" if data.palette is None else "maps of colours"
     check, description = _MapCheck(data), f"values of {kind}"
     if hasattr(data.rows, "select"):  # a data set of the Hub
-        return check_images(data.rows, workers=workers), check_all(check, range(len(data)), description, workers)
+        return check_images(data.rows, decoded, workers), check_all(check, range(len(data)), description, workers)
     paths = [row["image"]["path"] for row in data.rows]
-    return check_images(paths, workers=workers), check_all(
+    return check_images(paths, decoded, workers), check_all(
         check, [row["label_map"]["path"] for row in data.rows], description, workers
     )
 
@@ -147,7 +148,8 @@ def _count_classes(
     """Pixels by label of a map, int64 `(256 or more,)`, or what is wrong with it."""
     size = [image["height"], image["width"]]
     if label_map["size"] not in ([size, size[::-1]] if image["turned"] else [size]):
-        return f"{data.map_name(index)} has (height, width) {label_map['size']}, the image {size}."
+        turned = f", or {size[::-1]} turned as its EXIF says" if image["turned"] else ""
+        return f"{data.map_name(index)} has (height, width) {label_map['size']}, the image {size}{turned}."
     values, counts = torch.tensor(label_map["values"]).T
     try:
         labels = data.to_labels(values, data.map_name(index))

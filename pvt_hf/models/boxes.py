@@ -275,7 +275,7 @@ def match_boxes(
     """
     num_objects, num_boxes = iou.shape
     matches = torch.full((num_boxes,), IGNORED, device=iou.device)
-    if num_objects == 0:
+    if 0 in iou.shape:
         matches[:] = NEGATIVE
     else:
         if valid is not None:

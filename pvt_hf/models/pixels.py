@@ -92,6 +92,17 @@ def read_file(source: Any, name: str, mode: str | None = "RGB", turn: bool = Tru
         return to_rgb(image, name) if mode == "RGB" else image.copy()
 
 
+def check_mode(image: Image.Image, name: str) -> None:
+    """Raises a [`PixelError`] if an image, loaded or not, has no pixels, or pixels whose range is not known."""
+    if 0 in image.size:
+        raise PixelError(f"{name} has no pixels: its size (width x height) is {image.width} x {image.height}.")
+    if image.mode == "F":
+        raise PixelError(
+            f"{name} has floating-point pixels (PIL's mode 'F'), whose range is not known: scale them to 0 to 255 and "
+            "convert them to 8 bits."
+        )
+
+
 def to_8_bits(image: Image.Image, name: str) -> Image.Image:
     """A PIL image with 8 bits a channel: of 16 bits (modes `I;16` and `I`) the upper eight, as OpenCV reads them.
 
@@ -102,13 +113,7 @@ def to_8_bits(image: Image.Image, name: str) -> Image.Image:
     Raises:
         PixelError: If the image has no pixels, or pixels whose range is not known.
     """
-    if 0 in image.size:
-        raise PixelError(f"{name} has no pixels: its size (width x height) is {image.width} x {image.height}.")
-    if image.mode == "F":
-        raise PixelError(
-            f"{name} has floating-point pixels (PIL's mode 'F'), whose range is not known: scale them to 0 to 255 and "
-            "convert them to 8 bits."
-        )
+    check_mode(image, name)
     if not image.mode.startswith("I"):
         return image
     pixels = np.asarray(image).astype(np.int32)

@@ -320,8 +320,12 @@ def select_detections(
     """
     rows, classes = (scores > score_threshold).nonzero().unbind(dim=1)  # (candidates,)
     candidates = boxes[rows] if boxes.ndim == 2 else boxes[rows, classes]  # (candidates, 4)
-    kept = batched_nms(candidates, scores[rows, classes], classes, nms_threshold)[:max_detections]
-    return rows[kept], classes[kept]
+    scores = scores[rows, classes]
+    if nms_threshold < 1:
+        kept = batched_nms(candidates, scores, classes, nms_threshold)
+    else:  # no overlap is larger
+        kept = scores.argsort(descending=True, stable=True)
+    return rows[kept[:max_detections]], classes[kept[:max_detections]]
 
 
 def check_target_sizes(target_sizes: torch.Tensor | Sequence[tuple[int, int]], batch_size: int) -> torch.Tensor:

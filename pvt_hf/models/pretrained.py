@@ -1,5 +1,6 @@
 """Loading that leaves nothing at random, and what transformers has to know about every model here."""
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -32,7 +33,8 @@ class PretrainedMixin(PreTrainedModel):
 
     # Tensors that a checkpoint may lack, by the start of their names: they are new.
     _may_be_missing: ClassVar[tuple[str, ...]] = ()
-    # Tensors that are new where a checkpoint has them in another shape, with `ignore_mismatched_sizes=True`.
+    # Tensors that are new where a checkpoint has them in another shape, with `ignore_mismatched_sizes=True`; of modules
+    # in a list without their numbers.
     _may_change_shape: ClassVar[tuple[str, ...]] = ()
     # What the names of the tensors have in them for which the model must have a place. "" is in all names.
     _must_have_a_place: ClassVar[str] = ""
@@ -73,7 +75,8 @@ class PretrainedMixin(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             mismatched = {name for name, *_ in loading_info["mismatched_keys"]}
             lost = {name for name in loading_info["missing_keys"] if not name.startswith(cls._may_be_missing)}
-            lost |= {name for name in mismatched if not name.startswith(cls._may_change_shape)}
+            unnumbered = {name: re.sub(r"\.\d+(?=\.)", "", name) for name in mismatched}
+            lost |= {name for name in mismatched if not unnumbered[name].startswith(cls._may_change_shape)}
             unused = {name for name in loading_info["unexpected_keys"] if cls._must_have_a_place in name}
             if lost or unused:
                 raise ValueError(

@@ -1,11 +1,17 @@
-"""Regions of interest: features of boxes, pooled from the levels of a pyramid."""
+"""Regions of interest: which boxes of which images the heads of a second stage see, and their features."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
 
-from .boxes import at_least_float32
+from .boxes import at_least_float32, match_boxes, pairwise_iou, sample_boxes
 from .layers import runs_transformed
+from .targets import GroundTruth
+
+# Where boxes lie that no sample shall be taken of, in cells: outside of every map.
+_OUTSIDE = -1e4
 
 
 def to_rois(boxes: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -20,7 +26,9 @@ def flatten_rois(boxes: torch.Tensor) -> torch.Tensor:
     return torch.cat((images.expand(-1, boxes.shape[1], -1), boxes), dim=-1).flatten(0, 1)
 
 
-def pool_rois(levels: Sequence[torch.Tensor], rois: torch.Tensor, strides: Sequence[int], size: int) -> torch.Tensor:
+def pool_rois(
+    levels: Sequence[torch.Tensor], rois: torch.Tensor, strides: Sequence[int], size: int, sampling_ratio: int = 0
+) -> torch.Tensor:
     """Features of each RoI from the level of its scale (`SingleRoIExtractor`; arXiv 1612.03144, equation 1).
 
     Args:
@@ -28,9 +36,11 @@ def pool_rois(levels: Sequence[torch.Tensor], rois: torch.Tensor, strides: Seque
         rois: The index of the image, then xyxy in pixels, `(RoIs, 5)`.
         strides: Pixels per cell of each level.
         size: Cells per side of the result.
+        sampling_ratio: Samples per side of such a cell; 0 (the default) for one in each cell of the map.
 
     Returns:
-        `(RoIs, channels, size, size)` in the dtype of the maps; zeros for boxes without an area.
+        `(RoIs, channels, size, size)` in the dtype of the maps; with a `sampling_ratio` of 0 zeros for boxes without an
+        area.
     """
     images, boxes = rois.split((1, 4), dim=1)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)  # (RoIs,)
@@ -39,23 +49,106 @@ def pool_rois(levels: Sequence[torch.Tensor], rois: torch.Tensor, strides: Seque
     if rois.device.type == "cpu" and not runs_transformed():
         rows = [is_member.nonzero().flatten() for is_member in members]
         parts = [
-            _pool_level(level, stride, rois[own], size)
+            _pool_level(level, stride, rois[own], size, sampling_ratio)
             for level, stride, own in zip(levels, strides, rows, strict=True)
         ]
-        return torch.cat(parts)[torch.cat(rows).argsort()]
-    # No size depends on a value, and nothing waits for a GPU: the RoIs of other levels become empty ones, of which no
-    # samples are taken, and which add zeros.
+        # (A box with one side below zero is of no level.)
+        pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], size, size)
+        return pooled.index_copy(0, torch.cat(rows), torch.cat(parts))
+    # No size depends on a value, and nothing waits for a GPU: the RoIs of other levels become empty ones outside of the
+    # map, which add zeros.
     pooled = levels[0].new_zeros(())
     for level, stride, is_member in zip(levels, strides, members, strict=True):
-        own = torch.cat((images, boxes.where(is_member[:, None], 0)), dim=1)
-        pooled = pooled + _pool_level(level, stride, own, size)
+        own = torch.cat((images, boxes.where(is_member[:, None], _OUTSIDE * stride)), dim=1)
+        pooled = pooled + _pool_level(level, stride, own, size, sampling_ratio)
     return pooled
 
 
-def _pool_level(level: torch.Tensor, stride: int, rois: torch.Tensor, size: int) -> torch.Tensor:
+def _pool_level(level: torch.Tensor, stride: int, rois: torch.Tensor, size: int, sampling_ratio: int) -> torch.Tensor:
     """[`pool_rois`] of one level."""
     from torchvision.ops import roi_align
 
     # Half precision could not tell neighbouring pixels of a large image apart.
-    pooled = roi_align(at_least_float32(level), rois, size, 1 / stride, sampling_ratio=0, aligned=True)
+    pooled = roi_align(at_least_float32(level), rois, size, 1 / stride, sampling_ratio, aligned=True)
     return pooled.to(level.dtype)
+
+
+@dataclass(frozen=True)
+class SampledRoIs:
+    """The RoIs of one image that the heads learn from.
+
+    Args:
+        boxes: xyxy in pixels, `(RoIs, 4)`, the positive ones first.
+        objects: The index of the object of each positive RoI, int64 `(positive RoIs,)`.
+        are_proposed: Whether each RoI is a proposal, and not the box of an object itself: bool `(RoIs,)`.
+    """
+
+    boxes: torch.Tensor
+    objects: torch.Tensor
+    are_proposed: torch.Tensor
+
+    @property
+    def positive_boxes(self) -> torch.Tensor:
+        """xyxy in pixels, `(positive RoIs, 4)`."""
+        return self.boxes[: len(self.objects)]
+
+
+def sample_rois(
+    proposals: torch.Tensor,
+    truth: GroundTruth,
+    config: PreTrainedConfig,
+    iou_threshold: float,
+    low_quality_threshold: float,
+    shuffle: bool = True,
+) -> SampledRoIs:
+    """Samples from the boxes of the objects themselves and the proposals of one image.
+
+    Args:
+        proposals: xyxy in pixels, `(proposals, 4)`.
+        truth: The objects.
+        config: How many are sampled, and how many of them are positive at most.
+        iou_threshold: From this IoU with an object on a proposal is positive and learns that object; below, it is
+            negative.
+        low_quality_threshold: From this IoU on an object takes its best proposals also where they would not be
+            positive.
+        shuffle: See [`~pvt_hf.models.boxes.sample_boxes`].
+    """
+    matches = match_boxes(pairwise_iou(truth.boxes, proposals), iou_threshold, iou_threshold, low_quality_threshold)
+    boxes = torch.cat((truth.boxes, proposals))  # (objects + proposals, 4)
+    matches = torch.cat((torch.arange(len(truth.boxes), device=matches.device), matches))
+    max_positives = int(config.roi_num_samples * config.roi_positive_fraction)
+    positives, negatives = sample_boxes(matches, config.roi_num_samples, max_positives, shuffle)
+    chosen = torch.cat((positives, negatives))
+    return SampledRoIs(boxes[chosen], matches[positives], chosen >= len(truth.boxes))
+
+
+def list_targets(
+    samples: Sequence[SampledRoIs], truths: Sequence[GroundTruth], num_labels: int, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the RoIs of a batch shall learn.
+
+    Args:
+        samples: The RoIs of each image.
+        truths: The objects of each image.
+        num_labels: Number of classes, and so the label of the background.
+        like: A tensor whose dtype and device boxes have.
+
+    Returns:
+        The class of each RoI, int64 `(all RoIs,)`; which of them are positive, int64 `(all positive RoIs,)`; the boxes
+        of these and of their objects, both xyxy in pixels, `(all positive RoIs, 4)`.
+    """
+    # (They begin with nothing, which is all that an empty batch has.)
+    labels, boxes, start = [torch.zeros(0, dtype=torch.int64, device=like.device)], [like.new_zeros(0, 4)], 0
+    rows, objects = labels[:], boxes[:]
+    for rois, truth in zip(samples, truths, strict=True):
+        label = torch.full((len(rois.boxes),), num_labels, device=like.device)  # the background
+        label[: len(rois.objects)] = truth.class_labels[rois.objects]
+        labels.append(label)
+        rows.append(torch.arange(start, start + len(rois.objects), device=like.device))
+        boxes.append(rois.positive_boxes)
+        objects.append(truth.boxes[rois.objects])
+        start += len(rois.boxes)
+    return torch.cat(labels), torch.cat(rows), torch.cat(boxes), torch.cat(objects)
+
+
+__all__ = ["SampledRoIs", "flatten_rois", "list_targets", "pool_rois", "sample_rois", "to_rois"]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .boxes import (
@@ -21,17 +22,32 @@ from .boxes import (
     suppress,
     take_rows,
 )
-from .configuration_mask_rcnn import MaskRCNNConfig
-from .targets import GroundTruth
+from .targets import GroundTruth, pad_image_sizes
 
 
 class RegionProposalNetwork(nn.Module):
     """For every anchor, whether it holds an object and where: one convolution and two predictors that all levels
-    share."""
+    share.
 
-    def __init__(self, config: MaskRCNNConfig):
+    Args:
+        config: Of the model.
+        allowed_border: Anchors that reach out of the image by more pixels do not take part in training (default: any
+            may).
+        box_loss_beta: Below this difference the loss of a delta is quadratic (default: 0, nowhere).
+        num_proposals_train: Proposals per image in training, at most (default: `config.num_proposals`).
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        allowed_border: float | None = None,
+        box_loss_beta: float = 0.0,
+        num_proposals_train: int | None = None,
+    ):
         super().__init__()
         self.config = config
+        self.allowed_border, self.box_loss_beta = allowed_border, box_loss_beta
+        self.num_proposals_train = num_proposals_train
         self.anchor_grid = AnchorGrid(config.strides, config.anchor_scales, config.anchor_ratios)
         channels, num_anchors = config.neck_channels, self.anchor_grid.num_per_cell
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -59,6 +75,35 @@ class RegionProposalNetwork(nn.Module):
             deltas.append(flatten_to_anchors(self.box_predictor(hidden_states), 4))
         return at_least_float32(torch.cat(objectness, dim=1)), at_least_float32(torch.cat(deltas, dim=1))
 
+    def find_valid(
+        self,
+        level_shapes: Sequence[tuple[int, int]],
+        anchors: torch.Tensor,
+        image_sizes: Sequence[Sequence[int]],
+        input_size: Sequence[int],
+    ) -> list[torch.Tensor]:
+        """Which anchors take part in training.
+
+        Args:
+            level_shapes: Height and width of each level in cells.
+            anchors: xyxy in pixels, `(anchors, 4)`.
+            image_sizes: Height and width in pixels of each image.
+            input_size: Height and width in pixels of the batch.
+
+        Returns:
+            For each image bool `(anchors,)`.
+        """
+        padded = pad_image_sizes(image_sizes, input_size)
+        valid = [self.anchor_grid.find_valid(level_shapes, size, anchors.device) for size in padded]
+        if self.allowed_border is None:
+            return valid
+        starts = (anchors[:, :2] >= -self.allowed_border).all(dim=1)
+        ends = [
+            (anchors[:, 2:] < anchors.new_tensor([width, height]) + self.allowed_border).all(dim=1)
+            for height, width in image_sizes
+        ]
+        return [flags & starts & end for flags, end in zip(valid, ends, strict=True)]
+
     def loss(
         self,
         objectness: torch.Tensor,
@@ -67,8 +112,8 @@ class RegionProposalNetwork(nn.Module):
         valid: Sequence[torch.Tensor],
         truths: Sequence[GroundTruth],
     ) -> dict[str, torch.Tensor]:
-        """Cross-entropy of the sampled anchors and L1 loss of the positive ones' deltas, both over the number of
-        samples.
+        """Cross-entropy of the sampled anchors and L1 loss (smooth with a `box_loss_beta`) of the positive ones'
+        deltas, both over the number of samples.
 
         Args:
             objectness: Logits `(batch, anchors)`.
@@ -98,7 +143,9 @@ class RegionProposalNetwork(nn.Module):
                 objectness[index, samples], targets, reduction="sum"
             )
             wanted = encode_boxes(anchors[positives], truth.boxes[matches[positives]])  # (positives, 4)
-            box_loss = box_loss + F.l1_loss(deltas[index, positives], wanted, reduction="sum")
+            box_loss = box_loss + F.smooth_l1_loss(
+                deltas[index, positives], wanted, reduction="sum", beta=self.box_loss_beta
+            )
             normalizer += max(len(positives), 1) + max(len(negatives), 1)
         normalizer = max(normalizer, 1)
         return {"loss_objectness": objectness_loss / normalizer, "loss_rpn_box": box_loss / normalizer}
@@ -122,11 +169,13 @@ class RegionProposalNetwork(nn.Module):
             image_sizes: Height and width in pixels of each image, `(batch, 2)`.
 
         Returns:
-            xyxy in pixels, `(batch, config.num_proposals, 4)`, best first. All of them have an area, but those of zeros
+            xyxy in pixels, `(batch, proposals, 4)`, best first. All of them have an area, but those of zeros
             where there are not so many.
         """
-        config = self.config
+        config, count = self.config, self.config.num_proposals
         num_candidates = config.num_candidates_train if self.training else config.num_candidates
+        if self.training and self.num_proposals_train is not None:
+            count = self.num_proposals_train
         chosen, level_ids, start = [], [], 0
         for level, size in enumerate(level_sizes):
             logits = objectness[:, start : start + size]  # (batch, anchors of the level)
@@ -138,7 +187,7 @@ class RegionProposalNetwork(nn.Module):
         boxes = decode_boxes(anchors[chosen], take_rows(deltas, chosen))  # (batch, candidates, 4)
         boxes = clip_boxes(boxes, image_sizes[:, None])
         scores = take_rows(objectness, chosen).sigmoid()
-        kept = suppress(boxes, scores, level_ids, has_area(boxes), config.proposal_nms_threshold, config.num_proposals)
+        kept = suppress(boxes, scores, level_ids, has_area(boxes), config.proposal_nms_threshold, count)
         return take_rows(boxes, kept.clamp(min=0)).where(kept[..., None] >= 0, 0)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..data.classification import collate
 from ..evaluation.metrics import classification_metrics, classification_statistics
 from ..recipes import ImageNetRecipe
-from .optimization import cosine_multiplier, parameter_groups
+from .optimization import SettingError, cosine_multiplier, parameter_groups
 from .trainer import VisionTrainer
 
 
@@ -71,7 +71,7 @@ class ImageClassificationTrainer(VisionTrainer):
             **kwargs,
         )
         if self.args.per_device_train_batch_size % 2 and (recipe.mixup or recipe.cutmix):
-            raise ValueError(
+            raise SettingError(
                 "`per_device_train_batch_size` must be even for mixup, which mixes an image with its opposite in the "
                 f"batch; got {self.args.per_device_train_batch_size}."
             )

@@ -22,9 +22,10 @@ class DetectionTrainer(DensePredictionTrainer):
 
     An evaluation leaves its detections in `results`, by image id, and in `output_dir/predictions.json`.
 
-    The losses of RetinaNet and Mask R-CNN are, as mmdetection's, averages over what each process has (positive anchors,
-    sampled regions): one process with batches of 4 images is not exactly two with 2. Those of ATSS, GFL and DETR count
-    over all processes, and it is. Accumulated batches are averaged one by one.
+    The losses of RetinaNet, Mask R-CNN and Cascade Mask R-CNN are, as mmdetection's, averages over what each process
+    has (positive anchors, sampled regions): one process with batches of 4 images is not exactly two with 2. Those of
+    ATSS, GFL, Sparse R-CNN and DETR count over all processes, and it is. Accumulated batches are averaged one by one.
+    On several GPUs batch normalisation in a head (Cascade Mask R-CNN's) is over all processes.
 
     Args:
         model: Of the architecture that the recipe is for. transformers' DETR gets the original DETR's loss.
@@ -81,6 +82,10 @@ class DetectionTrainer(DensePredictionTrainer):
             schedule=(lambda *steps: step_multiplier(recipe, *steps)) if recipe_schedule else None,
             **kwargs,
         )
+        if self.args.world_size > 1 and self.args.device.type == "cuda":
+            for name, part in self.model.named_children():
+                if name != "backbone":
+                    nn.SyncBatchNorm.convert_sync_batchnorm(part)  # in place, with the same parameters
         self.model_accepts_loss_kwargs = False  # transformers' DETR takes any argument, which does not mean this one
 
     def build_sampler(self) -> AspectRatioSampler:

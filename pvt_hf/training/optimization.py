@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
+class SettingError(ValueError):
+    """A setting that does not fit the others or the data. The message names it."""
+
+
 def images_per_step(arguments: TrainingArguments) -> int:
     """How many images all processes together take for one step of the optimiser."""
     return arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
@@ -58,11 +62,11 @@ def cosine_multiplier(recipe: ImageNetRecipe, peak: float, step: int, steps_per_
         steps: Steps of the run.
 
     Raises:
-        ValueError: If the run is not longer than the warm-up.
+        SettingError: If the run is not longer than the warm-up.
     """
     epochs = math.ceil(steps / steps_per_epoch)
     if recipe.warmup_epochs >= epochs:
-        raise ValueError(
+        raise SettingError(
             f"`warmup_epochs` must be less than the {epochs} epochs of the run (`num_train_epochs`, `max_steps`), got "
             f"{recipe.warmup_epochs}."
         )
@@ -80,10 +84,10 @@ def step_multiplier(recipe: DetectionRecipe, step: int, steps_per_epoch: int, st
         steps: Steps of the run.
 
     Raises:
-        ValueError: If the run is not longer than the warm-up.
+        SettingError: If the run is not longer than the warm-up.
     """
     if recipe.warmup_iterations >= steps:
-        raise ValueError(
+        raise SettingError(
             f"`warmup_iterations` must be less than the {steps} steps of the run (`num_train_epochs`, `max_steps`), "
             f"got {recipe.warmup_iterations}."
         )

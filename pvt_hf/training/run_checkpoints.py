@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ _GLOBALS = (
     "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray._reconstruct",
 )
+# What zipfile, torch and safetensors raise for files that are not what they say.
+_DAMAGE = (EOFError, LookupError, OSError, RuntimeError, SafetensorError, ValueError, struct.error, zipfile.BadZipFile)
 _WORDS = 624  # of 32 bits, in the state of NumPy's random generator
 
 
@@ -58,14 +62,14 @@ def incompleteness(checkpoint: str | Path) -> str | None:
         return "it was interrupted while it was written, or another program wrote it"
     for name, size in sizes.items():
         file = Path(checkpoint) / name
-        if not file.is_file() or file.stat().st_size != size:
+        if not os.path.isfile(file) or file.stat().st_size != size:
             return f"{name} is missing or has another size"
     return None
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint of a run, if there is one. Those that are passed over are logged."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         if (reason := incompleteness(folder)) is None:
             return str(folder)
@@ -105,10 +109,14 @@ def read_run(checkpoint: str | Path) -> dict[str, Any]:
     """
     if reason := incompleteness(checkpoint):
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {reason}.")
+    file = Path(checkpoint) / _RUN
     try:
-        return read_json_object(Path(checkpoint) / _RUN)
+        run = read_json_object(file)
     except UntrustedFileError as error:
-        raise CheckpointError(f"{Path(checkpoint) / _RUN} {error}") from error
+        raise CheckpointError(f"{file} {error}") from error
+    if not isinstance(run.get("layout"), dict) or type(run.get("skipped")) is not int:
+        raise CheckpointError(f"{file} must say `layout`, an object, and `skipped`, an integer, got {run!r:.200}.")
+    return run
 
 
 def check_states(checkpoint: str | Path) -> None:
@@ -121,25 +129,24 @@ def check_states(checkpoint: str | Path) -> None:
         CheckpointError: For a file that is damaged, or has what `Trainer` does not write.
     """
     for path in sorted(Path(checkpoint).rglob("*")):
-        if path.suffix not in _CHECKS or path.name == _NEVER_READ or path.is_dir():
+        if path.name == _NEVER_READ or path.is_dir():
             continue
         try:
-            _CHECKS[path.suffix](path)
+            check_regular_file(path)
+            _CHECKS.get(path.suffix, lambda _: None)(path)
         except UntrustedFileError as error:
             raise CheckpointError(f"{path} {error}") from error
-        except (OSError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{path} is truncated or damaged: {reason}") from error
 
 
 def _check_weights(path: Path) -> None:
-    check_regular_file(path)
     with safe_open(path, framework="pt"):  # which looks at the header, and whether all that it lists is there
         pass
 
 
 def _check_state(path: Path) -> None:
-    check_regular_file(path)
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # as torch tells what it reads
             raise UntrustedFileError("is refused: Trainer writes files of torch 1.6 and later.")

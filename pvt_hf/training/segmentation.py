@@ -199,14 +199,16 @@ class SegmentationTrainer(DensePredictionTrainer):
 
     def finish(self) -> str:
         """As in [`~pvt_hf.training.trainer.VisionTrainer`], with the classes one by one."""
-        lines = [super().finish()]
-        if len(self.classes) <= _MAX_PRINTED:
-            rows = zip(self._names(), self.classes, strict=True)
-            lines += [
-                f"  {name}: IoU {iou:.4f}, Dice {dice:.4f}, accuracy {accuracy:.4f}, {pixels:,} pixels"
-                for name, (iou, dice, accuracy, pixels) in rows
-            ]
-        return "\n".join(filter(None, [*lines, self._describe_missing()]))
+        return "\n".join(filter(None, [super().finish(), self.describe_classes(), self._describe_missing()]))
+
+    def describe_classes(self) -> str:
+        """What the last evaluation found of each class, a line each; nothing where they are many."""
+        rows = zip(self._names(), self.classes, strict=True)
+        lines = [
+            f"  {name}: IoU {iou:.4f}, Dice {dice:.4f}, accuracy {accuracy:.4f}, {pixels:,} pixels"
+            for name, (iou, dice, accuracy, pixels) in rows
+        ]
+        return "\n".join(lines) if len(lines) <= _MAX_PRINTED else ""
 
     @torch.no_grad()
     def draw_predictions(self, images: int = 6) -> None:

@@ -32,6 +32,7 @@ from ..data.samplers import EpochSampler
 from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import UploadError, explain_upload_error
 from ..writing.text import escape_control
+from .optimization import SettingError
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
 from .run_checkpoints import (
     CheckpointError,
@@ -196,7 +197,7 @@ class VisionTrainer(Trainer):
             **options,
         )
         if not len(loader):
-            raise ValueError(
+            raise SettingError(
                 f"`per_device_train_batch_size` ({self._train_batch_size}) is larger than the {len(self.epochs)} "
                 "images that each process has in an epoch."
             )

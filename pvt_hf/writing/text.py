@@ -20,6 +20,15 @@ def escape_control(text: str) -> str:
     )
 
 
+def escape_lines(text: str) -> str:
+    """The text with its line breaks, and otherwise as of [`escape_control`].
+
+    Args:
+        text: Of ours, with names of anybody in it.
+    """
+    return "\n".join(map(escape_control, text.split("\n")))
+
+
 def escape_markdown(text: str) -> str:
     """The text as markdown that shows it literally: in a line, a heading or a cell of a table, also where HTML counts.
 

@@ -83,6 +83,7 @@ def test_train_evaluate_and_predict(run, polyps, capsys, monkeypatch):
         ("more", ["--window", "48", "--stride", "32", "--tta_scales", "1.5", "--tta_flip"]),
     ):
         evaluate.main([*common, *data, "--binary_masks", *options, "--output_dir", name])
+        assert re.search(r"foreground: IoU [\d.]+, Dice [\d.]+, accuracy [\d.]+, [\d,]+ p", capsys.readouterr().out)
         measured[name] = json.loads((run / name / "results.json").read_text())["trained"]
     assert measured["more"] != measured["plain"] and measured["more"].keys() == measured["plain"].keys()
     with pytest.raises(SystemExit, match=r"(?s)is a JPEG.*`--binary_masks`"):
@@ -202,7 +203,7 @@ def test_predictions_of_classifiers_and_detectors(tmp_path, polyps, monkeypatch,
     (images / "0.jpg").unlink()
     with pytest.raises(SystemExit, match="1.jpg cannot be read"):
         predict.main([*common, "classifier"])
-    with pytest.raises(SystemExit, match="--binary_masks is for a segmenter of two classes"):
+    with pytest.raises(SystemExit, match="classifier is a classifier, which has no --binary_masks"):
         predict.main([*common, "classifier", "--binary_masks"])
     with pytest.raises(SystemExit, match="There are no images in classifier"):
         predict.main([*common[2:], "classifier", "--images", "classifier"])

@@ -105,6 +105,31 @@ def test_arguments_that_contradict_each_other_are_a_usage_error(arguments, messa
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("segmenter", ["--images", "x", "--annotations", "x"], "is a segmenter, which has no --annotations"),
+        ("detector", ["--images", "x", "--maps", "x"], "is a detector, which has no --maps"),
+        (
+            "instances",
+            ["--tta_flip", "--window", "8", "--stride", "8"],
+            "no --window and no --stride and no --tta",
+        ),
+        ("classifier", ["--max_detections", "200"], "is a classifier, which has no --max_detections"),
+        (
+            "segmenter",
+            ["--dataset_name", "./nowhere"],
+            r"Split 'validation' of './nowhere' cannot be loaded: .*now",
+        ),
+        ("nothing", [], r"nothing cannot be loaded: it must be a folder with a model's config\.json, or a repository"),
+    ],
+)
+def test_what_cannot_be_measured_is_an_error(name, arguments, message, checkpoints, monkeypatch, tmp_path):
+    """Instead of a number for other images than those that were named."""
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, tmp_path, "--model_name_or_path", checkpoints / name, *arguments)
+
+
 def test_variant_that_was_not_converted_is_an_error(checkpoints, monkeypatch):
     with pytest.raises(SystemExit, match="Not there: converted/pvt_tiny. `pvt-hf convert --all converted` makes them"):
         run(monkeypatch, checkpoints, "--variant", "pvt_tiny")

@@ -73,6 +73,7 @@ def test_command_line_wins_over_the_file_and_that_over_the_preset(kind, tmp_path
         ("a.yaml", "seed: [", "a.yaml cannot be read: "),
         ("a.yaml", "seed: much", "argument --seed: invalid int value: 'much'"),
         ("a.json", None, "a.json cannot be read: "),
+        ("a.json", "[" * 600, "a.json cannot be read: "),
         ("a.txt", "seed: 0", "the first argument must be an option, or a YAML or JSON file of options, got "),
     ],
 )

@@ -123,7 +123,7 @@ def test_classes_of_the_validation_set_are_matched_by_name(tmp_path, capsys):
     assert load("validation") == [1, 2]
     printed = capsys.readouterr().out
     assert "the training set: 3 images of 3 classes (1 to 1 of a class)\nthe validation set: 2 images" in printed
-    with pytest.raises(ValueError, match=r"Training has the classes \['ant'.*, evaluation \['bee', 'cow'\]"):
+    with pytest.raises(ValueError, match=r"training set has the classes \['ant'.*, the validation set \['bee',"):
         load("other")
     (tmp_path / "validation" / "bee" / "a.png").write_text("x")
     with pytest.raises(ImageError, match="(?s)1 of 2 images of the validation set.*bee/a.png"):

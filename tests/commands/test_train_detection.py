@@ -140,16 +140,29 @@ def test_bad_input_ends_before_any_work(run, scenes, classifier, tmp_path, capsy
     content["categories"].pop()
     content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] < 10]
     (fewer / "validation" / "annotations.json").write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match="Training has the classes .*'9'], evaluation .*'8']"):
+    with pytest.raises(SystemExit, match="The training set has the classes .*'9'], the validation set .*'8']"):
         run(*arguments, *coco_arguments(fewer))
     small_detector("retinanet").save_pretrained(tmp_path / "detector")
     with pytest.raises(SystemExit, match="--recipe detr_50ep is not for a pvt_hf_retinanet"):
         run(*arguments, "--recipe", "detr_50ep", "--model_name_or_path", tmp_path / "detector")
     with pytest.raises(SystemExit, match="is not a pvt_v2_b2"):
         run(*arguments, "--variant", "pvt_v2_b2", "--backbone_checkpoint", classifier)
-    with pytest.raises(ValueError, match="`warmup_iterations` must be less than the 10 steps .* got 500"):
+    with pytest.raises(SystemExit, match="`warmup_iterations` must be less than the 10 steps .* got 500"):
         run(*arguments, *coco_arguments(scenes), "--warmup_iterations", "500")
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_image_that_turns_out_to_be_corrupt_ends_the_run_with_a_message(run, scenes, workers, tmp_path):
+    """Its header was good. A message of a loader's process has no traceback either."""
+    shutil.copytree(scenes, tmp_path / "scenes")
+    for file in (tmp_path / "scenes" / "train" / "images").iterdir():
+        file.write_bytes(file.read_bytes()[:-3000])
+    arguments = ["--output_dir", tmp_path / "run", *coco_arguments(tmp_path / "scenes"), "--warmup_iterations", "0"]
+    arguments += ["--config_overrides", json.dumps(HEADS["retinanet"]), "--dataloader_num_workers", workers]
+    message = r"^[\w.]*\.png \(image \d+\) cannot be read: .*\n--skip_corrupt leaves out images"
+    with pytest.raises(SystemExit, match=message):
+        run(*arguments, "--use_cpu", "true")
 
 
 def load(tmp_path, *arguments):
@@ -263,7 +276,18 @@ def test_recipe_decides_what_the_command_line_leaves_open(tmp_path):
     assert numbers == (0.01, 1e-4, 0, 3) and recipe.shortest_edges == [96, 128] and recipe.longest_edge == 1333
 
 
-@pytest.mark.parametrize("recipe", ["retinanet_1x", "atss_3x_ms", "gfl_3x_ms", "mask_rcnn_1x", "detr_50ep"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "retinanet_1x",
+        "atss_3x_ms",
+        "gfl_3x_ms",
+        "mask_rcnn_1x",
+        "cascade_mask_rcnn_3x_ms",
+        "sparse_rcnn_3x_ms",
+        "detr_50ep",
+    ],
+)
 def test_small_detectors_can_be_built(recipe):
     """The presets of `--smoke` and `--demo` are fields of the configurations."""
     (model_args, *_), backbone, recipe, _ = parse(["--demo", "--recipe", recipe])

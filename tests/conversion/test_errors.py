@@ -132,6 +132,7 @@ WRONG_FILES = {
     "lacking.pth": (lacking("block2.1.attn.q.bias"), r"lacks 1: '.*blocks\.1\.attention\.query\.bias"),
     "headless.pth": (lacking("head.weight", "head.bias"), "lacks 2: 'classifier.bias'"),
     "flat.pth": (adding(**{"head.weight": ONES}), r"'head.weight' must have 2 dimensions, got shape \(2,\)"),
+    "none.pth": (adding(**{"head.weight": torch.ones(0, 64)}), r"2 dimensions that are not 0, got shape \(0, 64\)"),
     "sparse.pth": (adding(**{"norm3.bias": ONES.to_sparse()}), "other things than plain tensors.*'norm3.bias'"),
     "float8.pth": (adding(**{"norm3.bias": ONES.to(torch.float8_e5m2)}), "other things than plain tensors"),
     "numbered.pth": (changed(lambda w: dict(enumerate(w.values()))), "plain tensors with names"),

@@ -262,6 +262,14 @@ def test_secrets_are_not_in_messages(monkeypatch):
     text = f"{TOKEN} 'Bearer xyz' hf_{'a' * 34} https://s3.host/object?X-Amz-Signature=abc&y=1 hf_hub_download(x)"
     assert hide_secrets(text) == "... '... ... https://s3.host/object?... hf_hub_download(x)"
 
+    def fail(*_):
+        raise OSError(text)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "hf_hub_download", fail)
+    with pytest.raises(ConversionError, match=r"of me/pvt could not be downloaded from the Hub: \.\.\. '\.") as raised:
+        read_checkpoint("me/pvt")
+    assert TOKEN not in str(raised.value) and "Signature" not in str(raised.value)
+
 
 def test_downloads_are_held_against_the_hash_of_the_hub(online, tmp_path):
     """sha256 of large files, git's hash of small ones; what is stored under another hash is refused."""

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pvt_hf.data import checks
 from pvt_hf.data.checks import check_all, check_images, describe_problems
+from pvt_hf.data.images import ImageError
 
 
 @pytest.fixture
@@ -95,3 +96,9 @@ def test_checks_leave_the_random_state_alone(images):
     state = torch.get_rng_state()
     check_images(images)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_names_of_files_do_not_change_the_terminal():
+    problems = describe_problems(["a\x1b[2J.png cannot be read\nall is well", "b"], 3, "images")
+    assert problems == r"2 of 3 images cannot be used:" "\n  " r"a\x1b[2J.png cannot be read\nall is well" "\n  b"
+    assert str(ImageError("a\x1b[2J.png\n  b\ud800")) == r"a\x1b[2J.png" "\n" r"  b\ud800"

@@ -1,6 +1,7 @@
 """Class names as people write them, and classes in another order."""
 
 import json
+import os
 
 import pytest
 
@@ -25,11 +26,17 @@ WRONG = {
     "mixed.json": (json.dumps({"0": "cat", "dog": "emu"}), "a different integer for each class"),
     "labels.json": (json.dumps({"cat": 0, "dog": [1]}), "a different integer for each class"),
     "twice.json": (json.dumps(["cat", "cat"]), r"class names twice: \['cat'\]"),
-    "null.json": (json.dumps(["cat", None]), "must be a string that is not empty, got None"),
-    "hole.txt": ("cat\n\ndog", "must be a string that is not empty, got ''"),
+    "null.json": (json.dumps(["cat", None]), "must be a string in UTF-8 that is not empty, got None"),
+    "half.json": ('["\\ud800"]', r"must be a string in UTF-8 that is not empty, got '\\ud800'"),
+    "hole.txt": ("cat\n\ndog", "must be a string in UTF-8 that is not empty, got ''"),
     "broken.json": ("[", "cannot be read"),
     "deep.json": ("[" * 100000, "cannot be read"),
     "broken.yaml": ("names: [", "cannot be read"),
+    "references.yaml": ("a: &a [cat]\nnames: [*a]", r"it has references \(`\*name`\)"),
+    "deep.yaml": ("[" * 100000, "nested too deeply"),
+    "date.yaml": ("names: !!timestamp cat", "cannot be read"),
+    "truth.yaml": ("names: !!bool cat", "cannot be read"),
+    "escape.json": (json.dumps(["\x1b[2J"] * 2), r"class names twice: \['\\x1b\[2J'\]"),
     "empty.txt": ("", "has no class names"),
 }
 
@@ -48,6 +55,9 @@ def test_other_content_is_an_error_with_the_files_name(name, tmp_path):
         read_class_names(tmp_path / name)
     with pytest.raises(ClassNameError, match="missing cannot be read"):
         read_class_names(tmp_path / "missing")
+    os.mkfifo(tmp_path / "\x1b[2J")  # which would be waited for
+    with pytest.raises(ClassNameError, match=r"\\x1b\[2J is no regular file"):
+        read_class_names(tmp_path / "\x1b[2J")
 
 
 def test_long_lists_are_cut():

@@ -288,6 +288,27 @@ def test_boxes_of_another_format_are_recognised_by_their_values(coco_json, name)
             read_coco(*coco_json(), bbox_format=name)
 
 
+def test_relative_sizes_are_recognised_though_no_format_has_them(coco_json):
+    """Also beside a format that they might have too; a few tiny boxes are not taken for them."""
+    for box, guess in (([0.7, 0.1, 0.3, 0.8], "like x"), ([0.5, 0.5, 0.4, 0.3], r"like `yolo` \([a-z, ]*\) or x")):
+
+        def change(content, box=box):
+            for annotation in content["annotations"]:
+                annotation["bbox"] = box
+
+        with pytest.raises(AnnotationError, match=f"{guess}, y, width, height relative to the image .* multiply them"):
+            read_coco(*coco_json(change))
+    read_coco(*coco_json(lambda content: content["annotations"][0].update(bbox=[0.5, 0.5, 0.4, 0.3])))
+
+
+def test_errors_in_masks_name_the_file(coco_json):
+    """And the image and the annotation, as all others do."""
+    data = read_coco(*coco_json(lambda content: content["annotations"][0].update(segmentation=["1,2,3,4,5,6"])))
+    for check in (data.for_training, data.for_evaluation):
+        with pytest.raises(AnnotationError, match=r"annotations\.json, b\.png: Annotation 1 of image 3 has `segm"):
+            check(masks=True)
+
+
 def test_files_are_checked_before_training(coco_json, caplog):
     """All that is wrong is told at once, or left out and listed; truncated images are found where they are left out."""
     file, folder = coco_json(lambda content: content["images"][0].update(width=61))

@@ -1,6 +1,7 @@
 """Folders as YOLO, Pascal VOC and Roboflow lay them out hold what is drawn here, exactly."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -124,6 +125,15 @@ def test_yolo_may_be_named_by_its_yaml(tmp_path):
     assert data.label_names == NAMES and len(data) == 2 and len(data.records[0].annotations) == 2
 
 
+def test_names_of_voc_files_may_have_blanks(tmp_path):
+    LAYOUTS["voc devkit"](tmp_path)
+    for folder in ("Annotations", "JPEGImages"):
+        for file in (tmp_path / folder).glob("a.*"):
+            file.rename(file.with_stem("an image"))
+    write(tmp_path / "ImageSets" / "Main" / "train.txt", "an image \nb\n")
+    assert [record.name for record in read_detection_folder(tmp_path, "train").records] == ["an image.jpg", "b.jpg"]
+
+
 def test_polygons_of_yolo_are_masks(tmp_path):
     LAYOUTS["yolo of Roboflow"](tmp_path)
     write(tmp_path / "train" / "labels" / "a.txt", "1 0.1 0.2 0.3 0.2 0.3 0.6\n\n2 0.5 0.5 0.1 0.1\n")
@@ -142,19 +152,26 @@ def replace_text(name, old, new):
     return change
 
 
+def replace_by_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
 TXT, XML = "train/labels/a.txt", "train/a.xml"
 BAD = {
     "word": ("yolo of Roboflow", replace_text(TXT, "2 ", "emu "), "a.txt, line 1 must have numbers only, got 'emu"),
     "class": ("yolo of Roboflow", replace_text(TXT, "0 0.75", "3 0.75"), "a.txt, line 2 has the class 3, the classes"),
     "confidence": ("yolo of Roboflow", replace_text(TXT, "\n", " 0.9\n"), "line 1 has 6 numbers, it must have 5"),
     "pixels": ("yolo of Roboflow", lambda f: write(f / TXT, "0 40 25 40 30"), "They look like `coco`"),
-    "nan": ("yolo of Roboflow", replace_text(TXT, "0.3\n", "nan\n"), "a.png: Annotation 1 of image 0 has `bbox` .*nan"),
+    "nan": ("yolo of Roboflow", replace_text(TXT, "0.3\n", "nan\n"), "line 1 has numbers that are not finite: .*nan"),
     "names": ("yolo of Roboflow", replace_text("data.yaml", "'dog'", "'cat'"), "data.yaml has class names twice"),
     "pose": ("yolo of Roboflow", lambda f: write(f / "data.yaml", ROBOFLOW_YAML + "kpt_shape: [3, 2]"), "is of poses"),
     "yaml": ("yolo of Roboflow", lambda f: write(f / "data.yaml", "names: ["), "data.yaml cannot be read"),
     "no split": ("yolo of Roboflow", replace_text("data.yaml", "../train/", "nowhere/"), "has none of .*nowhere/im"),
     "outside": ("yolo of Roboflow", replace_text("data.yaml", "../train/images", ".."), "is outside of .*--allow_"),
     "no labels": ("yolo of Roboflow", lambda f: (f / "train/labels").rename(f / "gone"), "None of 2 images has labels"),
+    "no names": ("yolo of Roboflow", replace_text("data.yaml", "names", "classes"), "neither data.yaml with `names` n"),
+    "count": ("yolo of Roboflow", replace_text("data.yaml", "nc: 3", "nc: 2"), "says `nc` 2, but there are 3 names"),
     "corrupt": ("yolo of Roboflow", lambda f: write(f / "train/images/a.png", "x"), "(?s)1 of 2 images.*a.png cannot"),
     "xml": ("voc of Roboflow", replace_text(XML, "</annotation>", ""), "a.xml cannot be read"),
     "corner": ("voc of Roboflow", replace_text(XML, "<ymin>11<", "<ymin>top<"), "a.xml: <object> has <bndbox/ymin> 't"),
@@ -163,6 +180,14 @@ BAD = {
     "size": ("voc of Roboflow", replace_text(XML, "<height>100", "<height>-3"), "must be positive integers"),
     "no set": ("voc devkit", lambda f: (f / "ImageSets/Main/train.txt").unlink(), "ImageSets/Main/train.txt"),
     "no xml": ("voc devkit", lambda f: (f / "Annotations/a.xml").unlink(), "1 of 2 xml files are missing: .*a.xml"),
+    "waits": ("yolo of Roboflow", lambda f: replace_by_pipe(f / TXT), "a.txt is no regular file"),
+    "yaml waits": ("yolo of Roboflow", lambda f: replace_by_pipe(f / "data.yaml"), "data.yaml is no regular file"),
+    "xml waits": ("voc of Roboflow", lambda f: replace_by_pipe(f / XML), "a.xml is no regular file"),
+    "json waits": ("coco", lambda f: replace_by_pipe(f / "train/_annotations.coco.json"), "json is no regular file"),
+    "image waits": ("yolo of Roboflow", lambda f: replace_by_pipe(f / "train/images/a.png"), "it is no regular file"),
+    "references": ("yolo of Roboflow", replace_text("data.yaml", "train: ", "a: &a [x]\ntrain: [*a] # "), "references"),
+    "long name": ("yolo of Roboflow", replace_text("data.yaml", "../train", "x" * 5000), "has none of"),
+    "out of set": ("voc devkit", replace_text("ImageSets/Main/train.txt", "a", "../a"), "files outside of .*'../a'"),
     "nothing": ("coco", lambda f: (f / "train/_annotations.coco.json").unlink(), "has none of .*_annotations.coco"),
 }  # fmt: skip
 

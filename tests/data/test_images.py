@@ -11,6 +11,7 @@ from torchvision import transforms
 from transformers.image_utils import load_image
 
 import pvt_hf
+from pvt_hf.data.checks import check_images
 from pvt_hf.data.classification import EvaluationImages, TrainingImages
 from pvt_hf.data.detection import DetectionData, ImageRecord
 from pvt_hf.data.images import ImageError, decode, seed_random_state
@@ -85,6 +86,8 @@ def test_images_without_a_known_range_are_refused_by_name(tmp_path):
     ):
         with pytest.raises(ImageError, match=r"float\.tif .*floating-point pixels \(PIL's mode 'F'\)"):
             read()
+    (found,) = check_images([path])  # before the first step
+    assert "floating-point pixels (PIL's mode 'F')" in found.problem
     with pytest.raises(ValueError, match=r"float\.tif.* floating-point pixels"):
         process(path)
     rows[0]["image"]["path"] = write(tmp_path / "thin.png", np.zeros((20000, 1, 3), np.uint8))

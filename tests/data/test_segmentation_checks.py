@@ -150,6 +150,25 @@ def test_every_unusable_file_of_a_split_is_found_at_once(tmp_path, caplog):
         survey_maps(data, "the validation set", skip_corrupt=True)
 
 
+def test_truncated_images_are_left_out_where_corrupt_ones_are(tmp_path):
+    """Of both kinds of data, so that no evaluation ends at one; and rows without a map."""
+    folders = write(tmp_path, [MASK // 255] * 3)
+    file = tmp_path / "images" / "1.jpg"
+    Image.effect_noise((56, 40), 90).save(file)
+    file.write_bytes(file.read_bytes()[:-200])
+    images, maps = (sorted(map(str, folder.iterdir())) for folder in folders)
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": images, "mask": [*maps[:2], None]}, features=features)
+    for data, problems in (
+        (read_segmentation_folders(*folders, num_labels=2), ["1.jpg cannot be read"]),
+        (read_segmentation_dataset(rows, num_labels=2), ["1.jpg cannot be read", "2.jpg is missing"]),
+    ):
+        left, found = survey_maps(data, "the validation set", skip_corrupt=True)
+        assert len(left) == 3 - len(problems) and len(found.left_out) == len(problems)
+        assert all(problem in text for problem, text in zip(problems, found.left_out, strict=True))
+    assert len(survey_maps(read_segmentation_folders(*folders, num_labels=2), "the validation set")[0]) == 3
+
+
 def test_survey_of_a_data_set_of_the_hub_is_that_of_the_folders(tmp_path):
     folders = write(tmp_path, [MASK, np.zeros_like(MASK)])
     rows = {name: sorted(map(str, folder.iterdir())) for name, folder in zip(("image", "mask"), folders, strict=True)}

@@ -102,6 +102,7 @@ def test_matches_equal_those_of_loops(thresholds, num_objects):
         )
         matches = ours.match_boxes(ours.pairwise_iou(truths, anchors), *thresholds, flags)
         assert as_words(matches) == expected
+    assert ours.match_boxes(ours.pairwise_iou(truths, anchors[:0]), *thresholds).tolist() == []
     if num_objects == 6:
         assert {"negative", "ignored"} <= set(expected)
         assert (thresholds[2] == 0.5) or any(isinstance(value, int) for value in expected)

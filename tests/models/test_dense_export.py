@@ -11,7 +11,8 @@ from pvt_hf.models import boxes as boxes_module
 from pvt_hf.models.boxes import batched_nms, suppress
 from tests.support.dense_models import build_dense_model, dense_inputs
 
-ONE_STAGE, TWO_STAGE = ("retinanet", "atss", "gfl", "semantic_fpn", "detr"), ("mask_rcnn", "faster_rcnn")
+ONE_STAGE = ("retinanet", "atss", "gfl", "sparse_rcnn", "semantic_fpn", "detr")
+TWO_STAGE = ("mask_rcnn", "faster_rcnn", "cascade_mask_rcnn")
 MODELS = pytest.mark.parametrize("name", ONE_STAGE + TWO_STAGE)
 # Below, the coarsest level of RetinaNet has a single row, which an exported program cannot have beside others.
 SMALLEST = 129

@@ -12,7 +12,7 @@ from pvt_hf.models.post_processing import complete_outputs, detr_detections, rea
 from tests.support.dense_models import build_dense_model
 
 ONE_STAGE = ("retinanet", "atss", "gfl")
-DETECTORS = (*ONE_STAGE, "mask_rcnn", "faster_rcnn")
+DETECTORS = (*ONE_STAGE, "sparse_rcnn", "mask_rcnn", "faster_rcnn", "cascade_mask_rcnn")
 SIZE = {"shortest_edge": 48, "longest_edge": 64}
 ORIGINAL = [(50, 70), (40, 36)]
 
@@ -21,7 +21,7 @@ def labels_for(name, batch_size, height=64, width=96):
     if name == "semantic_fpn":
         return torch.zeros(batch_size, height, width, dtype=torch.long)
     label = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.4, 0.5, 0.3, 0.4]])}
-    if name == "mask_rcnn":
+    if name.endswith("mask_rcnn"):
         label["masks"] = torch.zeros(1, height, width, dtype=torch.bool)
         label["masks"][:, 20:40, 20:50] = True
     return [label] * batch_size
@@ -45,6 +45,15 @@ def test_empty_batches_give_empty_outputs(name, backbone):
     outputs.loss.backward()  # every parameter takes part, as distributed training wants it
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
     assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("name", [*DETECTORS, "semantic_fpn"])
+def test_weights_that_are_no_numbers_give_such_a_loss(name):
+    """Which ends a training with a reason, where an error of a part of the model has none."""
+    model = build_dense_model(name, depths=[1, 1, 1, 1]).train()
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    assert model(torch.randn(1, 3, 64, 96), labels=labels_for(name, 1)).loss.isnan()
 
 
 @pytest.mark.parametrize("name", [*DETECTORS, "semantic_fpn"])
@@ -108,7 +117,7 @@ def forms(outputs):
 
 
 @pytest.mark.parametrize(("num_labels", "pad_size"), [(None, None), (3, {"height": 100, "width": 110})])
-@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "faster_rcnn", "detr"])
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "detr"])
 @torch.no_grad()
 def test_logits_and_boxes_are_enough(name, num_labels, pad_size):
     model = build_dense_model(name, depths=[1, 1, 1, 1])
@@ -121,7 +130,7 @@ def test_logits_and_boxes_are_enough(name, num_labels, pad_size):
             for found, wanted in zip(processor.post_process_object_detection(form, 0.1, sizes), expected, strict=True):
                 assert found["labels"].tolist() == wanted["labels"].tolist()
                 assert_close(found, wanted, rtol=1e-5, atol=1e-4)
-    if name == "mask_rcnn":
+    if name.endswith("mask_rcnn"):
         expected = processor.post_process_instance_segmentation(outputs, 0.1, target_sizes=ORIGINAL)
         alone = types.SimpleNamespace(**{key: outputs[key] for key in ("logits", "pred_boxes", "pred_masks")})
         for form in (alone, outputs.to_tuple()):

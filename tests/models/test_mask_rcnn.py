@@ -13,9 +13,10 @@ from pvt_hf.conversion import reference_heads
 from pvt_hf.conversion.architectures.mask_rcnn import MaskRCNN
 from pvt_hf.models import rois
 from pvt_hf.models.backbone import load_pretrained_backbone
-from pvt_hf.models.modeling_mask_rcnn import MaskHead, SampledRoIs, pool_rois, sample_rois, to_rois
 from pvt_hf.models.post_processing import detect_objects, paste_masks, segment_instances
+from pvt_hf.models.rois import SampledRoIs, pool_rois, sample_rois, to_rois
 from pvt_hf.models.targets import GroundTruth, read_ground_truths
+from pvt_hf.models.two_stage import MaskHead
 from tests.support import checkpoints, detectors
 from tests.support import reference_detection as loops
 from tests.support.detectors import CLASSES, backbone_config, official_mask_rcnn, padded_batch, relative, tiny_backbone
@@ -183,7 +184,7 @@ def test_samples_hold_the_objects_themselves():
     """The objects come first; the last object whose best proposal it is takes a proposal from a better one."""
     truth = GroundTruth(torch.tensor([[0, 0, 10, 10], [0, 0, 10, 12.0]]), torch.tensor([3, 4]), None)
     proposals = torch.tensor([[50, 50, 60, 60], [0, 0, 10, 10.5]])
-    rois = sample_rois(proposals, truth, pvt_hf.MaskRCNNConfig())
+    rois = sample_rois(proposals, truth, pvt_hf.MaskRCNNConfig(), 0.5, 0.5)
     assert rois.objects.tolist() == [0, 1, 1]
     assert torch.equal(rois.boxes, torch.cat((truth.boxes, proposals.flip(0))))
     assert torch.equal(rois.positive_boxes, rois.boxes[:3])
@@ -424,7 +425,7 @@ def test_object_without_a_mask_trains_its_box_only():
     labels = labels_of(OBJECTS)
     sizes = torch.tensor(SIZES)
     boxes = [torch.tensor([box for box, _ in image]) for image in OBJECTS]
-    samples = [SampledRoIs(image, torch.arange(len(image))) for image in boxes]
+    samples = [SampledRoIs(image, torch.arange(len(image)), torch.zeros(len(image)).bool()) for image in boxes]
     logits = torch.randn(4, CLASSES, 28, 28)
     head = MaskHead(small_model().config)
 

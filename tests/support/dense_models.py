@@ -26,6 +26,15 @@ def build_dense_model(name: str, backbone: str = "v2", **fields: object) -> torc
         sizes = {"neck_channels": 8, "num_head_convs": 1, "num_labels": 3}
         model_class, config_class, more = ONE_STAGE[name]
         model = model_class(config_class(backbone_config=config, **sizes, **more))
+    elif name.startswith("cascade"):
+        sizes = {"neck_channels": 8, "box_head_size": 16, "num_box_convs": 1, "num_mask_convs": 1, "max_detections": 20}
+        sizes |= {"num_candidates": 100, "num_proposals": 60, "num_labels": 3, "use_masks": "mask" in name}
+        config = pvt_hf.CascadeMaskRCNNConfig(backbone_config=config, **sizes)
+        model = pvt_hf.CascadeMaskRCNNForInstanceSegmentation(config)
+    elif name == "sparse_rcnn":
+        sizes = {"num_proposals": 12, "num_heads": 2, "num_attention_heads": 2, "dynamic_channels": 4, "ffn_dim": 8}
+        config = pvt_hf.SparseRCNNConfig(backbone_config=config, neck_channels=8, num_labels=3, **sizes)
+        model = pvt_hf.SparseRCNNForObjectDetection(config)
     elif name == "semantic_fpn":
         config = pvt_hf.SemanticFPNConfig(backbone_config=config, neck_channels=8, head_channels=8, num_labels=3)
         model = pvt_hf.SemanticFPNForSemanticSegmentation(config)

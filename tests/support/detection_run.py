@@ -21,10 +21,15 @@ HEADS = {
     "gfl": {"neck_channels": 8, "num_head_convs": 1, "norm_groups": 4},
     "mask_rcnn": {"neck_channels": 8, "num_mask_convs": 1, "box_head_size": 8, "num_candidates": 50,
                   "num_candidates_train": 50, "num_proposals": 50, "roi_num_samples": 32},
+    "cascade_mask_rcnn": {"neck_channels": 8, "num_mask_convs": 1, "num_box_convs": 1, "box_head_size": 8,
+                          "num_candidates": 50, "num_candidates_train": 50, "num_proposals": 50,
+                          "num_proposals_train": 50, "roi_num_samples": 32},
+    "sparse_rcnn": {"neck_channels": 8, "num_proposals": 8, "num_heads": 2, "num_attention_heads": 2,
+                    "dynamic_channels": 4, "ffn_dim": 16},
     "detr": {"d_model": 16, "num_queries": 8, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
              "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
 }  # fmt: skip
-FIRST_STAGE = {"retinanet": 1, "atss": 1, "gfl": 1, "mask_rcnn": 0, "detr": 3}
+FIRST_STAGE = {"retinanet": 1, "atss": 1, "gfl": 1, "mask_rcnn": 0, "cascade_mask_rcnn": 0, "sparse_rcnn": 0, "detr": 3}
 
 
 def small_detector(architecture: str, num_labels: int = 10, **overrides):
@@ -67,7 +72,7 @@ def build(output_dir, scenes, *, recipe="retinanet_1x", changes=None, data=None,
         model=model,
         args=TrainingArguments(output_dir=str(output_dir), **arguments),
         recipe=recipe,
-        train_dataset=TrainingDetections(train, augment, masks=recipe.architecture == "mask_rcnn"),
+        train_dataset=TrainingDetections(train, augment, masks=recipe.architecture.endswith("mask_rcnn")),
         eval_dataset=EvaluationDetections(validation),
         processing_class=pvt_hf.PvtDetectionImageProcessor(size=size),
     )

@@ -138,6 +138,72 @@ def detr(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256
     return shapes
 
 
+def norm(name: str, channels: int) -> Shapes:
+    return {f"{name}.{part}": (channels,) for part in ("weight", "bias")}
+
+
+def sparse_rcnn(
+    in_channels: tuple[int, ...],
+    num_labels: int = 80,
+    channels: int = 256,
+    hidden: int = 2048,
+    proposals: int = 300,
+    heads: int = 6,
+    dynamic: int = 64,
+) -> Shapes:
+    shapes = neck(in_channels, channels)
+    shapes |= {"rpn_head.init_proposal_bboxes.weight": (proposals, 4)}
+    shapes |= {"rpn_head.init_proposal_features.weight": (proposals, channels)}
+    for name in (f"roi_head.bbox_head.{index}" for index in range(heads)):
+        shapes |= linear(f"{name}.fc_cls", num_labels, channels) | linear(f"{name}.fc_reg", 4, channels)
+        shapes |= {f"{name}.attention.attn.in_proj_weight": (3 * channels, channels)}
+        shapes |= {f"{name}.attention.attn.in_proj_bias": (3 * channels,)}
+        shapes |= linear(f"{name}.attention.attn.out_proj", channels, channels)
+        shapes |= norm(f"{name}.attention_norm", channels)
+        dynamic_conv = f"{name}.instance_interactive_conv"
+        shapes |= linear(f"{dynamic_conv}.dynamic_layer", 2 * channels * dynamic, channels)
+        shapes |= norm(f"{dynamic_conv}.norm_in", dynamic) | norm(f"{dynamic_conv}.norm_out", channels)
+        shapes |= linear(f"{dynamic_conv}.fc_layer", channels, 49 * channels) | norm(
+            f"{dynamic_conv}.fc_norm", channels
+        )
+        shapes |= norm(f"{dynamic_conv}_norm", channels)
+        shapes |= linear(f"{name}.ffn.layers.0.0", hidden, channels) | linear(f"{name}.ffn.layers.1", channels, hidden)
+        shapes |= norm(f"{name}.ffn_norm", channels)
+        for layer in (f"{name}.cls_fcs.0", *(f"{name}.reg_fcs.{3 * index}" for index in range(3))):
+            shapes |= {f"{layer}.weight": (channels, channels)}
+            shapes |= norm(f"{layer[:-1]}{int(layer[-1]) + 1}", channels)
+    return shapes
+
+
+def cascade_rcnn(in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256, hidden: int = 1024) -> Shapes:
+    shapes = (
+        neck(in_channels, channels)
+        | conv("rpn_head.rpn_conv", channels, channels, 3)
+        | conv("rpn_head.rpn_cls", 3, channels, 1)
+        | conv("rpn_head.rpn_reg", 12, channels, 1)
+    )
+    for name in (f"roi_head.bbox_head.{index}" for index in range(3)):
+        shapes |= linear(f"{name}.fc_cls", num_labels + 1, hidden) | linear(f"{name}.fc_reg", 4 * num_labels, hidden)
+        for layer in (f"{name}.shared_convs.{index}" for index in range(4)):
+            shapes |= conv(f"{layer}.conv", channels, channels, 3, bias=False) | norm(f"{layer}.bn", channels)
+            shapes |= {f"{layer}.bn.running_{part}": (channels,) for part in ("mean", "var")}
+            shapes[f"{layer}.bn.num_batches_tracked"] = ()
+        shapes |= linear(f"{name}.shared_fcs.0", hidden, 49 * channels)
+    return shapes
+
+
+def cascade_mask_rcnn(
+    in_channels: tuple[int, ...], num_labels: int = 80, channels: int = 256, hidden: int = 1024
+) -> Shapes:
+    shapes = cascade_rcnn(in_channels, num_labels, channels, hidden)
+    for name in (f"roi_head.mask_head.{index}" for index in range(3)):
+        for layer in range(4):
+            shapes |= conv(f"{name}.convs.{layer}.conv", channels, channels, 3)
+        shapes |= conv(f"{name}.upsample", channels, channels, 2)
+        shapes |= conv(f"{name}.conv_logits", num_labels, channels, 1)
+    return shapes
+
+
 def checkpoint_shapes(head: Callable[..., Shapes], variant: Variant, **options: int) -> Shapes:
     """Names and shapes of an official detector or segmenter on the official backbone, which has no classifier there.
 

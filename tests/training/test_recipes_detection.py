@@ -10,29 +10,44 @@ import transformers
 import pvt_hf
 from pvt_hf import recipes
 from pvt_hf.conversion.architectures.atss import ATSS
+from pvt_hf.conversion.architectures.cascade_mask_rcnn import CascadeMaskRCNN
 from pvt_hf.conversion.architectures.detr import Detr
 from pvt_hf.conversion.architectures.gfl import GFL
 from pvt_hf.conversion.architectures.mask_rcnn import MaskRCNN
 from pvt_hf.conversion.architectures.retinanet import RetinaNet
+from pvt_hf.conversion.architectures.sparse_rcnn import SparseRCNN
 from pvt_hf.training import optimization
 from tests.support.small_models import STAGES, small_config
 
 RECIPES = pytest.mark.parametrize("name", recipes.DETECTION_RECIPES)
-ARCHITECTURES = {"retinanet": RetinaNet(), "atss": ATSS(), "gfl": GFL(), "mask_rcnn": MaskRCNN(), "detr": Detr()}
+ARCHITECTURES = {
+    "retinanet": RetinaNet(),
+    "atss": ATSS(),
+    "gfl": GFL(),
+    "mask_rcnn": MaskRCNN(),
+    "cascade_mask_rcnn": CascadeMaskRCNN(),
+    "sparse_rcnn": SparseRCNN(),
+    "detr": Detr(),
+}
+FIRST_STAGE = {"mask_rcnn": 0, "cascade_mask_rcnn": 0, "sparse_rcnn": 0, "detr": 3}
+# Beside those of all of them.
+FIELDS = {
+    "retinanet": {},
+    "mask_rcnn": {"box_head_size": 8},
+    "cascade_mask_rcnn": {"box_head_size": 8},
+    "sparse_rcnn": {"num_heads": 2, "dynamic_channels": 2, "num_proposals": 3, "ffn_dim": 8},
+}
+WITH_CROPS = ("mask_rcnn_3x_ms", "cascade_mask_rcnn_3x_ms", "atss_3x_ms", "gfl_3x_ms", "sparse_rcnn_3x_ms")
 SMALL = {"num_labels": 3, "neck_channels": 8}
 
 
 def detector(architecture: str, version: str):
-    config = small_config(version, out_features=STAGES[{"detr": 3, "mask_rcnn": 0}.get(architecture, 1) :])
+    config = small_config(version, out_features=STAGES[FIRST_STAGE.get(architecture, 1) :])
     if architecture == "detr":
         sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_labels": 3}
         return pvt_hf.build_detr(pvt_hf.build_detr_config(config, encoder_layers=1, decoder_layers=2, **sizes))
-    if architecture == "mask_rcnn":
-        return pvt_hf.MaskRCNNForInstanceSegmentation(
-            pvt_hf.MaskRCNNConfig(backbone_config=config, box_head_size=8, **SMALL)
-        )
     config_class = ARCHITECTURES[architecture].config_class
-    fields = SMALL if architecture == "retinanet" else SMALL | {"norm_groups": 4}
+    fields = SMALL | FIELDS.get(architecture, {"norm_groups": 4})
     return transformers.AutoModelForObjectDetection.from_config(config_class(backbone_config=config, **fields))
 
 
@@ -43,9 +58,11 @@ def test_recipes_are_the_released_configurations():
         "retinanet_3x_ms": (1e-4, 16, 1e-4, False, 36, (27, 33), 500, 0.0),
         "mask_rcnn_1x": (2e-4, 16, 1e-4, True, 12, (8, 11), 500, 0.0),
         **dict.fromkeys(
-            ("mask_rcnn_3x_ms", "atss_3x_ms", "gfl_3x_ms"), (1e-4, 16, 0.05, False, 36, (27, 33), 500, 0.0)
+            ("mask_rcnn_3x_ms", "atss_3x_ms", "gfl_3x_ms", "cascade_mask_rcnn_3x_ms"),
+            (1e-4, 16, 0.05, False, 36, (27, 33), 500, 0.0),
         ),
         "detr_50ep": (1e-4, 16, 1e-4, True, 50, (33,), 0, 0.1),
+        "sparse_rcnn_3x_ms": (2.5e-5, 16, 1e-4, True, 36, (27, 33), 500, 1.0),
     }
     fields = ("learning_rate", "reference_batch_size", "weight_decay", "decays_norms", "epochs", "decay_epochs")
     fields += ("warmup_iterations", "max_grad_norm")
@@ -54,12 +71,12 @@ def test_recipes_are_the_released_configurations():
         assert tuple(getattr(recipe, field) for field in fields) == numbers, name
         assert recipe.backbone_multiplier == (0.1 if name == "detr_50ep" else 1) and recipe.drop_path_rate == 0.1
         assert max(recipe.shortest_edges) == 800 and recipe.longest_edge == 1333
-        has_crops = name in ("mask_rcnn_3x_ms", "atss_3x_ms", "gfl_3x_ms")
+        has_crops = name in WITH_CROPS
         assert list(recipe.crop_shortest_edges) == ([400, 500, 600] if has_crops else [])
     shortest_edges = {name: list(recipe.shortest_edges) for name, recipe in recipes.DETECTION_RECIPES.items()}
     assert shortest_edges["retinanet_1x"] == shortest_edges["mask_rcnn_1x"] == [800]
     assert shortest_edges["retinanet_3x_ms"] == list(range(640, 801))
-    for name in ("mask_rcnn_3x_ms", "atss_3x_ms", "gfl_3x_ms"):
+    for name in WITH_CROPS:
         assert shortest_edges[name] == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
     assert shortest_edges["detr_50ep"] == [640, 672, 704, 736, 768, 800]
     with pytest.raises(ValueError, match="`name` must be one of retinanet_1x, .*, got 'yolo'"):
@@ -78,6 +95,9 @@ def test_largest_variants_have_smaller_batches(variant):
     assert rates["retinanet_1x"] == ((pytest.approx(1e-4 / 1.4), 8) if deep else (1e-4, 16))
     deep |= variant == "pvt_large"
     assert rates["mask_rcnn_1x"] == ((pytest.approx(2e-4 / 1.4), 8) if deep else (2e-4, 16))
+    sparse = recipes.detection_recipe("sparse_rcnn_3x_ms", variant)
+    wanted = (pytest.approx(2.5e-5 / 1.4), 8) if variant == "pvt_v2_b2" else (2.5e-5, 16)
+    assert (sparse.learning_rate, sparse.reference_batch_size) == wanted
 
 
 def mmcv_rates(recipe, base: float, steps_per_epoch: int):
@@ -137,7 +157,7 @@ def test_parameter_groups_are_mmcvs_by_released_name(name, version):
         positions = tensor.unique().int().tolist()
         seen.update(positions)
         wanted_rate = 1e-5 if recipe.architecture == "detr" and key.startswith("backbone.") else 1e-4
-        wanted_decay = 0 if name.endswith("3x_ms") and "norm" in key else 0.05
+        wanted_decay = 0 if name.endswith("3x_ms") and name != "sparse_rcnn_3x_ms" and "norm" in key else 0.05
         for position in positions:
             assert settings[names[position]] == (pytest.approx(wanted_rate), wanted_decay), key
     assert seen == set(range(len(names)))

@@ -1,6 +1,8 @@
 """Run checkpoints that are damaged or forged: they are refused by name, before torch reads them."""
 
 import _codecs
+import json
+import os
 import random
 import zipfile
 
@@ -9,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pvt_hf.training.run_checkpoints import CheckpointError, check_states
+from pvt_hf.training.run_checkpoints import (
+    CheckpointError,
+    check_states,
+    last_complete_checkpoint,
+    mark_complete,
+    mark_incomplete,
+    read_run,
+)
 
 
 class Made:
@@ -94,7 +103,8 @@ def test_damaged_states_are_refused(tmp_path):
             archive.writestr(name, member[:8] if name.endswith("data/0") else member)
     shortened = path.read_bytes()
     flipped = content[:start] + b"\1" + content[start + 1 :]
-    for damaged in (shortened, flipped, content[:-30], b"PK\3\4", b"", b"\x80\2}."):
+    unnamed = content.replace(b"/data.pkl", b"/\xefata.pkl")
+    for damaged in (shortened, flipped, unnamed, content[:-30], b"PK\3\4", b"", b"\x80\2}."):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"optimizer\.pt is (refused|.*damaged): ") as error:
             check_states(tmp_path)
@@ -104,3 +114,26 @@ def test_damaged_states_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or damaged"):
         check_states(tmp_path)
+
+
+@pytest.mark.parametrize("run", [{}, {"layout": 3, "skipped": 0}, {"layout": {}, "skipped": "0"}])
+def test_run_that_is_none_is_refused(run, tmp_path):
+    mark_complete(tmp_path, run)
+    with pytest.raises(CheckpointError, match=r"run\.json must say `layout`, an object, and `skipped`, an integer"):
+        read_run(tmp_path)
+
+
+def test_what_is_waited_for_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "trainer_state.json")
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json is no regular file"):
+        check_states(tmp_path)
+
+
+def test_folders_of_others_are_passed_over(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-\u00b2", "checkpoint-", "checkpoint-a-3"):
+        (tmp_path / name).mkdir()
+        mark_complete(tmp_path / name, {})
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    mark_incomplete(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "complete.json").write_text(json.dumps({"a" * 300: 1}))
+    assert last_complete_checkpoint(tmp_path) is None

@@ -7,20 +7,26 @@ from ..formats import Format
 from ..rename import ConversionError, quote
 from .atss import ATSS
 from .base import Architecture, DensePredictor
+from .cascade_mask_rcnn import CascadeMaskRCNN, CascadeRCNN
 from .classifier import Backbone, Classifier
 from .detr import Detr
 from .gfl import GFL
 from .mask_rcnn import FasterRCNN, MaskRCNN
 from .retinanet import RetinaNet
 from .semantic_fpn import SemanticFPN
+from .sparse_rcnn import SparseRCNN
 
 CLASSIFIER, BACKBONE = Classifier(), Backbone()
-# The first that recognizes a checkpoint counts: Mask R-CNN has all that Faster R-CNN has.
+# The first that recognizes a checkpoint counts: a Mask R-CNN has all that a Faster R-CNN has, and Sparse R-CNN and the
+# cascades some of it.
 DENSE_PREDICTORS: tuple[DensePredictor, ...] = (
     SemanticFPN(),
     RetinaNet(),
     ATSS(),
     GFL(),
+    SparseRCNN(),
+    CascadeMaskRCNN(),
+    CascadeRCNN(),
     MaskRCNN(),
     FasterRCNN(),
     Detr(),
