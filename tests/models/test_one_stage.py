@@ -10,6 +10,7 @@ from pvt_hf.conversion import reference_heads
 from pvt_hf.conversion.architectures.atss import ATSS
 from pvt_hf.conversion.architectures.gfl import GFL
 from pvt_hf.models import boxes as ours
+from pvt_hf.models.modeling_gfl import compute_distribution_loss
 from pvt_hf.models.post_processing import detect_objects
 from tests.support import checkpoints, detectors
 from tests.support import reference_detection as loops
@@ -134,6 +135,16 @@ def test_losses_and_gradients_equal_the_reference(name, objects):
         assert difference <= 1e-8 * largest, (key, difference)
 
 
+def test_far_sides_are_clamped_for_their_distribution_only():
+    """A side may be further away than the last bin, which 15.9 of 16 strides stand for."""
+    logits = torch.randn(5, 17).double()
+    losses = compute_distribution_loss(logits, torch.tensor([0.0, 2.3, 15.0, 15.95, 40.0], dtype=torch.double))
+    logs = logits.log_softmax(dim=1)
+    wanted = [-logs[0, 0], -0.7 * logs[1, 2] - 0.3 * logs[1, 3], -logs[2, 15]]
+    wanted += [-0.1 * logs[row, 15] - 0.9 * logs[row, 16] for row in (3, 4)]
+    assert_close(losses, torch.stack(wanted), rtol=0, atol=1e-12)
+
+
 SHAPES = [(12, 16), (6, 8), (3, 4), (2, 2), (1, 1)]
 
 
@@ -144,6 +155,7 @@ SHAPES = [(12, 16), (6, 8), (3, 4), (2, 2), (1, 1)]
         ([[36.0, 36.0, 60.0, 60.0], [28.0, 36.0, 52.0, 60.0]], (96, 128)),  # ties of distances and of overlaps
         ([[33.0, 33.0, 39.0, 39.0]], (96, 128)),  # no centre inside: no anchor
         ([[0.0, 0.0, 128.0, 96.0]], (96, 128)),
+        ([[26.0, 7.0, 114.0, 65.0]], (96, 128)),  # one overlap is between the thresholds of the two deviations
         ([[2.0, 3.0, 30.0, 31.0], [60.0, 60.0, 90.0, 90.0]], (32, 32)),  # fewer than nine of most levels
         ([], (64, 64)),
     ],
@@ -159,6 +171,15 @@ def test_matching_equals_its_description(objects, padded):
     assert matches.tolist() == [{"negative": -1, "ignored": -2}.get(match, match) for match in wanted]
     if objects == [[33.0, 33.0, 39.0, 39.0]]:
         assert matches.max() == -1
+
+
+def test_candidates_of_equal_overlap_are_all_at_the_threshold():
+    grid = ours.AnchorGrid((8,), (8.0,), (1.0,))
+    anchors = grid.generate_anchors([(9, 9)], torch.zeros(0))
+    matches = ours.match_atss(torch.tensor([[20.0, 20.0, 44.0, 44.0]]), anchors, 9)
+    assert (matches == 0).nonzero().flatten().tolist() == [
+        9 * row + column for row in (3, 4, 5) for column in (3, 4, 5)
+    ]
 
 
 def test_more_padding_changes_no_match():

@@ -49,6 +49,14 @@ def test_run_follows_its_recipe(recipe, scenes, tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("recipe", "threshold"), [("retinanet_1x", 0.05), ("atss_3x_ms", 0), ("gfl_3x_ms", 0.05), ("detr_50ep", 0)]
+)
+def test_evaluation_has_mmdetections_threshold(recipe, threshold, scenes, tmp_path):
+    """ATSS's scores are products, and none of them is left out."""
+    assert build(tmp_path, scenes, recipe=recipe).threshold == threshold
+
+
 def test_detr_has_auxiliary_losses(scenes, tmp_path):
     """Auxiliary losses included, and accumulated batches are averaged."""
     trainer = build(tmp_path, scenes, recipe="detr_50ep")
