@@ -90,8 +90,8 @@ def complete_outputs(
     if len(found) != 1:
         raise ValueError(
             f"`outputs` with {num_anchors} anchors do not say how many each level has ({len(found)} possibilities): "
-            "hand over the model's `level_sizes`, too (and of ATSS, GFL and Sparse R-CNN all outputs), or `target_sizes` "
-            "with the original sizes of the images."
+            "hand over the model's `level_sizes`, too (and of ATSS, GFL and Sparse R-CNN all outputs), or "
+            "`target_sizes` with the original sizes of the images."
         )
     if (outputs["pred_boxes"] < 0).any():
         raise ValueError(
