@@ -1,4 +1,4 @@
-"""Trains RetinaNet, ATSS, GFL, Mask R-CNN or DETR on PVT with the papers' recipes, and measures COCO's AP.
+"""Trains a detector of pvt_hf or DETR on PVT with one of the papers' recipes, and measures COCO's AP.
 
     accelerate launch -m pvt_hf.commands.train_detection --recipe retinanet_1x \\
         --backbone_checkpoint converted/pvt_small \\

@@ -198,8 +198,8 @@ class _DetectionPreprocessing(DensePreprocessing):
     def post_process_object_detection(
         self, outputs: Any, threshold: float = 0.5, target_sizes: TargetSizes = None, max_detections: int = 100
     ) -> list[dict[str, torch.Tensor]]:
-        """The detections of RetinaNet, ATSS, GFL, Mask R-CNN or DETR, as mmdetection makes them: with a `threshold` of
-        0.05, for ATSS and DETR of 0.
+        """The detections of a detector of pvt_hf or DETR, as mmdetection makes them: with a `threshold` of 0.05, for
+        ATSS, Sparse R-CNN and DETR of 0.
 
         Args:
             outputs: What the model returned, or an object with its `logits` and `pred_boxes` alone, as tensors or
@@ -207,15 +207,16 @@ class _DetectionPreprocessing(DensePreprocessing):
             threshold: Detections have a larger score (default: 0.5).
             target_sizes: Height and width in pixels of each image, `(batch, 2)`, usually the original one. Without them
                 boxes are relative to the image's size.
-            max_detections: At most so many per image (default: 100). Mask R-CNN's configuration has it.
+            max_detections: At most so many per image (default: 100). The configuration of (Cascade) Mask R-CNN has it.
 
         Returns:
             For each image `scores` `(detections,)`, `labels` int64 `(detections,)` and `boxes` xyxy `(detections, 4)`
-            within the image, best first.
+            within the image (those of Sparse R-CNN may reach out of it), best first.
 
         Raises:
             ValueError: If there are not as many `target_sizes` as images, or if RetinaNet's logits and boxes alone do
-                not say which level they are of. Those of ATSS and GFL never are enough.
+                not say which level they are of. Those of ATSS, GFL and Sparse R-CNN
+                never are enough.
         """
         outputs = read_outputs(outputs, "pred_boxes")
         if "scores" not in outputs:

@@ -67,7 +67,7 @@ def complete_outputs(
     outputs: dict[str, torch.Tensor], num_labels: int | None, input_size: tuple[int, int] | None
 ) -> dict[str, torch.Tensor]:
     """Finds the `level_sizes` of RetinaNet from the number of its anchors, where logits and boxes are all that is left.
-    (Of ATSS and GFL they are not enough.)
+    (Of ATSS, GFL and Sparse R-CNN they are not enough.)
 
     Without them other outputs are in DETR's form, as Mask R-CNN's are, too: as many logits as classes and one more.
 
@@ -90,8 +90,8 @@ def complete_outputs(
     if len(found) != 1:
         raise ValueError(
             f"`outputs` with {num_anchors} anchors do not say how many each level has ({len(found)} possibilities): "
-            "hand over the model's `level_sizes`, too (and of ATSS and GFL all outputs), or `target_sizes` with the "
-            "original sizes of the images."
+            "hand over the model's `level_sizes`, too (and of ATSS, GFL and Sparse R-CNN all outputs), or "
+            "`target_sizes` with the original sizes of the images."
         )
     if (outputs["pred_boxes"] < 0).any():
         raise ValueError(
@@ -138,13 +138,14 @@ def detect_objects(
     max_detections: int = 100,
     class_threshold: float = 0.05,
 ) -> list[dict[str, torch.Tensor]]:
-    """The detections of RetinaNet, ATSS, GFL or Mask R-CNN, as mmdetection makes them with a `threshold` of 0.05, of
-    ATSS of 0.
+    """The detections of RetinaNet, ATSS, GFL, Sparse R-CNN or (Cascade) Mask R-CNN, as mmdetection makes them with a
+    `threshold` of 0.05, of ATSS and Sparse R-CNN of 0.
 
     The outputs of the first three are all anchors: the best `candidates_per_level` of each level by their best class
     are scaled to the target size, and then suppressed. ATSS's scores are the product of class and centerness, and can
-    be far below the `class_threshold`. Mask R-CNN's outputs are its detections (its configuration has the
-    settings), which are just filtered and scaled.
+    be far below the `class_threshold`. Sparse R-CNN's proposals are treated as anchors of one level; they are not
+    suppressed, and mmdetection makes 300 detections of them. Mask R-CNN's outputs are its detections (its configuration
+    has the settings), which are just filtered and scaled.
 
     Args:
         outputs: What the model returned, see [`read_outputs`].

@@ -51,7 +51,10 @@ def build_dense_model(name: str, backbone: str = "v2", **fields: object) -> torc
             num_labels=3,
         )
         model = pvt_hf.MaskRCNNForInstanceSegmentation(config)
-    return randomize(model, std=0.1).eval()
+    randomize(model, std=0.1)
+    if name == "sparse_rcnn":  # learned boxes have a width and a height
+        model.proposals.boxes.data.uniform_(0.3, 0.7)
+    return model.eval()
 
 
 def dense_inputs(model: torch.nn.Module, batch_size: int, height: int, width: int) -> dict[str, torch.Tensor]:

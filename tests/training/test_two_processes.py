@@ -20,7 +20,7 @@ pytestmark = pytest.mark.process
 
 MODELS = [(version, is_backbone) for version in ("v1", "v2") for is_backbone in (False, True)]
 # Detectors whose losses are divided by numbers of all processes.
-GLOBAL_NORMALIZERS = ("atss", "gfl")
+GLOBAL_NORMALIZERS = ("atss", "gfl", "sparse_rcnn")
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 CLASSIFICATION = SGD | {"trainer": {"ema_decay": 0.9}}
 SHARDED = {"sharded": True, "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 6}
@@ -154,7 +154,8 @@ def test_detections_of_two_processes_are_those_of_one(folder, tmp_path):
 def test_losses_and_gradients_of_two_processes_are_those_of_one(architecture, folder):
     """2 x 2 images are 1 x 4, whichever of them have the objects."""
     two, one = torch.load(folder / architecture / "means.pt"), normalizers_run.compute(architecture, range(4))
-    assert two.keys() == one.keys() and sum(name.startswith("loss_") for name in one) == 3
+    terms = 6 if architecture == "sparse_rcnn" else 3
+    assert two.keys() == one.keys() and sum(name.startswith("loss_") for name in one) == terms
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-10)
 
