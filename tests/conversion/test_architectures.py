@@ -50,8 +50,8 @@ SMALL = {
     DETR: {"channels": 32, "num_labels": 80, "hidden": 48},
 }
 EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", SMALL, ids=lambda architecture: architecture.name)
-# ATSS and GFL have RetinaNet's parts, and what differs depends on no version.
-ONE_VERSION = {ATSS: "v2_linear", GFL: "v2"}
+# They have the parts of others, and what differs depends on no version.
+ONE_VERSION = {ATSS: "v2_linear", GFL: "v2", SPARSE_RCNN: "v2_linear", CASCADE_MASK_RCNN: "v2", CASCADE_RCNN: "v1"}
 
 
 def each_version(*versions: str):
