@@ -248,8 +248,8 @@ class SparseRCNNForObjectDetection(SparseRCNNPreTrainedModel):
 
         Raises:
             TypeError: For `pixel_values`, a `pixel_mask` or `labels` of another type.
-            ValueError: For `pixel_values`, a `pixel_mask` or `labels` of another form (the message names the image and
-                the annotation), and for labels where the predictions are not finite.
+            ValueError: For `pixel_values`, a `pixel_mask` or `labels` of another form; the message names the image and
+                the annotation.
         """
         pixel_values, image_sizes = read_images(pixel_values, pixel_mask, self.backbone.config.num_channels)
         truths = None
@@ -368,9 +368,6 @@ def match_proposals(
     Returns:
         The image of each pair `(pairs,)`; and the proposal and the object, counted through the batch, for each head
         `(heads, pairs)`. All int64.
-
-    Raises:
-        ValueError: If the predictions are not finite.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -385,9 +382,8 @@ def match_proposals(
         costs.append(
             config.class_cost * (positive - negative) + config.bbox_cost * distances - config.giou_cost * overlaps
         )
-    cost = torch.cat(costs, dim=-1).cpu()  # (heads, proposals, all objects)
-    if not cost.isfinite().all():
-        raise ValueError("The predictions are not finite: the training has diverged, or `pixel_values` are not finite.")
+    # Predictions that are not finite match anything: their losses say so.
+    cost = torch.cat(costs, dim=-1).nan_to_num().cpu()  # (heads, proposals, all objects)
     counts = [len(truth.class_labels) for truth in truths]
     pairs: list[list[tuple[int, int, int]]] = []  # of each head: image, proposal, object
     for head_cost in cost.numpy():
