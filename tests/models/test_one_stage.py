@@ -265,6 +265,6 @@ def test_parts_of_outputs_are_enough_or_refused(name):
     for given in (gathered, dict(outputs)):
         for image, other in zip(processor.post_process_object_detection(given, 0.01, sizes), wanted, strict=True):
             assert all(torch.equal(image[key], value) for key, value in other.items())
-    with pytest.raises(ValueError, match="of ATSS and GFL all outputs"):
+    with pytest.raises(ValueError, match="of ATSS, GFL and Sparse R-CNN all outputs"):
         part = {"logits": outputs.logits, "pred_boxes": outputs.pred_boxes}
         processor.post_process_object_detection(part, 0.01, sizes)
