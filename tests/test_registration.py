@@ -168,6 +168,7 @@ def test_native_classes_stay_what_they_are_and_import_quietly():
     run_each([f"import pvt_hf, transformers; assert all(name.startswith('transformers.') for name in {names})"])
 
 
+@pytest.mark.slow
 def test_import_costs_what_transformers_costs():
     """In CPU time, at most a tenth more than what every program that trains a classifier imports anyway."""
 

@@ -68,7 +68,16 @@ sys.exit(main(["convert", "tiny.pth", "converted"]))
     assert result.returncode == 0 and (tmp_path / "converted" / "model.safetensors").is_file(), result.stderr
 
 
-@pytest.mark.parametrize("command", ["train-classification", "train-detection", "train-segmentation", "evaluate"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate",
+        *(
+            pytest.param(f"train-{task}", marks=pytest.mark.slow)
+            for task in ("classification", "detection", "segmentation")
+        ),
+    ],
+)
 def test_a_program_says_what_to_install(tmp_path, command):
     result = run(f"from pvt_hf.commands.main import main\nsys.exit(main([{command!r}, '--smoke']))", tmp_path)
     assert result.returncode != 0 and "Traceback" not in result.stderr

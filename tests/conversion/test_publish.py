@@ -54,7 +54,7 @@ print(type(model).__module__, type(processor).__module__, processor.size)
 """
 
 
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("version", [pytest.param("v1", marks=pytest.mark.slow), "v2"])
 def test_uploads_load_with_and_without_pvt_hf(version, python, hub, tmp_path):
     source = official_weights(TINY[version])
     path = save(source, tmp_path / "a.pth")

@@ -294,22 +294,6 @@ class ModelChecks:
         model.set_attn_implementation("flex_attention")
         assert_close(tensors(model(pixels)), expected, atol=1e-5)
 
-    @pytest.mark.process
-    def test_compiled_equals_eager(self):
-        model, pixels = self.build(), self.pixels()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert_close(tensors(compiled(pixels)), tensors(model(pixels)), atol=1e-5)
-
-    @pytest.mark.process
-    @torch.no_grad()
-    def test_exported_program_takes_any_size(self):
-        model = self.build()
-        dynamic = {0: Dim("batch", max=64), 2: Dim("height", min=64, max=2048), 3: Dim("width", min=64, max=2048)}
-        program = torch.export.export(model, (self.pixels(96, 130),), dynamic_shapes=(dynamic,)).module()
-        for size in ((1, 3, 64, 64), (3, 3, 97, 200)):
-            pixels = torch.randn(size)
-            assert_close(tensors(program(pixels)), tensors(model(pixels)), atol=1e-5)
-
     def test_device_map_splits_no_block(self):
         with torch.device("meta"):
             model = self.model_class(small_config(self.version, out_features=STAGES))
@@ -551,3 +535,41 @@ class TestPvtV2LinearForImageClassification(ClassificationChecks):
 
 class TestPvtV2LinearBackbone(ModelChecks):
     version, model_class = "v2_linear", pvt_hf.PvtV2Backbone
+
+
+# The other classes are made of the same parts.
+COMPILED = [
+    ("v1", pvt_hf.PvtForImageClassification),
+    ("v2", pvt_hf.PvtV2Backbone),
+    ("v2_linear", pvt_hf.PvtV2ForImageClassification),
+    *(
+        pytest.param(version, model_class, marks=pytest.mark.slow)
+        for version, model_class in (
+            ("v1", pvt_hf.PvtModel),
+            ("v1", pvt_hf.PvtBackbone),
+            ("v2", pvt_hf.PvtV2Model),
+            ("v2", pvt_hf.PvtV2ForImageClassification),
+            ("v2_linear", pvt_hf.PvtV2Backbone),
+        )
+    ),
+]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("version", "model_class"), COMPILED)
+def test_compiled_equals_eager(version, model_class):
+    model, pixels = randomize(model_class(small_config(version, out_features=STAGES))).eval(), torch.randn(2, 3, 64, 96)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(tensors(compiled(pixels)), tensors(model(pixels)), atol=1e-5)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("version", "model_class"), COMPILED)
+@torch.no_grad()
+def test_exported_program_takes_any_size(version, model_class):
+    model = randomize(model_class(small_config(version, out_features=STAGES))).eval()
+    dynamic = {0: Dim("batch", max=64), 2: Dim("height", min=64, max=2048), 3: Dim("width", min=64, max=2048)}
+    program = torch.export.export(model, (torch.randn(2, 3, 96, 130),), dynamic_shapes=(dynamic,)).module()
+    for size in ((1, 3, 64, 64), (3, 3, 97, 200)):
+        pixels = torch.randn(size)
+        assert_close(tensors(program(pixels)), tensors(model(pixels)), atol=1e-5)

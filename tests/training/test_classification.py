@@ -368,7 +368,7 @@ def test_corrupt_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
     resumed = build(tmp_path, num_train_epochs=2)
     resumed.train(True)
     assert resumed.skipped == 0 and resumed.skipped_images() == 2
-    assert "broken.png cannot be read" in caplog.text and "image 9 cannot be read" in caplog.text
+    assert "broken.png cannot be read" in caplog.text and "image 9 is missing" in caplog.text
 
 
 def test_frozen_stages_stay_as_they_are_at_another_resolution(tmp_path):
