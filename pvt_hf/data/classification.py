@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections import Counter
@@ -373,11 +374,13 @@ class StreamedImages(_AugmentedImages, IterableDataset):
                     yield self.augment(next(rows), (self.seed, self.epoch, self.rank, position), position)
 
     def _rows(self) -> Generator[dict[str, Any], None, None]:
+        # The workers share the memory of its epoch: if all of them set it at once, it is none of theirs.
+        data = copy.deepcopy(self.data)
         for lap in range(2**31):
-            self.data.set_epoch(self.epoch + 100_003 * lap)
+            data.set_epoch(self.epoch + 100_003 * lap)
             row = None
             try:
-                for row in self.data:
+                for row in data:
                     yield row
             except Exception as error:  # from the libraries that read parquet, tar, HTTP
                 raise ImageError(f"A shard of the stream cannot be read: {type(error).__name__}: {error}") from error
