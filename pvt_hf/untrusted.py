@@ -8,6 +8,7 @@ import math
 import mmap
 import pickletools
 import stat
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,23 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UntrustedFileError(f"cannot be read: {error}") from error
+
+
+def check_archive(archive: zipfile.ZipFile, size: int) -> None:
+    """Reads a zip file once, to its end.
+
+    Args:
+        archive: The file, opened.
+        size: Of the file in bytes.
+
+    Raises:
+        UntrustedFileError: If it unpacks to more than it holds, which could be read for hours (`torch.save` compresses
+            nothing), or if a member does not have its checksum.
+    """
+    if sum(member.file_size for member in archive.infolist()) > size:
+        raise UntrustedFileError("is refused: it claims more content than the file has.")
+    if (damaged := archive.testzip()) is not None:
+        raise UntrustedFileError(f"is damaged: {damaged!r} in it does not have the checksum that it states.")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..untrusted import Call, Global, Storage, UntrustedFileError, parse_storage, read_pickle
+from ..untrusted import Call, Global, Storage, UntrustedFileError, check_archive, parse_storage, read_pickle
 
 _MAGIC_NUMBER, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the files before torch 1.6
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a member of a zip file: the lengths of its name and of its extra fields
@@ -64,9 +64,8 @@ def _check_global(name: str) -> None:
 def _read_zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         members = {member.filename: member for member in archive.infolist()}
-        _check_members(path, archive)
-        if archive.testzip() is not None:
-            raise UntrustedFileError(f"is damaged: {archive.testzip()!r} in it does not have the checksum it states.")
+        check_archive(archive, path.stat().st_size)
+        _check_members(archive.infolist())
         pickles = [name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(pickles) != 1 or f"{(root := pickles[0].removesuffix('data.pkl'))}constants.pkl" in members:
             raise UntrustedFileError("is a zip file, but none of `torch.save`: a program of TorchScript, perhaps.")
@@ -89,11 +88,7 @@ def _read_zip(path: Path) -> Any:
     return read_pickle(content, _check_global, _tensor_builder(open_storage, order.strip() == b"big"))
 
 
-def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
-    members = archive.infolist()
-    # `torch.save` compresses nothing. What unpacks to more than the file holds could be read for hours.
-    if sum(member.file_size for member in members) > path.stat().st_size:
-        raise UntrustedFileError("is refused: it claims more content than the file has.")
+def _check_members(members: list[zipfile.ZipInfo]) -> None:
     if len({member.filename for member in members}) < len(members):
         raise UntrustedFileError("is refused: a name in its archive is there twice.")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):

@@ -17,6 +17,7 @@ from ..untrusted import (
     Call,
     Storage,
     UntrustedFileError,
+    check_archive,
     check_regular_file,
     parse_storage,
     read_json_object,
@@ -153,12 +154,10 @@ def _check_state(path: Path) -> None:
     # By the reader that torch uses, so that both see the same.
     archive = torch._C.PyTorchFileReader(str(path))
     sizes = {name: archive.get_record_size(name) for name in archive.get_all_records()}
+    if sum(sizes.values()) > path.stat().st_size or len(sizes) < len(archive.get_all_records()):
+        raise UntrustedFileError("is refused: it claims more content than the file has.")
     with zipfile.ZipFile(path) as checked:  # torch does not compare checksums
-        claimed = max(sum(sizes.values()), sum(member.file_size for member in checked.infolist()))
-        if claimed > path.stat().st_size or len(sizes) < len(archive.get_all_records()):
-            raise UntrustedFileError("is refused: it claims more content than the file has.")
-        if (damaged := checked.testzip()) is not None:
-            raise UntrustedFileError(f"is damaged: {damaged!r} in it does not have the checksum that it states.")
+        check_archive(checked, path.stat().st_size)
     calls: list[Call] = []
 
     def note_call(name: str, arguments: tuple[Any, ...]) -> Call:
