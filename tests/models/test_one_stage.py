@@ -15,7 +15,7 @@ from pvt_hf.models.post_processing import detect_objects
 from tests.support import checkpoints, detectors
 from tests.support import reference_detection as loops
 from tests.support import reference_one_stage as one_stage
-from tests.support.detectors import CLASSES, GROUPS, backbone_config, padded_batch, relative, tiny_backbone
+from tests.support.detectors import CLASSES, GROUPS, backbone_config, labels_of, padded_batch, relative, tiny_backbone
 from tests.support.small_models import STAGES, randomize
 
 CONFIGS = {"atss": pvt_hf.ATSSConfig, "gfl": pvt_hf.GFLConfig}
@@ -39,16 +39,6 @@ OBJECTS = [  # of the first image, one reaches out, one is in between centres, a
     ],
     [([3.0, 30.0, 88.0, 69.0], 2)],
 ]
-
-
-def labels_of(objects, sizes=SIZES):
-    return [
-        {
-            "class_labels": torch.tensor([label for _, label in image], dtype=torch.long),
-            "boxes": relative([box for box, _ in image], size),
-        }
-        for image, size in zip(objects, sizes, strict=True)
-    ]
 
 
 def small_model(name, backbone="v2", **overrides):
@@ -117,7 +107,7 @@ def test_losses_and_gradients_equal_the_reference(name, objects):
     weights = OFFICIAL[name](checkpoints.TINY["v2"])
     pixels, mask = padded_batch(SIZES, INPUT_SIZE)
     model = converted_model(name, weights, "v2")
-    outputs = model(pixels, mask, labels=labels_of(objects))
+    outputs = model(pixels, mask, labels=labels_of(objects, SIZES))
     outputs.loss.backward()
 
     leaves = {key: value.clone().requires_grad_() for key, value in weights.items()}

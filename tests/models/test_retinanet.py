@@ -12,7 +12,15 @@ from pvt_hf.models.backbone import load_pretrained_backbone
 from pvt_hf.models.post_processing import detect_objects
 from tests.support import checkpoints, detectors
 from tests.support import reference_detection as loops
-from tests.support.detectors import CLASSES, backbone_config, official_retinanet, padded_batch, relative, tiny_backbone
+from tests.support.detectors import (
+    CLASSES,
+    backbone_config,
+    labels_of,
+    official_retinanet,
+    padded_batch,
+    relative,
+    tiny_backbone,
+)
 from tests.support.small_models import STAGES, randomize
 
 BACKBONES = pytest.mark.parametrize("backbone", ["v1", "v2", "resnet"])
@@ -23,16 +31,6 @@ OBJECTS = [
     [([10.0, 12.0, 60.0, 70.0], 1), ([119.0, 87.0, 135.0, 103.0], 4), ([12.0, 10.0, 64.0, 66.0], 0)],  # one reaches out
     [([3.0, 30.0, 88.0, 69.0], 2)],
 ]
-
-
-def labels_of(objects, sizes=SIZES):
-    return [
-        {
-            "class_labels": torch.tensor([label for _, label in image], dtype=torch.long),
-            "boxes": relative([box for box, _ in image], size),
-        }
-        for image, size in zip(objects, sizes, strict=True)
-    ]
 
 
 def small_model(backbone="v1", **overrides):
@@ -131,7 +129,7 @@ def test_losses_and_gradients_equal_the_reference(objects):
     weights = official_retinanet(checkpoints.TINY["v2"])
     pixels, mask = padded_batch(SIZES, INPUT_SIZE)
     model = converted_model(weights, "v2")
-    outputs = model(pixels, mask, labels=labels_of(objects))
+    outputs = model(pixels, mask, labels=labels_of(objects, SIZES))
     outputs.loss.backward()
 
     leaves = {key: value.clone().requires_grad_() for key, value in weights.items()}
@@ -164,7 +162,7 @@ def test_released_checkpoint_fits(variant):
 def test_trained_model_reloads(backbone, tmp_path):
     model = small_model(backbone).train()
     pixels, mask = padded_batch(SIZES, INPUT_SIZE, torch.float32)
-    model(pixels, mask, labels=labels_of(OBJECTS)).loss.backward()
+    model(pixels, mask, labels=labels_of(OBJECTS, SIZES)).loss.backward()
     unused = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
     assert not unused
     randomize(model).eval().save_pretrained(tmp_path)
@@ -266,7 +264,7 @@ def test_checkpointing_and_attention_implementation_reach_the_backbone(backbone)
 
     def step():
         model.zero_grad()
-        loss = model(pixels, mask, labels=labels_of(OBJECTS)).loss
+        loss = model(pixels, mask, labels=labels_of(OBJECTS, SIZES)).loss
         loss.backward()
         return loss, [parameter.grad.clone() for parameter in model.parameters()]
 
@@ -296,10 +294,10 @@ def test_coordinates_and_losses_stay_in_float32():
     pixels, mask = padded_batch(SIZES, INPUT_SIZE, torch.float32)
     model = randomize(small_model("v2")).train()
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = model(pixels, mask, labels=labels_of(OBJECTS))
+        outputs = model(pixels, mask, labels=labels_of(OBJECTS, SIZES))
     outputs.loss.backward()
-    expected = model(pixels, mask, labels=labels_of(OBJECTS))
-    for result in (outputs, model.bfloat16()(pixels.bfloat16(), mask, labels=labels_of(OBJECTS))):
+    expected = model(pixels, mask, labels=labels_of(OBJECTS, SIZES))
+    for result in (outputs, model.bfloat16()(pixels.bfloat16(), mask, labels=labels_of(OBJECTS, SIZES))):
         assert result.pred_boxes.dtype == result.logits.dtype == result.loss.dtype == torch.float32
         assert_close(result.loss, expected.loss, rtol=0.02, atol=0)
 

@@ -12,7 +12,7 @@ from pvt_hf.conversion.architectures.sparse_rcnn import SparseRCNN
 from pvt_hf.models.post_processing import detect_objects
 from tests.support import checkpoints, detectors, head_shapes
 from tests.support import reference_sparse_rcnn as loops
-from tests.support.detectors import CHANNELS, CLASSES, backbone_config, padded_batch, relative, tiny_backbone
+from tests.support.detectors import CHANNELS, CLASSES, backbone_config, labels_of, padded_batch, tiny_backbone
 from tests.support.small_models import STAGES, randomize
 
 SIZES, INPUT_SIZE, ORIGINAL = [(64, 96), (45, 60)], (64, 96), [(127, 193), (45, 61)]
@@ -30,16 +30,6 @@ def official_weights(variant):
     boxes = weights["rpn_head.init_proposal_bboxes.weight"]
     boxes[:, :2].uniform_(0.2, 0.8), boxes[:, 2:].uniform_(0.1, 1.0)
     return {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
-
-
-def labels_of(objects, sizes=SIZES):
-    return [
-        {
-            "class_labels": torch.tensor([label for _, label in image], dtype=torch.long),
-            "boxes": relative([box for box, _ in image], size),
-        }
-        for image, size in zip(objects, sizes, strict=True)
-    ]
 
 
 def small_model(backbone="v2", **overrides):
@@ -89,7 +79,7 @@ def test_losses_and_gradients_equal_the_reference(objects):
     weights = official_weights(checkpoints.TINY["v2"])
     pixels, mask = padded_batch(SIZES, INPUT_SIZE)
     model = converted_model(weights, "v2").train()
-    outputs = model(pixels, mask, labels=labels_of(objects))
+    outputs = model(pixels, mask, labels=labels_of(objects, SIZES))
     outputs.loss.backward()
     leaves = {key: value.clone().requires_grad_(value.is_floating_point()) for key, value in weights.items()}
     expected = loops.losses(reference_outputs(leaves, pixels), objects, SIZES)
@@ -108,7 +98,7 @@ def test_losses_and_gradients_equal_the_reference(objects):
 
 def test_more_objects_than_proposals_are_matched_as_far_as_they_go():
     model = small_model(num_proposals=2).train()
-    outputs = model(torch.randn(2, 3, *INPUT_SIZE), labels=labels_of(OBJECTS))
+    outputs = model(torch.randn(2, 3, *INPUT_SIZE), labels=labels_of(OBJECTS, SIZES))
     outputs.loss.backward()
     assert outputs.loss.isfinite()
 
@@ -118,7 +108,7 @@ def test_predictions_that_are_not_finite_have_such_losses(value):
     """They are matched nevertheless, so that the other heads learn on and a loss scale can be lowered."""
     model = small_model()
     model.heads[1].class_predictor.bias.data[:] = value
-    losses = model(torch.randn(2, 3, *INPUT_SIZE), labels=labels_of(OBJECTS)).loss_dict
+    losses = model(torch.randn(2, 3, *INPUT_SIZE), labels=labels_of(OBJECTS, SIZES)).loss_dict
     finite = {name: bool(loss.isfinite()) for name, loss in losses.items()}
     assert not all(finite.values()) and all(finite[name] for name in finite if "0" in name)
 
@@ -127,7 +117,7 @@ def test_predictions_that_are_not_finite_have_such_losses(value):
 def test_trained_model_reloads(backbone, tmp_path):
     model = small_model(backbone).train()
     pixels, mask = padded_batch(SIZES, INPUT_SIZE, torch.float32)
-    model(pixels, mask, labels=labels_of(OBJECTS)).loss.backward()
+    model(pixels, mask, labels=labels_of(OBJECTS, SIZES)).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     randomize(model).eval().save_pretrained(tmp_path)
     loaded = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path)

@@ -162,6 +162,22 @@ def padded_batch(sizes, input_size, dtype=torch.float64):
     return pixels, mask
 
 
+def labels_of(objects, sizes):
+    """Labels for a detector.
+
+    Args:
+        objects: For each image a list of boxes, xyxy in pixels, and their classes.
+        sizes: (height, width) of each image without its padding.
+    """
+    return [
+        {
+            "class_labels": torch.tensor([label for _, label in image], dtype=torch.long),
+            "boxes": relative([box for box, _ in image], size),
+        }
+        for image, size in zip(objects, sizes, strict=True)
+    ]
+
+
 def relative(boxes, size):
     """xyxy in pixels to cxcywh relative to (height, width)."""
     x0, y0, x1, y1 = torch.as_tensor(boxes, dtype=torch.float64).reshape(-1, 4).unbind(dim=1)
