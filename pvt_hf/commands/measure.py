@@ -21,7 +21,7 @@ from transformers import (
 
 import pvt_hf
 
-from ..data.class_names import ClassNameError, match_class_names, read_class_names
+from ..data.class_names import ClassNameError, list_class_names, match_class_names, read_class_names
 from ..data.classification import (
     EvaluationImages,
     check_images_and_labels,
@@ -74,7 +74,7 @@ def match_classes(
     Raises:
         ClassNameError: If the classes are not the same, with both lists.
     """
-    known = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    known = list_class_names(model.config)
     names = read_class_names(options.class_names) if options.class_names else found
     for count in (len(names), len(found)):
         if len(known) != count:
@@ -151,7 +151,7 @@ def measure_classifier(checkpoint: str, recipe: str, options: EvaluationArgument
 
 def measure_detector(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
     model = AutoModelForObjectDetection.from_pretrained(checkpoint, dtype=torch.float32)
-    known = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    known = list_class_names(model.config)
     if options.annotations and options.images:
         data = read_coco(options.annotations, options.images, options.allow_outside, options.bbox_format)
     elif options.dataset_name:
@@ -197,7 +197,7 @@ def read_label_maps(names: list[str], reduce_labels: bool, options: EvaluationAr
 def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments) -> Measured:
     model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
     image_processor = AutoImageProcessor.from_pretrained(checkpoint)
-    known = [model.config.id2label[label] for label in range(model.config.num_labels)]
+    known = list_class_names(model.config)
     names, places = match_classes(model, checkpoint, known, options)
     scales, args = options.tta_scales or (), build_evaluation_arguments(options, batch_size=1)
     data = read_label_maps(names, getattr(image_processor, "do_reduce_labels", False), options)

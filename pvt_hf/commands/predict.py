@@ -31,7 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.checks import check_images, describe_problems
-from ..data.images import ImageError, decode, prepare
+from ..data.images import IMAGE_ENDINGS, ImageError, decode, prepare
 from ..evaluation.classifier_views import ClassifierViews
 from ..evaluation.label_map_predictor import LabelMapPredictor
 from ..evaluation.metrics import coco_results
@@ -41,8 +41,6 @@ from ..writing.text import escape_control
 from .measure import CLASSIFIER, SEGMENTER, check_options, task_of
 from .parser import parse_arguments
 from .shared import read_config
-
-_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 @dataclass
@@ -163,9 +161,9 @@ def find_images(folder: str) -> dict[str, str]:
     root = Path(folder)
     if root.is_file():
         return {root.name: folder}
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _ENDINGS and path.name[0] != ".")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.name[0] != ".")
     if not paths:
-        raise SystemExit(f"There are no images in {folder}: their names end with {', '.join(sorted(_ENDINGS))}")
+        raise SystemExit(f"There are no images in {folder}: their names end with {', '.join(sorted(IMAGE_ENDINGS))}")
     return {path.relative_to(root).as_posix(): str(path) for path in paths}
 
 

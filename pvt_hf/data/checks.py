@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..models.pixels import PixelError, check_mode, read_orientation
+from ..writing.files import atomic_file
 from ..writing.text import escape_control
 from .images import ImageError, check_source, decode
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     import datasets
 
 logger = logging.get_logger(__name__)
-
-# Of the files that are taken for images.
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 # A file, several that are checked together, or anything else (the number of a row), of which nothing is kept.
 Item: TypeAlias = "str | tuple[str, ...] | Any"
@@ -152,10 +149,8 @@ def _read_cache(file: Path) -> dict[str, Any]:
 def _write_cache(file: Path, content: dict[str, Any]) -> None:
     """Atomically; without it, everything is just checked again."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".partial", delete=False) as partial:
-            json.dump(content, partial)
-        os.replace(partial.name, file)
+        with atomic_file(file) as partial:
+            partial.write_text(json.dumps(content))
     except OSError as error:
         logger.warning(f"What was checked cannot be kept in {file}: {error}.")
 

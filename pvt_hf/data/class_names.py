@@ -7,10 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..untrusted import UntrustedFileError, read_text
 from ..writing.text import escape_lines
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _MAX_DEPTH = 50  # of YAML
 
@@ -20,6 +23,11 @@ class ClassNameError(ValueError):
 
     def __init__(self, message: object):
         super().__init__(escape_lines(str(message)))
+
+
+def list_class_names(config: PreTrainedConfig) -> list[str]:
+    """The names of a model's classes in the order of their labels."""
+    return [config.id2label[label] for label in range(config.num_labels)]
 
 
 def read_class_names(file: str | Path) -> list[str]:

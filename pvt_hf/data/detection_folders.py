@@ -14,10 +14,11 @@ from transformers.utils import logging
 
 from ..models.annotations import AnnotationError
 from ..untrusted import UntrustedFileError, check_regular_file, read_text
-from .checks import IMAGE_ENDINGS, check_images, refuse_problems
+from .checks import check_images, refuse_problems
 from .class_names import parse_yaml, read_class_names
 from .detection import read_coco
 from .detection_records import DetectionData, ImageRecord, check_records
+from .images import IMAGE_ENDINGS
 
 logger = logging.get_logger(__name__)
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor
 
 
+# Of the files that are taken for images.
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
 class ImageError(RuntimeError):
     """An image, or a file of images, that cannot be read. The message names it."""
 

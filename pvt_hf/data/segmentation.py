@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..models.image_processing_segmentation import IGNORE_INDEX, check_label_map, read_label_map, reduce_labels
-from .images import ImageError, decode, decode_to_fit, drop_skipped, prepare
+from .images import IMAGE_ENDINGS, ImageError, decode, decode_to_fit, drop_skipped, prepare
 from .label_maps import Palette, is_jpeg, label_colors, read_binary_mask, read_color_codes
 from .user_transforms import Transform, transform_map
 
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-_MAP_ENDINGS = {".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg"}
-_IMAGE_ENDINGS = {*_MAP_ENDINGS, ".webp"}
+_MAP_ENDINGS = IMAGE_ENDINGS - {".webp"}
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def read_segmentation_folders(image_folder: str | Path, map_folder: str | Path, 
         ImageError: If there are no images, if an image has no map or a map no image, or if two files of a folder differ
             in their endings only; it names some of them.
     """
-    images, maps = _find_files(image_folder, _IMAGE_ENDINGS), _find_files(map_folder, _MAP_ENDINGS)
+    images, maps = _find_files(image_folder, IMAGE_ENDINGS), _find_files(map_folder, _MAP_ENDINGS)
     if not images or images.keys() != maps.keys():
         bare, alone = sorted(images.keys() - maps.keys()), sorted(maps.keys() - images.keys())
         raise ImageError(

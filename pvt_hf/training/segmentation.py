@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.utils import logging
 
+from ..data.class_names import list_class_names
 from ..data.segmentation import MapCollator
 from ..evaluation.label_map_predictor import LabelMapPredictor
 from ..evaluation.metrics import mean_iou_metric, overlap_scores
@@ -189,8 +190,7 @@ class SegmentationTrainer(DensePredictionTrainer):
         return metrics
 
     def _names(self) -> list[str]:
-        config = self.accelerator.unwrap_model(self.model).config
-        return [config.id2label[label] for label in range(config.num_labels)]
+        return list_class_names(self.accelerator.unwrap_model(self.model).config)
 
     def _describe_missing(self) -> str:
         """The classes that no pixel had in the last evaluation, in words."""
