@@ -1,4 +1,4 @@
-"""Links of the API reference: the docstrings' [`name`], as transformers writes them, to where the name is documented."""
+"""Links of the API reference: the docstrings' [`name`], as transformers writes them, to where that is documented."""
 
 import re
 from collections.abc import Iterator

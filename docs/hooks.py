@@ -8,7 +8,8 @@ from mkdocs.config.defaults import MkDocsConfig
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Lists the pages of the folder `commands`, which are generated, in the navigation."""
-    pages = sorted((Path(config.docs_dir) / "commands").glob("*.md"), key=lambda page: (page.stem != "index", page.stem))
+    folder = Path(config.docs_dir) / "commands"
+    pages = sorted(folder.glob("*.md"), key=lambda page: (page.stem != "index", page.stem))
     for section in config.nav or []:
         if section == {"Commands": "commands"}:
             section["Commands"] = [f"commands/{page.name}" for page in pages]
