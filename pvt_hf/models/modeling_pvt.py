@@ -312,7 +312,7 @@ class PvtModel(PvtPreTrainedModel):
 
 
 class PvtForImageClassification(PvtPreTrainedModel):
-    """PVT v1 with a linear classifier on the CLS token (section 3.4)."""
+    """PVT v1 with a linear classifier on the CLS token (section 4.1)."""
 
     def __init__(self, config: PvtConfig):
         super().__init__(config)
