@@ -22,24 +22,6 @@ from tests.support.dense_models import build_dense_model
 from tests.support.hub import TOKEN
 from tests.support.small_models import ROOT, STAGES, randomize, small_config
 
-
-@pytest.fixture
-def online(hub, tmp_path, monkeypatch):
-    """Makes the local Hub the Hub of this process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    for name, value in {
-        "ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(tmp_path / "home"),
-    }.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)  # between attempts
-    return hub
-
-
 CONVERT = ROOT / "conversion" / "convert.py"
 LOAD = """
 import sys
