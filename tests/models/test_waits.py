@@ -1,5 +1,5 @@
-"""When Python has to know what a tensor holds, it waits for a GPU: never in classifiers, backbones and Semantic FPN, and
-in detectors once for a batch. On fake CUDA tensors, asking is an error."""
+"""When Python has to know what a tensor holds, it waits for a GPU: never in classifiers, backbones and Semantic FPN, in
+detectors once for a batch. On fake CUDA tensors, asking is an error."""
 
 from typing import ClassVar
 
@@ -13,7 +13,6 @@ import pvt_hf
 from pvt_hf.models import layers, rois, rpn
 from tests.support.dense_models import build_dense_model, dense_inputs
 from tests.support.small_models import STAGES, small_config
-
 
 VERSIONS = ("v1", "v2", "v2_linear")
 
