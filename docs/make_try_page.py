@@ -40,7 +40,9 @@ def load_classifier(folder: Path) -> tuple[PreTrainedModel, BaseImageProcessor]:
     if tuple(model.config.id2label.values()) != CLASSES:
         raise SystemExit(f"{folder} is not a classifier of the digits, as examples/quickstart.py trains it")
     if image_processor.do_center_crop or not image_processor.size.get("height"):
-        raise SystemExit(f"{folder} resizes to {image_processor.size} with a crop; the page resizes to height and width")
+        raise SystemExit(
+            f"{folder} resizes to {image_processor.size} with a crop; the page resizes to height and width"
+        )
     return model, image_processor
 
 
