@@ -9,82 +9,79 @@ label maps; of classifiers also where the evidence for a class is (Grad-CAM). On
 `--host` or `--share` is given. What is uploaded is deleted when the page ends, or after an hour.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..prediction.loading import load_predictor
+from ..training.arguments import option
 from ..writing.hub import UploadError
-from ..writing.text import escape_lines
+from ..writing.text import escape_control, escape_lines
+from .parser import parse_arguments
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="pvt-hf demo",
-        usage="pvt-hf demo MODEL [MODEL ...] [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder, repository of the Hub, or variant's name")
-    parser.add_argument(
-        "--title", default="Pyramid Vision Transformer", help="title of the page (default: Pyramid Vision Transformer)"
-    )
-    parser.add_argument("--device", help="where the models compute (default: a GPU if there is one, else the CPU)")
-    parser.add_argument(
-        "--host", help="address of the page (default: GRADIO_SERVER_NAME or 127.0.0.1, this machine only)"
-    )
-    parser.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860 on)")
-    parser.add_argument(
-        "--share", action="store_true", help="make a public link through Gradio's servers (default: no)"
-    )
-    parser.add_argument("--max_file_size", default="20mb", help="of an upload, with its unit (default: 20mb)")
-    parser.add_argument("--space", type=Path, metavar="FOLDER", help="write a Space there instead of serving the page")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="upload the Space of --space to this repository")
-    parser.add_argument("--private", action="store_true", help="the repository must be private (default: no)")
-    options = parser.parse_args(argv)
-    if twice := {name for name in options.models if options.models.count(name) > 1}:
-        parser.error(f"MODEL {', '.join(sorted(twice))} is given twice")
-    if options.push_to_hub and not options.space:
-        parser.error("--push_to_hub needs --space, the folder that is uploaded")
-    if options.private and not options.push_to_hub:
-        parser.error("--private is for --push_to_hub")
-    return options
+POSITIONAL = {
+    "models": {
+        "nargs": "+",
+        "help": "folders, repositories of the Hub, or names of released variants such as pvt_v2_b2",
+    }
+}
 
 
-def run(options: argparse.Namespace) -> None:
-    # Here, so that --help does without the extra.
-    from ..demo.page import serve
+@dataclass
+class DemoArguments:
+    """Where the page is served or written."""
+
+    title: str = option("Pyramid Vision Transformer", "title of the page (default: Pyramid Vision Transformer)")
+    device: str | None = option(None, "where the models compute (default: a GPU if there is one, else cpu)")
+    host: str | None = option(None, "address of the page (default: 127.0.0.1, for this machine only)")
+    port: int | None = option(None, "port of the page (default: the first free one from 7860 on)")
+    share: bool = option(False, "make a public link by Gradio's servers (default: false)")
+    max_file_size: str = option("20mb", "largest file that is taken, with its unit (default: 20mb)")
+    space: str | None = option(None, "new folder for a Space of the Hub, which is written instead (default: none)")
+    push_to_hub: str | None = option(None, "repository to which the Space of --space is uploaded (default: none)")
+    private: bool = option(False, "the repository must be private (default: false)")
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub and not self.space:
+            raise ValueError("--push_to_hub needs --space, the folder that is uploaded")
+        if self.private and not self.push_to_hub:
+            raise ValueError("--private is for --push_to_hub")
+
+
+def write_page(models: Sequence[str], options: DemoArguments) -> None:
+    """Writes the Space, and uploads it if that is asked for."""
     from ..demo.space import check_output, push_space, write_space
 
-    if options.space:
-        check_output(options.space)
-        for name in options.models:  # a Space that cannot start is not written
-            load_predictor(name, "cpu")
-        write_space(options.models, options.space, options.title)
-        print(f"the Space is in {options.space}")
-        if options.push_to_hub:
-            print(f"published: {push_space(options.space, options.push_to_hub, options.private)}")
-        return
-    with serve(
-        options.models,
-        options.device,
-        options.host,
-        options.port,
-        options.share,
-        options.max_file_size,
-        options.title,
-    ) as page:
+    folder = Path(str(options.space))
+    check_output(folder)
+    for name in models:  # a Space that cannot start is not written
+        load_predictor(name, "cpu")
+    write_space(models, folder, options.title)
+    print(escape_control(f"the Space is in {folder}"))
+    if options.push_to_hub:
+        print(f"published: {push_space(folder, options.push_to_hub, options.private)}")
+
+
+def serve_page(models: Sequence[str], options: DemoArguments) -> None:
+    """Serves the page until Ctrl-C."""
+    from ..demo.page import serve
+
+    settings = {name: getattr(options, name) for name in ("device", "host", "port", "share", "max_file_size", "title")}
+    with serve(models, **settings) as page:
         if options.share and not page.share_url:
-            raise SystemExit("--share: Gradio's servers gave no link, see https://status.gradio.app")
+            raise SystemExit("--share: Gradio's servers gave no link")
         print(f"the page is at {page.share_url or page.local_url} until Ctrl-C", flush=True)
         page.block_thread()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    options, given = parse_arguments((DemoArguments,), argv, "pvt-hf demo", __doc__, {}, POSITIONAL)
     try:
-        run(parse(argv))
+        if twice := {name for name in given.models if given.models.count(name) > 1}:
+            raise ValueError(f"MODEL is given twice: {', '.join(sorted(twice))}")
+        (write_page if options.space else serve_page)(given.models, options)
     except (UploadError, ValueError) as error:
         raise SystemExit(escape_lines(str(error))) from error
     return 0

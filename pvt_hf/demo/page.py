@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import tempfile
 from collections import Counter
@@ -15,7 +16,7 @@ import gradio as gr
 from PIL import Image
 
 from ..data.images import ImageError, decode
-from ..prediction.drawing import draw
+from ..prediction.drawing import draw, paint, pick_map_color
 from ..prediction.loading import load_predictor
 from ..prediction.predictions import Classification, Detections, Prediction, Segmentation
 from ..prediction.predictor import Predictor, find_task
@@ -32,8 +33,12 @@ _LONGEST_SIDE = 1600
 _KEPT = 4
 _TITLE = "Pyramid Vision Transformer"
 _INTRODUCTION = "# {title}\nDrop an image, or choose an example."
-# Gradio shows a small image in its size.
-_CSS = "#given img { width: 100%; height: 100%; object-fit: contain; }"
+_CSS = """
+#given img { width: 100%; height: 100%; object-fit: contain; }  /* Gradio shows a small image in its size */
+.class { display: flex; gap: 0.5em; align-items: center; }
+.class i { width: 1em; height: 1em; border-radius: 2px; }
+.class :last-child { margin-left: auto; }
+"""
 # In seconds: how often files are looked at, and how old they become.
 _CLEAR_EVERY, _LONGEST_AGE = 600, 3600
 
@@ -114,6 +119,7 @@ class Panel(NamedTuple):
         message: What it finds, in a line, or why it cannot.
         classes: The best classes with bars, of a classifier.
         picture: The image with what is found, of all others.
+        legend: Of the picture of a segmenter.
         label: Choice of the class that is explained, of a classifier.
         evidence: The picture that explains it.
     """
@@ -122,6 +128,7 @@ class Panel(NamedTuple):
     message: gr.Markdown
     classes: gr.Label
     picture: gr.Image
+    legend: gr.HTML
     label: gr.Dropdown
     evidence: gr.Image
 
@@ -133,6 +140,7 @@ def _add_panel(names: Sequence[str], name: str) -> Panel:
             message=gr.Markdown(visible=False),
             classes=gr.Label(label="Classes", visible=False),
             picture=gr.Image(label="Picture", interactive=False, visible=False, buttons=["download", "fullscreen"]),
+            legend=gr.HTML(visible=False),
             label=gr.Dropdown(label="Where is the evidence for a class? (Grad-CAM)", visible=False, interactive=True),
             evidence=gr.Image(label="Evidence", interactive=False, visible=False, buttons=["download"]),
         )
@@ -167,20 +175,34 @@ def _show_classes(looker: Looker, name: str, image: Image.Image, prediction: Cla
     return parts
 
 
-def _show_picture(
-    looker: Looker, name: str, image: Image.Image, prediction: Detections | Segmentation
-) -> dict[str, Any]:
+def _show_objects(looker: Looker, name: str, image: Image.Image, prediction: Detections) -> dict[str, Any]:
     return {
         "message": {"value": escape_markdown(prediction.describe()), "visible": True},
         "picture": {"value": draw(image, prediction), "visible": True},
     }
 
 
+def _show_map(looker: Looker, name: str, image: Image.Image, prediction: Segmentation) -> dict[str, Any]:
+    return {
+        "picture": {"value": paint(image, prediction), "visible": True},
+        "legend": {"value": write_legend(prediction), "visible": True},
+    }
+
+
 _SHOW: dict[type, Callable[..., dict[str, Any]]] = {
     Classification: _show_classes,
-    Detections: _show_picture,
-    Segmentation: _show_picture,
+    Detections: _show_objects,
+    Segmentation: _show_map,
 }
+
+
+def write_legend(prediction: Segmentation) -> str:
+    """HTML with the colour, the name and the part of the pixels of each class that is there."""
+    return "".join(
+        f'<div class="class"><i style="background: rgb{pick_map_color(label)}"></i>'
+        f"<span>{html.escape(name)}</span><span>{100 * share:.1f} %</span></div>"
+        for label, name, share in prediction.list_shares()
+    )
 
 
 def distinguish(names: Sequence[str]) -> list[str]:
