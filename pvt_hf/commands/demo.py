@@ -20,7 +20,6 @@ from ..writing.hub import UploadError
 from ..writing.text import escape_control, escape_lines
 from .parser import parse_arguments
 
-
 POSITIONAL = {
     "models": {
         "nargs": "+",

@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,13 @@ _LONGEST_SIDE = 1600
 _KEPT = 4
 _TITLE = "Pyramid Vision Transformer"
 _INTRODUCTION = "# {title}\nDrop an image, or choose an example."
+# Models compute one after the other, and a threshold that moves asks for its last place only.
+_ONE_AT_A_TIME: dict[str, Any] = {
+    "concurrency_id": "models",
+    "concurrency_limit": 1,
+    "trigger_mode": "always_last",
+    "api_visibility": "private",
+}
 _CSS = """
 #given img { width: 100%; height: 100%; object-fit: contain; }  /* Gradio shows a small image in its size */
 .class { display: flex; gap: 0.5em; align-items: center; }
@@ -76,23 +83,9 @@ class Looker:
         (prediction,) = self.predictors[name]([image], [Path(path).name])
         return image, prediction
 
-    def explain(self, name: str, path: str | None, label: int | None) -> Image.Image | None:
-        """A picture of where the evidence for a class is; none without an image or a class.
-
-        Args:
-            name: Of the model, a classifier of PVT.
-            path: Of the image.
-            label: Of the class.
-        """
-        if path is None or label is None:
-            return None
-        return draw_evidence(self.predictors[name], self._predict(name, path)[0], label)
-
-    @property
-    def finds_objects(self) -> bool:
-        """Whether there is a model for which a threshold counts."""
-        tasks = [find_task(predictor.model.config).models for predictor in self.predictors.values()]
-        return bool({"detector", "universal segmenter"} & set(tasks))
+    def finds_objects(self, name: str) -> bool:
+        """Whether a threshold counts for a model."""
+        return find_task(self.predictors[name].model.config).models in ("detector", "universal segmenter")
 
 
 def take_file(given: Mapping[str, Any] | None) -> tuple[str | None, dict[str, Any]]:
@@ -165,6 +158,28 @@ def show(looker: Looker, name: str, path: str | None, threshold: float) -> list[
     return [gr.update(**{"value": None, "visible": False} | parts.get(part, {})) for part in Panel._fields[1:]]
 
 
+def move_threshold(looker: Looker, name: str, path: str | None, threshold: float) -> list[dict[str, Any]]:
+    """As [`show`] for a model for which a threshold counts; the parts of others stay as they are."""
+    if path is None or not looker.finds_objects(name):
+        return [gr.update() for _ in Panel._fields[1:]]
+    return show(looker, name, path, threshold)
+
+
+def explain(looker: Looker, name: str, path: str | None, label: int | None) -> dict[str, Any]:
+    """What becomes of the picture of where the evidence for a class is.
+
+    Args:
+        looker: With the models.
+        name: Of a classifier of PVT.
+        path: Of the image.
+        label: Of the class; `None` hides the picture.
+    """
+    if path is None or label is None:
+        return gr.update(value=None, visible=False)
+    image, _ = looker.predict(name, path)
+    return gr.update(value=draw_evidence(looker.predictors[name], image, label), visible=True)
+
+
 def _show_classes(looker: Looker, name: str, image: Image.Image, prediction: Classification) -> dict[str, Any]:
     names = distinguish(prediction.label_names)
     best = prediction.list_best()
@@ -220,12 +235,6 @@ def build_page(predictors: Mapping[str, Predictor], examples: Sequence[Path] = (
         title: Of the page (default: "Pyramid Vision Transformer").
     """
     looker, names = Looker(predictors), list(predictors)
-    one_at_a_time: dict[str, Any] = {
-        "concurrency_id": "models",
-        "concurrency_limit": 1,
-        "trigger_mode": "always_last",
-        "api_visibility": "private",
-    }
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_CLEAR_EVERY, _LONGEST_AGE)) as page:
         gr.Markdown(_INTRODUCTION.format(title=escape_markdown(title)))
         with gr.Row():
@@ -233,7 +242,12 @@ def build_page(predictors: Mapping[str, Predictor], examples: Sequence[Path] = (
                 image = gr.Image(label="Image", sources=["upload", "clipboard", "webcam"], height=320, elem_id="given")
                 problem, file = gr.Markdown(visible=False), gr.State()
                 threshold = gr.Slider(
-                    _LEAST_THRESHOLD, 1, THRESHOLD, step=0.01, label="Threshold", visible=looker.finds_objects
+                    _LEAST_THRESHOLD,
+                    1,
+                    THRESHOLD,
+                    step=0.01,
+                    label="Threshold",
+                    visible=any(map(looker.finds_objects, names)),
                 )
                 if examples:
                     gr.Examples([[str(path)] for path in examples], [image], api_visibility="private")
@@ -241,19 +255,12 @@ def build_page(predictors: Mapping[str, Predictor], examples: Sequence[Path] = (
         # The reader of all commands reads the file: Gradio's has no message for one that is corrupt.
         image.change(take_file, image, [file, problem], preprocess=False, api_visibility="private")
         for panel in panels:
-            inputs = [panel.model, file, threshold]
-            gr.on(
-                [file.change, panel.model.change, threshold.change],
-                lambda *given: show(looker, *given),
-                inputs,
-                list(panel[1:]),
-                **one_at_a_time,
-            )
+            inputs, parts = [panel.model, file, threshold], list(panel[1:])
+            for_all = {"inputs": inputs, "outputs": parts, **_ONE_AT_A_TIME}
+            gr.on([file.change, panel.model.change], partial(show, looker), **for_all)
+            threshold.change(partial(move_threshold, looker), **for_all)
             panel.label.input(
-                lambda name, path, label: gr.update(value=looker.explain(name, path, label), visible=label is not None),
-                [panel.model, file, panel.label],
-                panel.evidence,
-                **one_at_a_time,
+                partial(explain, looker), [panel.model, file, panel.label], panel.evidence, **_ONE_AT_A_TIME
             )
     return page
 
