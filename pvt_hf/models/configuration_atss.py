@@ -17,6 +17,12 @@ def check_adaptive_head(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"`norm_groups` must divide `neck_channels`, got {config.norm_groups} and {config.neck_channels}."
         )
+    # A coarse level may be one cell, of which a group of one channel is one value: less it itself, nothing is left.
+    if config.norm_groups == config.neck_channels:
+        raise ValueError(
+            "`norm_groups` must be less than `neck_channels`, so that a group has two channels at least, got "
+            f"{config.norm_groups} and {config.neck_channels}."
+        )
     if config.num_candidates < 1:
         raise ValueError(f"`num_candidates` must be at least 1, got {config.num_candidates}.")
 
@@ -35,7 +41,7 @@ class ATSSConfig(LabelledConfig):
         num_head_convs (`int`, *optional*, defaults to 4):
             Normed convolutions before the predictors of the head.
         norm_groups (`int`, *optional*, defaults to 32):
-            Groups of the group norms of the head; they divide `neck_channels`.
+            Groups of the group norms of the head; they divide `neck_channels`, and each has two channels or more.
         strides (`list[int]`, *optional*, defaults to `[8, 16, 32, 64, 128]`):
             Pixels per cell of each level: those of the backbone's maps and of two more.
         anchor_scale (`float`, *optional*, defaults to 8.0):

@@ -24,7 +24,7 @@ class GFLConfig(LabelledConfig):
         num_head_convs (`int`, *optional*, defaults to 4):
             Normed convolutions before the predictors of the head.
         norm_groups (`int`, *optional*, defaults to 32):
-            Groups of the group norms of the head; they divide `neck_channels`.
+            Groups of the group norms of the head; they divide `neck_channels`, and each has two channels or more.
         strides (`list[int]`, *optional*, defaults to `[8, 16, 32, 64, 128]`):
             Pixels per cell of each level: those of the backbone's maps and of two more.
         anchor_scale (`float`, *optional*, defaults to 8.0):

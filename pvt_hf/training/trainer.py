@@ -143,8 +143,10 @@ class VisionTrainer(PublishingTrainer):
         self.ema_decay, self.channels_last = ema_decay, channels_last
         self.left_out, self._saved_step = list(left_out), -1
         self.ema, self.skipped, self.skipped_before = None, 0, 0
+        self._unchecked: tuple[torch.Tensor, int, float, list[str]] | None = None
         self._check_arguments()
         self.args.remove_unused_columns = False
+        self.args.logging_nan_inf_filter = False  # it waits for the device in every step, and such a loss is an error
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.add_callback(_Steps(self))
@@ -251,14 +253,25 @@ class VisionTrainer(PublishingTrainer):
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=memory_format)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._check_loss()
+        self._unchecked = (loss.detach(), self.state.global_step + 1, self._get_learning_rate(), names)
+        if loss.device.type == "cpu":
+            self._check_loss()
+        return loss
+
+    def _check_loss(self) -> None:
+        """Ends training if the last loss is not finite. An accelerator is asked a step later, so that it need not be
+        waited for, but before anything is saved or evaluated."""
+        if self._unchecked is None:
+            return
+        loss, step, learning_rate, names = self._unchecked
+        self._unchecked = None
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1} (process {self.args.process_index}), "
-                f"with a learning rate of {self._get_learning_rate():.3g} and the images "
-                f"{escape_control(', '.join(names))}. Training "
-                f"stops; the last good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
+                f"The loss is {loss.item()} at step {step} (process {self.args.process_index}), with a learning rate "
+                f"of {learning_rate:.3g} and the images {escape_control(', '.join(names))}. Training stops; the last "
+                f"good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
             )
-        return loss
 
     @contextmanager
     def _name_last_checkpoint(self, what: str | Path) -> Iterator[None]:
@@ -305,6 +318,7 @@ class VisionTrainer(PublishingTrainer):
 
     def _evaluate(self, trial, *args, **kwargs) -> dict[str, float]:
         """As in `Trainer`, after the checkpoint that is due: an evaluation that fails costs no training."""
+        self._check_loss()
         if self.control.should_save:
             self._save_checkpoint(self.model, trial)
         return super()._evaluate(trial, *args, **kwargs)
@@ -326,6 +340,7 @@ class VisionTrainer(PublishingTrainer):
         """As in `Trainer`, and in the end a list of the files, without which it is not taken for a good checkpoint."""
         run_dir, args = self._get_output_dir(trial), self.args
         folder, limit = Path(run_dir) / f"checkpoint-{self.state.global_step}", args.save_total_limit
+        self._check_loss()
         # A schedule that follows the metrics has taken its step since.
         if self._saved_step == self.state.global_step and args.lr_scheduler_type not in _METRIC_SCHEDULES:
             return self._add_metrics(folder)
@@ -385,7 +400,9 @@ class VisionTrainer(PublishingTrainer):
             if changed := [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
             self.skipped_before = saved["skipped"]
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        self._check_loss()
+        return result
 
     def _layout(self) -> dict[str, Any]:
         """What an exact resume needs to be as it was."""
