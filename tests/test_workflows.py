@@ -16,6 +16,7 @@ JOBS = [(f"{name}: {key}", job) for name, workflow in WORKFLOWS.items() for key,
 PYTHONS = [text.split(" :: ")[-1] for text in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", text)]
 FILES = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", "pvt_hf/__init__.py")
 find_problems = runpy.run_path(str(ROOT / ".ci" / "check_release.py"))["find_problems"]
+list_requirements = runpy.run_path(str(ROOT / ".ci" / "measure_installation.py"))["list_requirements"]
 
 
 def commands(job) -> str:
@@ -82,6 +83,7 @@ def ready(tmp_path):
                       (tmp_path / name).read_text(), flags=re.MULTILINE)  # fmt: skip
         assert old in text
         (tmp_path / name).write_text(text.replace(old, new))
+    (tmp_path / "README.md").write_text("# x\n![picture](https://docs.org/x.png)\n")
     (tmp_path / "mkdocs.yml").write_text("site_url: https://docs.org/x\nrepo_url: https://code.org/x\n")
     return tmp_path, f"v{version}"
 
@@ -97,6 +99,7 @@ def test_a_release_that_is_ready_has_no_problems(ready):
         ("CITATION.cff", r"^repository-code: .*", "CITATION.cff has no address `repository-code`"),
         ("CHANGELOG.md", r" - 2026-12-01", "CHANGELOG.md has no part `## "),
         ("pyproject.toml", r"^Issues = .*", "pyproject.toml has no address 'Issues'"),
+        ("README.md", r"https://docs.org/", "README.md has a picture without an address"),
         ("mkdocs.yml", r"^site_url: .*", "mkdocs.yml has no address `site_url`"),
     ],
 )
@@ -111,3 +114,8 @@ def test_what_is_missing_for_a_release_is_named(name, line, problem, ready):
 def test_a_tag_is_of_the_version(ready):
     root, tag = ready
     assert find_problems(root, f"{tag}.1") == [f"the tag is {tag}.1, and pvt_hf/__init__.py says {tag[1:]}"]
+
+
+def test_installed_is_what_the_package_needs_without_extras():
+    needed = list_requirements("pvt-hf")
+    assert {"pvt-hf", "torch", "transformers", "sympy"} <= needed and not {"timm", "datasets", "pytest"} & needed
