@@ -54,6 +54,7 @@ def main() -> None:
     others = len(sizes) - len(largest)
     rows = [("pvt_hf", own), *((f"{name} {distribution(name).version}", sizes[name]) for name in largest)]
     rows += [(f"{others} others", sum(sizes.values()) - sum(sizes[name] for name in largest))]
+    rows += [("together", own + sum(sizes.values()))]
     print("| installed | MB |\n|--|--|")
     print("\n".join(f"| {name} | {size / 1e6:.1f} |" for name, size in rows))
     print("\n| program | CPU seconds |\n|--|--|")
