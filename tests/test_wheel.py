@@ -155,3 +155,8 @@ def test_every_command_runs_outside_of_the_clone(run, tmp_path):
     run("pvt-hf", "train-segmentation", "--smoke", "--output_dir", "runs/segmentation")
     run("python", "-m", "pvt_hf.commands.train_detection", "--help")
     Image.linear_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / "image.png")
+    for model in ("quickstart", "detection", "segmentation"):
+        run("pvt-hf", "info", f"runs/{model}")
+        run("pvt-hf", "predict", f"runs/{model}", "image.png", "--output_dir", f"found/{model}")
+        assert (tmp_path / "found" / model / "predictions.json").is_file()
+        assert [path.name for path in (tmp_path / "found" / model / "pictures").iterdir()]
