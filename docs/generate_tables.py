@@ -29,6 +29,7 @@ EXTRAS = {
     "lora": "`--lora_rank` of `pvt-hf train-classification`",
     "conversion": "conversion of timm's own checkpoints",
     "benchmark": "`examples/benchmark.py`",
+    "examples": "all programs of `examples/`",
     "export": "ONNX and OpenVINO",
     "docs": "this site: `mkdocs serve`",
     "test": "the tests",
