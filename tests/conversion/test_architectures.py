@@ -244,10 +244,10 @@ def test_folder_that_lost_a_tensor_is_not_exported(tmp_path, capsys):
     assert "not hold a complete DETR: {'missing_keys': ['model.decoder.layernorm.bias']}" in error
 
 
-def test_code_cannot_be_saved_with_a_detector(tmp_path, capsys):
-    path = save(small_weights(RETINANET, "v2"), tmp_path / "a.pth")
+def test_code_cannot_be_saved_with_a_class_of_transformers(tmp_path, capsys):
+    path = save(small_weights(DETR, "v2"), tmp_path / "a.pth")
     assert run(path, tmp_path / "out", "--with-code") == 1
-    assert "`--with-code` cannot be used for a RetinaNet" in capsys.readouterr().err
+    assert "`--with-code` cannot be used for a DETR: its class is transformers' own" in capsys.readouterr().err
 
 
 def test_other_backbones_have_no_official_names(tmp_path, capsys):
