@@ -163,10 +163,11 @@ def step(model: Callable, pixels: torch.Tensor, training: bool) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(model: Callable, pixels: torch.Tensor, training: bool) -> float:
-    start = time.perf_counter()
+def seconds(model: Callable, pixels: torch.Tensor, training: bool, cpu_time: bool = False) -> float:
+    clock = time.process_time if cpu_time else time.perf_counter
+    start = clock()
     step(model, pixels, training)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def resident(field: str) -> int:
@@ -191,15 +192,13 @@ def peak_bytes(model: Callable, pixels: torch.Tensor, training: bool) -> float:
 
 
 def measure(
-    models: dict[str, torch.nn.Module], pixels: torch.Tensor, training: bool, repeats: int
+    models: dict[str, torch.nn.Module], pixels: torch.Tensor, training: bool, args: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The median seconds and the peak bytes of a step of each model, one model after the other in each round."""
-    for model in models.values():
-        step(model, pixels, training)
     times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(repeats):
+    for _ in range(args.repeats):
         for name, model in models.items():
-            times[name].append(seconds(model, pixels, training))
+            times[name].append(seconds(model, pixels, training, args.cpu_time))
     peaks = {name: peak_bytes(model, pixels, training) for name, model in models.items()}
     return {name: statistics.median(values) for name, values in times.items()}, peaks
 
@@ -210,7 +209,9 @@ def compare(task: str, name: str, training: bool, args: argparse.Namespace) -> l
     models = {library: model.to(args.device).train(training) for library, model in models.items() if model}
     batch, height, width = WORKLOADS[task]
     pixels = torch.randn(args.batch_size or batch, 3, height, width, device=args.device)
-    times, peaks = measure(models, pixels, training, args.repeats)
+    for model in models.values():
+        step(model, pixels, training)
+    times, peaks = measure(models, pixels, training, args)
     return [
         f"| {name} | {task} {tuple(pixels.shape)} | {'training' if training else 'inference'} | {peer} "
         f"| {times[peer] / times['pvt_hf']:.2f} "
@@ -225,7 +226,8 @@ def compare_detectors(name: str, training: bool, alone: bool, args: argparse.Nam
     chosen = [architecture for architecture in args.detectors if not alone or architecture in ONE_STAGE]
     models = {architecture: build_detector("pvt_hf", name, architecture) for architecture in chosen}
     models = {key: (HeadAlone(model) if alone else model) for key, model in models.items()}
-    models = {key: model.to(args.device).train(training) for key, model in models.items()}
+    # (The counter wants gradients of all parameters, or of none.)
+    models = {key: model.to(args.device).train(training).requires_grad_(training) for key, model in models.items()}
     batch, height, width = WORKLOADS["detection"]
     pixels = torch.randn(args.batch_size or batch, 3, height, width, device=args.device)
     multiply_adds = {}
@@ -233,7 +235,7 @@ def compare_detectors(name: str, training: bool, alone: bool, args: argparse.Nam
         with FlopCounterMode(display=False) as counter:
             step(model, pixels, training)
         multiply_adds[key] = counter.get_total_flops() / 2
-    times, peaks = measure(models, pixels, training, args.repeats)
+    times, peaks = measure(models, pixels, training, args)
     rates = {key: times[key] / multiply_adds[key] for key in models}
     return [
         f"| {name} | {key}{' head' if alone else ''} {tuple(pixels.shape)} | {'training' if training else 'inference'} "
@@ -280,6 +282,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument("--batch_size", type=int, help="instead of 8 for classification and 1 for the others")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--cpu_time", action="store_true", help="of this process, where a CPU has other work too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--input_pipeline", action="store_true", help="measure the loading of images instead")
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, help="measure these beside the first of them")
@@ -294,7 +297,8 @@ def main() -> None:
         print("| variant | detector | step | time | over the first | peak | multiply-adds | time for each of them |")
         print("|--|--|--|--|--|--|--|--|")
         for name, mode, alone in itertools.product(args.variants, args.modes, (False, True)):
-            print("\n".join(compare_detectors(name, mode == "training", alone, args)), flush=True)
+            for line in compare_detectors(name, mode == "training", alone, args):
+                print(line, flush=True)
         return
 
     cases = [(task, name, mode) for name in args.variants for task in args.tasks for mode in args.modes]

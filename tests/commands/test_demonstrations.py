@@ -44,7 +44,7 @@ def test_retinanet_and_then_semantic_fpn_learn_digits(example, classifier):
     assert segmenter["eval_mIoU"] > 0.6
 
 
-@pytest.mark.parametrize(("recipe", "epochs"), [("atss_3x_ms", 5), ("gfl_3x_ms", 5), ("cascade_mask_rcnn_3x_ms", 3)])
+@pytest.mark.parametrize(("recipe", "epochs"), [("atss_3x_ms", 5), ("gfl_3x_ms", 4), ("cascade_mask_rcnn_3x_ms", 2)])
 def test_detectors_of_pvt_v2_learn_digits(recipe, epochs, example, classifier):
     arguments = ["--demo", "--recipe", recipe, "--num_train_epochs", str(epochs)]
     detector = example("train_detection", "detection", *arguments, "--backbone_checkpoint", classifier)
