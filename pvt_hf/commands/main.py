@@ -31,10 +31,14 @@ COMMANDS = {
     "train-segmentation": Command("train Semantic FPN or UperNet", "training", (*_TRAINING, "evaluate")),
     "evaluate": Command("measure checkpoints beside the papers' numbers", "training", ("accelerate", "datasets")),
     "predict": Command("predict what is on the images of a folder", "training", ("accelerate", "datasets")),
+    "export": Command("export to ONNX, OpenVINO, ExecuTorch or the web, verified", "export"),
     "convert": Command("convert checkpoints of the released code, timm, mm*", "conversion"),
 }
 # What a command may need beside that. Other packages come with pvt_hf, and their absence is an error as any other.
 _OPTIONAL = ("evaluate", "faster_coco_eval", "peft", "scipy", "sklearn", "timm")
+_OPTIONAL += ("onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "executorch")
+# The extra of a package, where it is not the command's.
+_EXTRAS = {"peft": "lora", "executorch": "executorch"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").split(".")[0]
         if package not in (*command.packages, *_OPTIONAL):
             raise
-        extra = "lora" if package == "peft" else command.extra
+        extra = _EXTRAS.get(package, command.extra)
         print(f'pvt-hf {name}: {package} is missing; install it with: pip install "pvt_hf[{extra}]"', file=sys.stderr)
         return 1
 

@@ -48,8 +48,8 @@ def flatten(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def find_difference(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[float, str]:
-    """The largest difference of two outputs, as a share of the largest value of the same one, and the name of the output
-    that has it. Outputs of other names or shapes differ infinitely.
+    """The largest difference of two outputs, as a share of the largest value of the same one, and the name of that
+    output. Outputs of other names or shapes differ infinitely.
 
     Args:
         actual: Outputs of a program.

@@ -1,31 +1,13 @@
 """Images that an export is calibrated and compared with."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from ..data.images import IMAGE_ENDINGS, ImageError, decode
+from ..data.images import ImageError, decode
 from .targets import Batch, ExportError
-
-
-def find_images(folder: str | Path) -> list[str]:
-    """The paths of all images in a folder and the folders in it, in their order.
-
-    Args:
-        folder: To look in.
-
-    Raises:
-        ExportError: If there are none.
-    """
-    root = Path(folder)
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.name[0] != ".")
-    if not paths:
-        endings = ", ".join(sorted(IMAGE_ENDINGS))
-        raise ExportError(f"`calibration_images` must be a folder with images ({endings}), got {folder} with none.")
-    return list(map(str, paths))
 
 
 class Samples(Sequence[Batch]):
@@ -64,6 +46,8 @@ class Samples(Sequence[Batch]):
             raise ImageError(f"{name} cannot be prepared: {error}") from error
         pixels = prepared["pixel_values"]
         if self.size and tuple(pixels.shape[-2:]) != self.size:
-            raise ExportError(f"{name} is prepared as {tuple(pixels.shape[-2:])} pixels, the program takes {self.size}.")
+            raise ExportError(
+                f"{name} is prepared as {tuple(pixels.shape[-2:])} pixels, the program takes {self.size}."
+            )
         masks = torch.ones(len(pixels), *pixels.shape[-2:], dtype=torch.int64)
         return {name: prepared.get(name, masks) for name in self.names}

@@ -201,7 +201,9 @@ def write_program(
             exported = exporter.export(model, inputs, exporter.config_class(**settings))
         except Exception as error:
             reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-            raise ExportError(f"{type(model).__name__} has no program for {target.title} in {dtype}: {reason}") from error
+            raise ExportError(
+                f"{type(model).__name__} has no program for {target.title} in {dtype}: {reason}"
+            ) from error
         file.parent.mkdir(parents=True, exist_ok=True)
         target.save(exporter, exported.program, file, dtype)
         component = ExportedComponent(exporter.load_program(file), exported.components["model"].metadata)

@@ -40,8 +40,10 @@ def _save_onnx(exporter: Any, program: Any, file: Path, dtype: str) -> None:
     """In one file. Inputs and outputs are of float32 whatever the weights are."""
     import onnx
     import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
+    ClearMetadataAndDocStringPass()(program)  # where each operator is from in the sources
     proto = onnx_ir.to_proto(program)
     if dtype == "fp16":
         proto = convert_float_to_float16(proto, keep_io_types=True)
