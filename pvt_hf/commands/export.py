@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..data.images import ImageError
 from ..exporting.export import ExportReport, export_model
 from ..exporting.loading import load_model
+from ..exporting.output_folder import check_output_dir
 from ..exporting.targets import DTYPES, TARGETS, TOLERANCES, ExportError
 from ..prediction.loading import ModelError
 from .ending import hide_reports, print_line, run_to_end
@@ -75,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_progress_bar()  # of transformers
 
     def run() -> int:
-        TARGETS[options.target].check_packages(options.dtype)  # before a model is downloaded
+        check_output_dir(options.output_dir, options.target, options.dtype)  # before a model is downloaded
+        TARGETS[options.target].check_packages(options.dtype)
         model, image_processor = load_model(options.model)
         report = export_model(
             model,

@@ -62,13 +62,13 @@ def export_model(
     runtime = _check_choices(target, dtype, tolerance)
     model, output_dir = copy.deepcopy(model).eval().float().cpu(), Path(output_dir)
     place, weights = runtime.place(dtype), _hash_weights(model)
-    check = functools.partial(check_output_dir, output_dir, place, weights, target)
+    check = functools.partial(check_output_dir, output_dir, target, dtype, weights)
     check()
     runtime.check_packages(dtype)
     shapes, names = plan_shapes(model, runtime, image_processor), list_inputs(model, runtime)
     samples = Samples(_list_images(calibration_images), image_processor, names, shapes.fixed_size)
     channels = get_backbone_config(model.config).num_channels
-    batches = [make_batch(names, shape, channels, samples) for shape in shapes.checked]
+    batches = [make_batch(names, shape, channels, samples, seed) for seed, shape in enumerate(shapes.checked, 1)]
     with torch.no_grad():
         outputs = model(**batches[0])
     settings = describe_model(model, image_processor, find_task(outputs), target, dtype)

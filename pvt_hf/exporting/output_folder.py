@@ -4,17 +4,17 @@ from pathlib import Path
 
 from ..writing.files import why_unwritable
 from .card import read_reports, read_weights
-from .targets import ExportError
+from .targets import TARGETS, ExportError
 
 
-def check_output_dir(output_dir: Path, place: str, weights: str, target: str) -> None:
+def check_output_dir(output_dir: Path, target: str, dtype: str, weights: str | None = None) -> None:
     """Refuses a folder that cannot be written, or holds anything but an export of the same model.
 
     Args:
         output_dir: The folder, which need not exist.
-        place: Of the new file in it.
-        weights: The SHA-256 of the model's weights.
-        target: Of the new file.
+        target: Of the new file in it.
+        dtype: Of the new file.
+        weights: The SHA-256 of the model's weights (default: not known yet).
 
     Raises:
         ExportError: If it is so.
@@ -30,9 +30,10 @@ def check_output_dir(output_dir: Path, place: str, weights: str, target: str) ->
     reports = read_reports(output_dir)
     if not reports:
         raise ExportError(f"`output_dir` {output_dir} is not empty, and no export is in it: choose another one.")
-    if read_weights(output_dir) != weights:
+    if weights not in (None, read_weights(output_dir)):
         raise ExportError(f"`output_dir` {output_dir} has an export of other weights: choose another one.")
     if (target == "web") != any(report.target == "web" for report in reports):
         raise ExportError(f"`output_dir` {output_dir} has the settings of {reports[0].target}: choose another one.")
+    place = TARGETS[target].place(dtype)
     if (output_dir / place).exists():
         raise ExportError(f"`output_dir` {output_dir} has {place} already: delete it, or choose another one.")

@@ -113,7 +113,9 @@ def plan_shapes(
     return Shapes(fit(_TRACED), tuple(map(fit, _CHECKED)), any_batch, None if fixed else least_side)
 
 
-def make_batch(names: Sequence[str], shape: Shape, channels: int, samples: Sequence[Batch] = ()) -> Batch:
+def make_batch(
+    names: Sequence[str], shape: Shape, channels: int, samples: Sequence[Batch] = (), seed: int = 0
+) -> Batch:
     """Inputs of a shape, without padding: the samples, or else noise that is coarse and fine as photographs are.
 
     Args:
@@ -121,13 +123,14 @@ def make_batch(names: Sequence[str], shape: Shape, channels: int, samples: Seque
         shape: `(batch, height, width)`.
         channels: Of the images.
         samples: Of any sizes, of one image each.
+        seed: Of the noise; and the number of the first sample.
     """
     batch, height, width = shape
     if samples:
-        given = [samples[index % len(samples)]["pixel_values"] for index in range(batch)]
+        given = [samples[(seed + index) % len(samples)]["pixel_values"] for index in range(batch)]
         pixels = torch.cat([F.interpolate(image, (height, width), mode="bilinear", antialias=True) for image in given])
     else:
-        generator = torch.Generator().manual_seed(height * width)
+        generator = torch.Generator().manual_seed(seed)
         pixels = torch.zeros(batch, channels, height, width)
         for cell in (32, 8, 1):
             sides = math.ceil(height / cell), math.ceil(width / cell)
@@ -207,5 +210,5 @@ def write_program(
         file.parent.mkdir(parents=True, exist_ok=True)
         target.save(exporter, exported.program, file, dtype)
         component = ExportedComponent(exporter.load_program(file), exported.components["model"].metadata)
-        read = ExportedModel({"model": component}, target.format).to("cpu")
+        read = ExportedModel({"model": component}, target.format).to("cpu", **target.run)
     return lambda batch: read(**{name: batch[name] for name in names})

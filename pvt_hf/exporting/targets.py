@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class Target:
         dtypes: That it can have.
         takes_any_size: Whether its programs take images of other sizes than the traced one.
         inputs: What its programs take at most.
+        run: Settings of the runtime with which a file gives the model's numbers.
     """
 
     title: str
@@ -91,6 +92,7 @@ class Target:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     takes_any_size: bool = True
     inputs: tuple[str, ...] = ("pixel_values", "pixel_mask")
+    run: dict[str, Any] = field(default_factory=dict)
 
     def place(self, dtype: str) -> str:
         """The path of a file of this dtype in the folder of an export."""
@@ -119,6 +121,7 @@ TARGETS = {
         "export",
         {"any": ("openvino",), "int8": ("nncf",)},
         _configure_openvino,
+        run={"config": {"INFERENCE_PRECISION_HINT": "f32"}},  # it is bf16 where the CPU can
     ),
     "executorch": Target(
         "ExecuTorch",
