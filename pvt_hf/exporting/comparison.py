@@ -66,10 +66,12 @@ def find_difference(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> t
 def _find_share(actual: torch.Tensor, expected: torch.Tensor) -> float:
     if actual.shape != expected.shape:
         return float("inf")
-    if not expected.numel():
-        return 0.0
     actual, expected = actual.double(), expected.double()
-    difference = ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+    largest = expected[expected.isfinite()].abs()
+    differences = (actual - expected)[actual != expected].abs()  # Mask R-CNN has logits of minus infinity
+    if not differences.numel():
+        return 0.0
+    difference = (differences.max() / (largest.max() if largest.numel() else 0)).item()
     return difference if difference == difference else float("inf")  # what is no number
 
 
@@ -93,7 +95,8 @@ def _compare_detections(actual: Any, expected: Any, processor: BaseImageProcesso
         *(processor.post_process_object_detection(outputs, _SCORE) for outputs in (actual, expected)), strict=True
     ):
         total += len(found["boxes"]) + len(wanted["boxes"])
-        overlaps = box_iou(found["boxes"], wanted["boxes"]) * (found["labels"][:, None] == wanted["labels"])
+        overlaps = box_iou(found["boxes"], wanted["boxes"]).nan_to_num(0)  # of boxes without an area
+        overlaps *= found["labels"][:, None] == wanted["labels"]
         while overlaps.numel() and overlaps.max() >= _OVERLAP:
             row, column = divmod(int(overlaps.argmax()), overlaps.shape[1])
             overlaps[row], overlaps[:, column] = 0, 0

@@ -47,7 +47,7 @@ def export_model(
         calibration_images: A folder of images or PIL images in RGB: what int8 is calibrated with, and on which the
             results of model and program are compared (default: none).
         tolerance: How far an output may be from the model's, as a share of the largest value of the same output
-            (default: 1e-4 for fp32, 0.02 for fp16, 0.3 for int8).
+            (default: 1e-4 for fp32, 0.02 for fp16, 0.5 for int8).
         name: Of the model on the Hub, for the card (default: none).
 
     Returns:

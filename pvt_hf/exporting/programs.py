@@ -202,13 +202,15 @@ def write_program(
         settings = target.configure(dtype, samples) | {"dynamic_shapes": _name_dimensions(names, shapes)}
         try:
             exported = exporter.export(model, inputs, exporter.config_class(**settings))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            target.save(exporter, exported.program, file, dtype)
+            component = ExportedComponent(exporter.load_program(file), exported.components["model"].metadata)
+            read = ExportedModel({"model": component}, target.format).to("cpu", **target.run)
+        except OSError:  # of the disk
+            raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+            model_class, reason = type(model).__name__, " ".join(str(error).split())[:300]
             raise ExportError(
-                f"{type(model).__name__} has no program for {target.title} in {dtype}: {reason}"
+                f"{model_class} has no program for {target.title} in {dtype}: {type(error).__name__}: {reason}"
             ) from error
-        file.parent.mkdir(parents=True, exist_ok=True)
-        target.save(exporter, exported.program, file, dtype)
-        component = ExportedComponent(exporter.load_program(file), exported.components["model"].metadata)
-        read = ExportedModel({"model": component}, target.format).to("cpu", **target.run)
     return lambda batch: read(**{name: batch[name] for name in names})

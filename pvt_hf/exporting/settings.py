@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.image_utils import PILImageResampling
 
 from .comparison import CLASSIFICATION, FEATURES, SEGMENTATION, Task
 from .targets import ExportError
@@ -19,6 +20,9 @@ _CLASSES = {
     SEGMENTATION: ("segformer", "SegformerForSemanticSegmentation", "SegformerImageProcessor"),
 }
 _DETR = ("detr", "DetrForObjectDetection", "DetrImageProcessor")
+# PIL's numbers. In Node, of all its ways to make an image smaller, Lanczos alone averages over pixels, as PIL's bicubic
+# does. In browsers the canvas decides.
+_RESAMPLING = {PILImageResampling.BICUBIC: int(PILImageResampling.LANCZOS)}
 _DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}  # as it calls them
 
 
@@ -46,7 +50,9 @@ def describe_model(
         model_type, model_class, processor_class = _find_classes(model, task)
         config |= {"model_type": model_type, "architectures": [model_class]}
         config["transformers.js_config"] = {"dtype": _DTYPES[dtype]}
-        settings.get("preprocessor_config.json", {})["image_processor_type"] = processor_class
+        if prepared := settings.get("preprocessor_config.json"):
+            prepared["image_processor_type"] = processor_class
+            prepared["resample"] = _RESAMPLING.get(prepared["resample"], prepared["resample"])
     return settings
 
 
