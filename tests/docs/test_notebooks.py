@@ -13,8 +13,8 @@ NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipy
 # What each of them prints: a number, and the least that it has to be.
 RESULTS = {
     "classification": (r"validation accuracy ([\d.]+)", 0.9),
-    "detection": (r"eval_AP50\W+([\d.]+)", 0.5),
-    "segmentation": (r"eval_dice\W+([\d.]+)", 0.7),
+    "detection": (r"AP50 ([\d.]+)", 0.5),
+    "segmentation": (r"Dice of foreground \(mean over images\) ([\d.]+)", 0.7),
 }
 
 
