@@ -46,7 +46,7 @@ def read_recipe(page: str) -> dict:
 
 def draw_shapes(rng: np.random.Generator, labels: list[int]) -> Image.Image:
     """A texture with these shapes beside each other, each in a square of its own."""
-    coarse = rng.integers(90, 166, (SIDE // 16, len(labels) * SIDE // 16, 3), dtype=np.uint8)
+    coarse = rng.integers(110, 150, (SIDE // 16, len(labels) * SIDE // 16, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((len(labels) * SIDE, SIDE), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(image)
     for index, label in enumerate(labels):
