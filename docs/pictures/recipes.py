@@ -1,10 +1,12 @@
-"""Draws the pictures of the recipes Grad-CAM and attention maps, with the code of these pages:
+"""Draws the pictures of the recipes with the code of their pages.
 
-    python docs/pictures/recipes.py
+    python docs/pictures/recipes.py                          # Grad-CAM and attention maps
+    python docs/pictures/recipes.py --detector detector      # supervision, with what notebooks/detection.ipynb trained
 
-It trains a small PVT v1 and a small PVT v2 to tell circles, squares and triangles, in minutes of two CPU cores.
+The first trains a small PVT v1 and a small PVT v2 to tell circles, squares and triangles, in a few minutes of a CPU.
 """
 
+import argparse
 import re
 from pathlib import Path
 
@@ -16,13 +18,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from pytorch_grad_cam.utils.image import show_cam_on_image
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 import pvt_hf
 
 FOLDER = Path(__file__).resolve().parent
 COLORS = {"circle": (215, 70, 60), "square": (70, 150, 80), "triangle": (70, 95, 205)}
-NAMES = tuple(COLORS)
+NAMES = (*COLORS, "nothing")  # so that the place of a shape matters
 SIDE = 96
+PLACES = [(48, 48), (144, 48), (96, 8)]  # (x, y) from which the attention is drawn
 SMALL = {
     "depths": [1, 1, 2, 1],
     "hidden_sizes": [32, 64, 96, 128],
@@ -50,6 +54,8 @@ def draw_shapes(rng: np.random.Generator, labels: list[int]) -> Image.Image:
     image = Image.fromarray(coarse).resize((len(labels) * SIDE, SIDE), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(image)
     for index, label in enumerate(labels):
+        if NAMES[label] == "nothing":
+            continue
         side = int(rng.integers(30, 48))
         x, y = index * SIDE + int(rng.integers(SIDE - side)), int(rng.integers(SIDE - side))
         box, color = (
@@ -122,13 +128,26 @@ def draw_attention_maps(model: torch.nn.Module, image: Image.Image) -> None:
     figure.savefig(FOLDER / "attention-maps.png", dpi=70)
 
 
-PLACES = [(48, 48), (144, 48), (96, 8)]
+def draw_detections(folder: str) -> None:
+    """Two rows of three images with the detections on them."""
+    recipe = read_recipe("supervision.md")
+    model = AutoModelForObjectDetection.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(2):
+        images = [np.asarray(draw_shapes(rng, list(rng.integers(len(COLORS), size=2)))) for _ in range(3)]
+        rows.append(np.hstack([recipe["draw"](image, recipe["detect"](model, processor, image)) for image in images]))
+    Image.fromarray(np.vstack(rows)).save(FOLDER / "supervision.png")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detector", help="folder of a detector of circles, squares and triangles (default: none)")
+    if folder := parser.parse_args().detector:
+        return draw_detections(folder)
     torch.manual_seed(0)
-    v1 = train(pvt_hf.PvtForImageClassification(pvt_hf.PvtConfig(**SMALL, attn_implementation="eager")), steps=150)
-    v2 = train(pvt_hf.PvtV2ForImageClassification(pvt_hf.PvtV2Config(**SMALL)), steps=100)
+    v1 = train(pvt_hf.PvtForImageClassification(pvt_hf.PvtConfig(**SMALL, attn_implementation="eager")), steps=300)
+    v2 = train(pvt_hf.PvtV2ForImageClassification(pvt_hf.PvtV2Config(**SMALL)), steps=300)
     image = draw_shapes(np.random.default_rng(7), [0, 1])
     draw_grad_cam({"PVT v2": v2, "PVT v1": v1}, image)
     draw_attention_maps(v1, image)
