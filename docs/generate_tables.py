@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pvt_hf.paper_results import PUBLISHED, PublishedResult
+from pvt_hf.paper_results import PUBLISHED, UNRELEASED, PublishedResult
 from pvt_hf.variants import VARIANTS
 
 TABLE = re.compile(
@@ -63,8 +63,8 @@ def variants_table() -> str:
 
 
 def paper_results_table() -> str:
-    """Box AP (of Mask R-CNN box / mask AP) on COCO and mIoU on ADE20K, in per cent, by variant and recipe. Where the
-    released code gives another number than the paper, it stands in brackets."""
+    """Box AP (with masks box / mask AP) on COCO and mIoU on ADE20K, in per cent, by variant and recipe. Where the
+    released code gives another number than the paper, it stands in brackets. Below, what the papers have beside it."""
 
     def cell(result: PublishedResult | None) -> str:
         if result is None:
@@ -74,7 +74,9 @@ def paper_results_table() -> str:
 
     recipes = dict.fromkeys(recipe for recipe, _ in PUBLISHED)
     rows = [(f"`{name}`", *(cell(PUBLISHED.get((recipe, name))) for recipe in recipes)) for name in VARIANTS]
-    return markdown_table(("variant", *(f"`{recipe}`" for recipe in recipes)), rows)
+    table = markdown_table(("variant", *(f"`{recipe}`" for recipe in recipes)), rows)
+    left_out = "; ".join(f"{name} ({numbers})" for name, numbers in UNRELEASED.items())
+    return f"{table}\nLeft out, since neither a checkpoint nor a configuration was released: {left_out}.\n"
 
 
 def overview_table() -> str:

@@ -1,5 +1,6 @@
 """The tables of README and site are the registries, and the script that writes them notices when they are not."""
 
+import re
 import runpy
 
 import pytest
@@ -14,6 +15,11 @@ def test_pages_have_the_tables_of_the_registries(capsys):
     assert main(["--check"]) == 0 and capsys.readouterr().out == ""
     text = "\n".join(file.read_text() for file in generate_tables["find_files"]())
     assert all(text.count(f"generate_tables.py: {name} -->") == 1 for name in generate_tables["TABLES"])
+
+
+def test_table_of_the_papers_results_says_what_is_left_out():
+    table = generate_tables["paper_results_table"]()
+    assert re.search(r"\n\nLeft out, since .* released: PVT-Small \+ Trans2Seg \(v1, section 5.4; .*\)\.\n$", table)
 
 
 def test_wrong_number_is_shown_and_rewritten(tmp_path, capsys):

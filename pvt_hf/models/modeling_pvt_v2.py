@@ -118,7 +118,8 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
     time, which goes into page faults. How these are avoided: see [`~pvt_hf.models.layers.chunk_rows`].
     """
 
-    max_stored_tokens = 56 * 56  # of one image: the first stage at 224 x 224
+    # Of one image, by type of device: the first stage at 224 x 224. Devices that are not named store maps of any size.
+    max_stored_tokens = {"cpu": 56 * 56}
     chunk_bytes = 4 * 2**20
 
     def __init__(self, config: PvtV2Config, hidden_size: int, intermediate_size: int):
