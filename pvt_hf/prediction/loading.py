@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 from ..conversion.convert import convert
 from ..conversion.rename import ConversionError
 from ..models.pretrained import list_tensors
-from ..variants import VARIANTS
-from .predictor import Predictor, find_task
+from ..variants import VARIANTS, build_config
+from .predictor import Predictor, Task, find_task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,19 +27,13 @@ def find_checkpoint(name: str) -> str:
     """The folder or repository that a name stands for.
 
     Args:
-        name: A folder, a repository of the Hub, or the name of a variant (if there is no such folder), whose released
-            checkpoint is then downloaded, converted and verified once, into `HF_HOME/pvt_hf/converted`.
+        name: A folder, a repository of the Hub, or the name of a variant (unless there is such a folder), whose
+            released checkpoint is downloaded, converted and verified once, into `HF_HOME/pvt_hf/converted`.
 
     Raises:
-        ModelError: If the checkpoint of a variant cannot be had, or if the name is that of a file.
+        ModelError: If the checkpoint of a variant cannot be had.
     """
-    path = Path(name)
-    if path.is_file():
-        raise ModelError(
-            f"{name} is a file: the model must be a folder with a config.json, a repository of the Hub or one of "
-            f"{', '.join(VARIANTS)}. `pvt-hf convert` makes a folder of a checkpoint's file."
-        )
-    if name not in VARIANTS or path.is_dir():
+    if name not in VARIANTS or Path(name).exists():
         return name
     folder = Path(HF_HOME) / "pvt_hf" / "converted" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -52,23 +46,46 @@ def find_checkpoint(name: str) -> str:
     return str(folder)
 
 
-def read_config(checkpoint: str) -> PreTrainedConfig:
-    """The configuration of a checkpoint.
+def read_config(name: str) -> PreTrainedConfig:
+    """The configuration of a model. Nothing else is downloaded.
 
     Args:
-        checkpoint: A folder or a repository of the Hub.
+        name: Of the model: see [`find_checkpoint`].
 
     Raises:
         ModelError: If there is none, with what transformers says about it.
     """
+    if name in VARIANTS and not Path(name).exists():
+        return build_config(name)
+    if Path(name).is_file():
+        raise ModelError(
+            f"{name} is a file: the model must be a folder with a config.json, a repository of the Hub or one of "
+            f"{', '.join(VARIANTS)}. `pvt-hf convert` makes a folder of a checkpoint's file."
+        )
     try:
-        return AutoConfig.from_pretrained(checkpoint)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"{checkpoint} cannot be loaded: it must be a folder with a model's config.json, or a repository of the "
-            f"Hub. {reason}"
+            f"{name} cannot be loaded: it must be a folder with a model's config.json, a repository of the Hub, or the "
+            f"name of a released variant. {reason}"
         ) from error
+
+
+def read_task(name: str) -> tuple[PreTrainedConfig, Task]:
+    """The configuration of a model, and what it does.
+
+    Args:
+        name: Of the model: see [`find_checkpoint`].
+
+    Raises:
+        ModelError: If there is no such model, or it predicts nothing.
+    """
+    config = read_config(name)
+    try:
+        return config, find_task(config)
+    except ValueError as error:
+        raise ModelError(f"{name} predicts nothing: {error}.") from error
 
 
 def load_predictor(
@@ -87,13 +104,8 @@ def load_predictor(
         ValueError: If `device` or `dtype` is none that torch has here.
     """
     device, dtype = choose_device(device), _choose_dtype(dtype)
-    checkpoint = find_checkpoint(str(name))
-    config = read_config(checkpoint)
-    try:
-        task = find_task(config)
-    except ValueError as error:
-        raise ModelError(f"{name} predicts nothing: {error}.") from error
-    model_class = task.mapping[type(config)]
+    config, task = read_task(name)
+    model_class, checkpoint = task.mapping[type(config)], find_checkpoint(name)
     try:
         model, loaded = model_class.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
         image_processor = AutoImageProcessor.from_pretrained(checkpoint)

@@ -1,0 +1,134 @@
+"""Draws the pictures of the recipes Grad-CAM and attention maps, with the code of these pages:
+
+    python docs/pictures/recipes.py
+
+It trains a small PVT v1 and a small PVT v2 to tell circles, squares and triangles, in minutes of two CPU cores.
+"""
+
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from pytorch_grad_cam.utils.image import show_cam_on_image
+
+import pvt_hf
+
+FOLDER = Path(__file__).resolve().parent
+NAMES = ("circle", "square", "triangle")
+SIDE = 128
+SMALL = {
+    "depths": [1, 1, 2, 1],
+    "hidden_sizes": [32, 64, 96, 128],
+    "num_attention_heads": [1, 2, 3, 4],
+    "mlp_ratios": [4, 4, 4, 4],
+    "image_size": SIDE,
+    "id2label": dict(enumerate(NAMES)),
+}
+PROCESSOR = pvt_hf.PvtImageProcessor(do_resize=False, do_center_crop=False)
+
+
+def read_recipe(page: str) -> dict:
+    """What the first block of a page defines."""
+    namespace: dict = {}
+    exec(
+        re.findall(r"^```python[^\n]*\n(.*?)^```$", (FOLDER.parent / "recipes" / page).read_text(), re.M | re.S)[0],
+        namespace,
+    )
+    return namespace
+
+
+def draw_shapes(rng: np.random.Generator, labels: list[int]) -> Image.Image:
+    """A texture with these shapes beside each other, each in a square of its own."""
+    coarse = rng.integers(90, 166, (SIDE // 16, len(labels) * SIDE // 16, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((len(labels) * SIDE, SIDE), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
+    for index, label in enumerate(labels):
+        side = int(rng.integers(36, 64))
+        x, y = index * SIDE + int(rng.integers(SIDE - side)), int(rng.integers(SIDE - side))
+        box, color = (x, y, x + side - 1, y + side - 1), tuple(int(value) for value in rng.choice([20, 235], 3))
+        if NAMES[label] == "circle":
+            pen.ellipse(box, fill=color)
+        elif NAMES[label] == "square":
+            pen.rectangle(box, fill=color)
+        else:
+            pen.polygon([(x + side // 2, y), (x, y + side - 1), (x + side - 1, y + side - 1)], fill=color)
+    return image
+
+
+def train(model: torch.nn.Module, steps: int, learning_rate: float = 1e-3) -> torch.nn.Module:
+    """AdamW on images with one shape each; says how many of 60 others are told."""
+    rng = np.random.default_rng(0)
+
+    def draw_batch(size: int) -> dict[str, torch.Tensor]:
+        labels = rng.integers(len(NAMES), size=size)
+        pixels = PROCESSOR([draw_shapes(rng, [label]) for label in labels], return_tensors="pt").pixel_values
+        return {"pixel_values": pixels, "labels": torch.from_numpy(labels)}
+
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)
+    for _ in range(steps):
+        model(**draw_batch(16)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    batch = draw_batch(60)
+    with torch.no_grad():
+        right = (model.eval()(batch["pixel_values"]).logits.argmax(-1) == batch["labels"]).sum()
+    print(f"{type(model).__name__}: {right} of 60 right")
+    return model
+
+
+def draw_grad_cam(models: dict[str, torch.nn.Module], image: Image.Image) -> None:
+    """A row for each model: the image, and the heat of two classes."""
+    explain = read_recipe("grad-cam.md")["explain"]
+    pixel_values = PROCESSOR(image, return_tensors="pt").pixel_values
+    figure, axes = plt.subplots(len(models), 3, figsize=(12, 2.3 * len(models)), layout="constrained")
+    for row, (name, model) in zip(axes, models.items(), strict=True):
+        pictures = {name: np.asarray(image)}
+        for label in (0, 1):
+            heat = explain(model, pixel_values, label)[0]
+            pictures[f"{NAMES[label]}?"] = show_cam_on_image(np.float32(image) / 255, heat, use_rgb=True)
+        for axis, (title, picture) in zip(row, pictures.items(), strict=True):
+            axis.imshow(picture)
+            axis.set_title(title)
+            axis.axis("off")
+    figure.savefig(FOLDER / "grad-cam.png", dpi=70)
+
+
+def draw_attention_maps(model: torch.nn.Module, image: Image.Image) -> None:
+    """From the CLS token, and from three places in a block of the third stage."""
+    recipe = read_recipe("attention-maps.md")
+    pixel_values = PROCESSOR(image, return_tensors="pt").pixel_values
+    places = {"CLS token, last block": (-1, None)}
+    places |= {f"block 3, from {point}": (3, point) for point in PLACES}
+    figure, axes = plt.subplots(2, 2, figsize=(12, 6.4), layout="constrained")
+    for axis, (title, (block, point)) in zip(axes.flat, places.items(), strict=True):
+        axis.imshow(recipe["draw"](image, recipe["attention_map"](model, pixel_values, block, point)))
+        if point:
+            axis.plot(*point, marker="x", color="white", markersize=12, markeredgewidth=3)
+        axis.set_title(title)
+        axis.axis("off")
+    figure.savefig(FOLDER / "attention-maps.png", dpi=70)
+
+
+PLACES = [(60, 64), (190, 64), (128, 10)]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    v1 = train(pvt_hf.PvtForImageClassification(pvt_hf.PvtConfig(**SMALL, attn_implementation="eager")), steps=400)
+    v2 = train(pvt_hf.PvtV2ForImageClassification(pvt_hf.PvtV2Config(**SMALL)), steps=200)
+    image = draw_shapes(np.random.default_rng(7), [0, 1])
+    draw_grad_cam({"PVT v2": v2, "PVT v1": v1}, image)
+    draw_attention_maps(v1, image)
+
+
+if __name__ == "__main__":
+    main()
