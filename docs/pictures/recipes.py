@@ -20,8 +20,9 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 import pvt_hf
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("circle", "square", "triangle")
-SIDE = 128
+COLORS = {"circle": (215, 70, 60), "square": (70, 150, 80), "triangle": (70, 95, 205)}
+NAMES = tuple(COLORS)
+SIDE = 96
 SMALL = {
     "depths": [1, 1, 2, 1],
     "hidden_sizes": [32, 64, 96, 128],
@@ -49,9 +50,12 @@ def draw_shapes(rng: np.random.Generator, labels: list[int]) -> Image.Image:
     image = Image.fromarray(coarse).resize((len(labels) * SIDE, SIDE), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(image)
     for index, label in enumerate(labels):
-        side = int(rng.integers(36, 64))
+        side = int(rng.integers(30, 48))
         x, y = index * SIDE + int(rng.integers(SIDE - side)), int(rng.integers(SIDE - side))
-        box, color = (x, y, x + side - 1, y + side - 1), tuple(int(value) for value in rng.choice([20, 235], 3))
+        box, color = (
+            (x, y, x + side - 1, y + side - 1),
+            tuple(value + int(rng.integers(-30, 31)) for value in COLORS[NAMES[label]]),
+        )
         if NAMES[label] == "circle":
             pen.ellipse(box, fill=color)
         elif NAMES[label] == "square":
@@ -118,13 +122,13 @@ def draw_attention_maps(model: torch.nn.Module, image: Image.Image) -> None:
     figure.savefig(FOLDER / "attention-maps.png", dpi=70)
 
 
-PLACES = [(60, 64), (190, 64), (128, 10)]
+PLACES = [(48, 48), (144, 48), (96, 8)]
 
 
 def main() -> None:
     torch.manual_seed(0)
-    v1 = train(pvt_hf.PvtForImageClassification(pvt_hf.PvtConfig(**SMALL, attn_implementation="eager")), steps=400)
-    v2 = train(pvt_hf.PvtV2ForImageClassification(pvt_hf.PvtV2Config(**SMALL)), steps=200)
+    v1 = train(pvt_hf.PvtForImageClassification(pvt_hf.PvtConfig(**SMALL, attn_implementation="eager")), steps=150)
+    v2 = train(pvt_hf.PvtV2ForImageClassification(pvt_hf.PvtV2Config(**SMALL)), steps=100)
     image = draw_shapes(np.random.default_rng(7), [0, 1])
     draw_grad_cam({"PVT v2": v2, "PVT v1": v1}, image)
     draw_attention_maps(v1, image)
