@@ -1,35 +1,35 @@
-"""Recipes of the README for other tools do what they say."""
+"""Recipes of the site for other tools do what they say."""
 
 import pytest
 import torch
 
 import pvt_hf
+from tests.support.pages import ROOT, read_blocks
 from tests.support.small_models import randomize, small_config
-from tests.test_readme import fenced
 
 pytestmark = pytest.mark.process
 
 
-def run_recipe(name, *packages):
-    """What the block of the README defines."""
+def run_recipe(page, *packages):
+    """What the blocks of the page define."""
     for package in packages:
         pytest.importorskip(package)
-    (block,) = fenced(f"python {name}")
     namespace = {}
-    exec(block, namespace)
+    for block in read_blocks(ROOT / "docs" / "recipes" / page, "python"):
+        exec(block.text, namespace)
     return namespace
 
 
 def test_timm_recipe():
     with torch.device("meta"):  # shapes are enough, and cost nothing
-        recipe = run_recipe("timm", "segmentation_models_pytorch")
+        recipe = run_recipe("smp.md", "segmentation_models_pytorch")
         assert recipe["model"](torch.randn(1, 3, 32, 64)).shape == (1, 10)
         assert recipe["unet"](torch.randn(1, 3, 64, 64)).shape == (1, 3, 64, 64)
 
 
 def test_grad_cam_recipe():
     """For v1 and v2 its picture is the one of the paper's formula (arXiv 1610.02391, equations 1 and 2)."""
-    recipe = run_recipe("grad-cam", "pytorch_grad_cam")
+    recipe = run_recipe("grad-cam.md", "pytorch_grad_cam")
     from pytorch_grad_cam.utils.image import scale_cam_image
 
     for version in ("v1", "v2"):
