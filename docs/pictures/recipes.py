@@ -40,11 +40,8 @@ PROCESSOR = pvt_hf.PvtImageProcessor(do_resize=False, do_center_crop=False)
 
 def read_recipe(page: str) -> dict:
     """What the first block of a page defines."""
-    namespace: dict = {}
-    exec(
-        re.findall(r"^```python[^\n]*\n(.*?)^```$", (FOLDER.parent / "recipes" / page).read_text(), re.M | re.S)[0],
-        namespace,
-    )
+    text, namespace = (FOLDER.parent / "recipes" / page).read_text(), {}
+    exec(re.search(r"^```python[^\n]*\n(.*?)^```$", text, re.M | re.S)[1], namespace)
     return namespace
 
 
@@ -58,10 +55,8 @@ def draw_shapes(rng: np.random.Generator, labels: list[int]) -> Image.Image:
             continue
         side = int(rng.integers(30, 48))
         x, y = index * SIDE + int(rng.integers(SIDE - side)), int(rng.integers(SIDE - side))
-        box, color = (
-            (x, y, x + side - 1, y + side - 1),
-            tuple(value + int(rng.integers(-30, 31)) for value in COLORS[NAMES[label]]),
-        )
+        box = (x, y, x + side - 1, y + side - 1)
+        color = tuple(value + int(rng.integers(-30, 31)) for value in COLORS[NAMES[label]])
         if NAMES[label] == "circle":
             pen.ellipse(box, fill=color)
         elif NAMES[label] == "square":
@@ -95,20 +90,19 @@ def train(model: torch.nn.Module, steps: int, learning_rate: float = 1e-3) -> to
     return model
 
 
-def draw_grad_cam(models: dict[str, torch.nn.Module], image: Image.Image) -> None:
-    """A row for each model: the image, and the heat of two classes."""
+def draw_grad_cam(model: torch.nn.Module, image: Image.Image) -> None:
+    """The image, and the heat of two classes."""
     explain = read_recipe("grad-cam.md")["explain"]
     pixel_values = PROCESSOR(image, return_tensors="pt").pixel_values
-    figure, axes = plt.subplots(len(models), 3, figsize=(12, 2.3 * len(models)), layout="constrained")
-    for row, (name, model) in zip(axes, models.items(), strict=True):
-        pictures = {name: np.asarray(image)}
-        for label in (0, 1):
-            heat = explain(model, pixel_values, label)[0]
-            pictures[f"{NAMES[label]}?"] = show_cam_on_image(np.float32(image) / 255, heat, use_rgb=True)
-        for axis, (title, picture) in zip(row, pictures.items(), strict=True):
-            axis.imshow(picture)
-            axis.set_title(title)
-            axis.axis("off")
+    pictures = {"image": np.asarray(image)}
+    for label in (0, 1):
+        heat = explain(model, pixel_values, label)[0]
+        pictures[f"{NAMES[label]}?"] = show_cam_on_image(np.float32(image) / 255, heat, use_rgb=True)
+    figure, axes = plt.subplots(1, 3, figsize=(12, 2.3), layout="constrained")
+    for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
+        axis.imshow(picture)
+        axis.set_title(title)
+        axis.axis("off")
     figure.savefig(FOLDER / "grad-cam.png", dpi=70)
 
 
@@ -149,7 +143,7 @@ def main() -> None:
     v1 = train(pvt_hf.PvtForImageClassification(pvt_hf.PvtConfig(**SMALL, attn_implementation="eager")), steps=300)
     v2 = train(pvt_hf.PvtV2ForImageClassification(pvt_hf.PvtV2Config(**SMALL)), steps=300)
     image = draw_shapes(np.random.default_rng(7), [0, 1])
-    draw_grad_cam({"PVT v2": v2, "PVT v1": v1}, image)
+    draw_grad_cam(v2, image)
     draw_attention_maps(v1, image)
 
 

@@ -17,9 +17,15 @@ from tests.support.pages import PAGES, find_missing, name_page, read_blocks
 from tests.support.small_models import ROOT
 
 DOCS = ROOT / "docs"
-PYTHON_PAGES = [page for page in PAGES if read_blocks(page, "python")]
+# What the blocks of a page take is only in the extra `examples`, and long to import or to run.
+HEAVY = {"python fastapi", "python lightning", "python torchao"}
+PYTHON_PAGES = [
+    pytest.param(page, id=name_page(page), marks=pytest.mark.slow if HEAVY & {block.info for block in blocks} else ())
+    for page in PAGES
+    if (blocks := read_blocks(page, "python"))
+]
 # Of other programs than ours, an option is not looked up.
-OTHER_PROGRAMS = ("accelerate", "hf", "mkdocs", "pip", "pytest")
+OTHER_PROGRAMS = ("accelerate", "hf", "main.py", "mkdocs", "pip", "pytest", "tools/")  # those of mm* among them
 
 
 def load_script(name: str) -> ModuleType:
@@ -31,7 +37,7 @@ def load_script(name: str) -> ModuleType:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("page", PYTHON_PAGES, ids=name_page)
+@pytest.mark.parametrize("page", PYTHON_PAGES)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """From top to bottom, in one namespace and an empty folder. A block may want a package, or an extra of ours."""
     monkeypatch.chdir(tmp_path)
