@@ -31,6 +31,7 @@ EXTRAS = {
     "benchmark": "`examples/benchmark.py`",
     "examples": "all programs of `examples/`",
     "export": "ONNX and OpenVINO",
+    "examples": "the recipes of this site, and the notebooks",
     "docs": "this site: `mkdocs serve`",
     "test": "the tests",
 }
