@@ -6,8 +6,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network, and one that tr
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
+from transformers.utils import hub as transformers_hub
 
 from tests.support.hub import TOKEN, LocalHub
 from tests.support.small_models import ROOT
@@ -49,6 +51,24 @@ def logged_errors():
 def hub():
     with LocalHub() as hub:
         yield hub
+
+
+@pytest.fixture
+def online(hub, tmp_path, monkeypatch):
+    """Makes the local Hub the Hub of this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "home"),
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(transformers_hub, "_hf_api", None)  # which remembers the address
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)  # between attempts
+    return hub
 
 
 @pytest.fixture

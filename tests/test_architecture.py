@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "data": {"data", "models", "untrusted", "writing", "variants", "recipes"},
     "evaluation": {"evaluation", "data", "models", "writing"},
     "training": {"training", *BELOW_TRAINING},
-    "commands": {"__init__", "commands", "training", "conversion", *BELOW_TRAINING},
+    "prediction": {"prediction", "conversion", *BELOW_TRAINING},
+    "commands": {"__init__", "commands", "training", "prediction", "conversion", *BELOW_TRAINING},
     "conversion": {"conversion", "models", "untrusted", "writing", "variants", "paper_results"},
     "timm": {"models", "variants", "conversion"},  # imported by nobody, and by users who have timm
 }

@@ -1,5 +1,5 @@
-"""The files in `examples/` that launch a command work in a clone without an installation. (The quickstart is in
-`test_readme.py`.)"""
+"""The files in `examples/` that launch a command work in a clone without an installation. (What the quickstart
+does is tested in `test_readme.py`.)"""
 
 import runpy
 import sys
@@ -10,7 +10,7 @@ from tests.support.small_models import ROOT
 
 
 @pytest.mark.parametrize(
-    "name", ["train_classification", "train_detection", "train_segmentation", "evaluate", "predict"]
+    "name", ["quickstart", "train_classification", "train_detection", "train_segmentation", "evaluate", "predict"]
 )
 def test_example_launches_the_command_of_its_clone(name, monkeypatch, capsys):
     file = ROOT / "examples" / f"{name}.py"

@@ -53,7 +53,7 @@ def test_every_option_exists(capsys):
     for name, arguments in lines:
         for option in re.findall(r"(?<!\S)--[\w-]+", arguments.split(" #")[0]):
             assert re.search(rf"{option}\b(?!-)", helps[name.replace("_", "-")]), (name, option)
-    programs = [(ROOT / "examples" / f"{name}.py").read_text() for name in ("quickstart", "benchmark")]
+    programs = [(ROOT / "examples" / f"{name}.py").read_text() for name in ("benchmark",)]
     known = "\n".join([*helps.values(), *programs])
     for option in re.findall(r"`[^`\n]*?(--[a-z][\w-]+)", README):
         assert re.search(rf"{option}\b", known), option

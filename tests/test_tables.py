@@ -1,5 +1,6 @@
 """The README's tables are the registries, and the script that writes them notices when they are not."""
 
+import re
 import runpy
 
 import pytest
@@ -12,6 +13,11 @@ main, generate = generate_tables["main"], generate_tables["generate"]
 
 def test_readme_has_the_tables_of_the_registries(capsys):
     assert main(["--check"]) == 0 and capsys.readouterr().out == ""
+
+
+def test_table_of_the_papers_results_says_what_is_left_out():
+    table = generate_tables["paper_results_table"]()
+    assert re.search(r"\n\nLeft out, since .* released: PVT-Small \+ Trans2Seg \(v1, section 5.4; .*\)\.\n$", table)
 
 
 def test_wrong_number_is_shown_and_rewritten(tmp_path, capsys):

@@ -23,6 +23,7 @@ class Command(NamedTuple):
 
 _TRAINING = ("accelerate", "datasets", "matplotlib")
 COMMANDS = {
+    "quickstart": Command("fine-tune on a few images, and look at the result", "training", _TRAINING),
     "train-classification": Command("train a classifier", "training", (*_TRAINING, "timm")),
     "train-detection": Command(
         "train a detector: RetinaNet, ATSS, GFL, ...", "training", (*_TRAINING, "faster_coco_eval")

@@ -14,7 +14,7 @@ from ..data.detection_records import DetectionData
 from ..data.digits import write_scenes
 from ..data.images import ImageError
 from ..models.backbone import get_backbone_config, load_pretrained_backbone
-from ..training.arguments import DetectionDataArguments, EvaluationArguments
+from ..training.arguments import DetectionDataArguments, EvaluationArguments, TrainingOptions
 from ..training.optimization import SettingError
 from ..training.run_checkpoints import CheckpointError
 from ..training.trainer import VisionTrainer
@@ -62,6 +62,15 @@ def read_backbone_config(checkpoint: str | None, variant: str | None) -> tuple[P
     if variant not in (None, found):
         raise SystemExit(f"{checkpoint} is not a {variant}")
     return config, found
+
+
+def check_code(options: TrainingOptions, model_type: str) -> None:
+    """Raises a `SystemExit` if the code of a model is to be saved that is transformers' own."""
+    if options.with_code and model_type not in ("pvt", "pvt_v2") and not model_type.startswith("pvt_hf_"):
+        raise SystemExit(
+            f"--with_code cannot be used for a model of type {model_type}: its class is transformers' own, which finds "
+            "the backbone's by an installed pvt_hf"
+        )
 
 
 def load_backbone(model: nn.Module, checkpoint: str | None) -> None:

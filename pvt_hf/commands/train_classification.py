@@ -48,7 +48,8 @@ def parse(argv: Sequence[str] | None) -> tuple[tuple[Any, ...], ImageNetRecipe, 
     """The groups of arguments, the recipe, and the `TrainingArguments`."""
     groups = parse_arguments(CLASSIFICATION, argv, "pvt-hf train-classification", __doc__, presets.CLASSIFICATION)
     model_args, data_args, recipe_args, options = groups
-    _, model_args.variant = shared.read_backbone_config(model_args.model_name_or_path, model_args.variant)
+    backbone, model_args.variant = shared.read_backbone_config(model_args.model_name_or_path, model_args.variant)
+    shared.check_code(options, backbone.model_type)
     recipe = override_recipe(imagenet_recipe(model_args.variant or shared.DEFAULT_VARIANT), recipe_args)
     return groups, recipe, build_training_arguments(options, recipe, num_train_epochs=recipe.epochs, fp16=True)
 
@@ -203,11 +204,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset_title=options.dataset_title,
         initial_weights=model_args.model_name_or_path,
         license=options.license,
+        with_code=options.with_code,
         settings={name: getattr(model_args, name) for name in ("variant", "image_size", "freeze_stages", "lora_rank")},
     )
     trainer.train(args.resume_from_checkpoint)
     if model_args.lora_rank:  # the adapter for itself, and the complete model with it for everybody
-        trainer.save_model(Path(args.output_dir) / "adapter")
+        trainer.save_model(adapter := Path(args.output_dir) / "adapter")
+        (adapter / "README.md").unlink(missing_ok=True)  # peft's, with gaps to fill in and paths of this machine
         trainer.model = trainer.model_wrapped = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     return shared.finish(trainer)
 

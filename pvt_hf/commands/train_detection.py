@@ -64,6 +64,7 @@ def parse(
         model_type = shared.read_config(model_args.model_name_or_path).model_type
         if model_type.removeprefix("pvt_hf_") != architecture:
             raise SystemExit(f"--recipe {recipe_args.recipe} is not for a {model_type}")
+    shared.check_code(options, "detr" if architecture == "detr" else f"pvt_hf_{architecture}")
     checkpoint = model_args.model_name_or_path or model_args.backbone_checkpoint
     backbone, model_args.variant = shared.read_backbone_config(checkpoint, model_args.variant)
     recipe = override_recipe(detection_recipe(recipe_args.recipe, model_args.variant), recipe_args)
@@ -194,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset_title=options.dataset_title,
         initial_weights=model_args.model_name_or_path or model_args.backbone_checkpoint,
         license=options.license,
+        with_code=options.with_code,
         settings={name: getattr(model_args, name) for name in ("variant", "config_overrides", "freeze_stages")},
     )
     trainer.train(args.resume_from_checkpoint)

@@ -67,6 +67,10 @@ def parse(
     model_args, data_args, recipe_args, options = groups
     checkpoint = model_args.model_name_or_path or model_args.backbone_checkpoint
     backbone, model_args.variant = shared.read_backbone_config(checkpoint, model_args.variant)
+    if model_args.model_name_or_path:
+        shared.check_code(options, shared.read_config(model_args.model_name_or_path).model_type)
+    else:
+        shared.check_code(options, "upernet" if model_args.head == "upernet" else "pvt_hf_semantic_fpn")
     own_data = data_args.dataset_name or data_args.train_images
     recipe = SEGMENTATION_RECIPES[recipe_args.recipe or ("small_data" if own_data else "semantic_fpn_40k")]
     recipe = override_recipe(recipe, recipe_args)
@@ -250,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         left_out=left_out,
         initial_weights=model_args.model_name_or_path or model_args.backbone_checkpoint,
         license=options.license,
+        with_code=options.with_code,
         settings={name: getattr(model_args, name) for name in ("variant", "backbone_checkpoint", "freeze_stages")}
         | ({"loss": loss.name, "class weights": loss.class_weights} if loss else {}),
     )

@@ -1,7 +1,6 @@
 """Converts checkpoints to verified Hugging Face folders, and back: the functions behind `pvt-hf convert`."""
 
 import functools
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..models.backbone import get_backbone_config
 from ..models.configuration_pvt import PvtConfig
 from ..variants import VARIANTS, differences, find_variant, get_variant
 from ..writing.files import atomic_file
+from ..writing.hub import list_code, register_code
 from .architectures.base import Architecture, Outputs
 from .architectures.registry import find_architecture, find_saved_architecture
 from .checkpoint import Checkpoint, load_file, read_checkpoint, read_json
@@ -22,7 +22,6 @@ from .formats import FROM_OFFICIAL, Format, detect_format
 from .infer_config import imagenet_labels
 from .model_card import Conversion, render
 from .output_folder import atomic_folder, check_output_dir, check_writable, name_what_fails
-from .publish import register_code
 from .rename import ConversionError, StateDict, check_complete, quote
 from .verify import largest_difference, reference_outputs
 
@@ -58,10 +57,10 @@ def convert(
     architecture = source.architecture
     if source.checkpoint.path.resolve().is_relative_to(output_dir.resolve()):
         raise ConversionError(f"`OUTPUT_DIR` {output_dir} holds the checkpoint itself; choose another.")
-    if with_code and architecture.is_dense:
+    if with_code and architecture.is_native:
         raise ConversionError(
-            f"`--with-code` cannot be used for a {architecture.name}: its code finds the backbone's by the Auto "
-            "classes of an installed pvt_hf."
+            f"`--with-code` cannot be used for a {architecture.name}: its class is transformers' own, which finds the "
+            "backbone's by the Auto classes of an installed pvt_hf."
         )
     model = build_model(architecture.from_official(source.official), source.config, architecture)
     model_class, facts = type(model), _collect_facts(source, model)
@@ -140,10 +139,7 @@ def build_model(tensors: StateDict, config: PreTrainedConfig, architecture: Arch
 
 def _save(folder: Path, model: PreTrainedModel, processor: BaseImageProcessor | None, code_of: str | None) -> None:
     """Writes a model and its image processor, and their code too if `code_of` names the model's Auto class."""
-    code = {} if code_of is None else {code_of: type(model), "AutoConfig": type(model.config)}
-    if code and processor is not None:
-        code["AutoImageProcessor"] = type(processor)
-    with register_code(**code) if code else nullcontext():
+    with register_code({} if code_of is None else list_code(code_of, model, processor)):
         model.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)

@@ -1,10 +1,7 @@
-"""Uploads a converted folder to the Hub, and saves the package's code along with a model."""
+"""Uploads a converted folder to the Hub."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -50,15 +47,3 @@ def publish(folder: Path, repo: str, private: bool) -> str:
             f"The upload to {repo} at {api.endpoint} failed: {reason}. {outcome}; everything is in {folder}. To try "
             f"again: hf upload {repo} {quote(str(folder))}"
         ) from error
-
-
-@contextmanager
-def register_code(**auto_classes: type[Any]) -> Iterator[None]:
-    """While it lasts, `save_pretrained` of these classes saves their code too, for `trust_remote_code=True`."""
-    try:
-        for auto_class, registered in auto_classes.items():
-            registered.register_for_auto_class(auto_class)
-        yield
-    finally:
-        for registered in auto_classes.values():
-            registered._auto_class = None

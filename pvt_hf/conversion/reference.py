@@ -72,7 +72,7 @@ def attention(
 
 
 def mlp(weights: StateDict, name: str, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """v2 section 3.1 has a depth-wise 3 x 3 convolution before the GELU; its linear variant a ReLU before that."""
+    """v2 section 3.4 has a depth-wise 3 x 3 convolution before the GELU; its linear variant a ReLU before that."""
     hidden = linear(weights, f"{name}.fc1", tokens)
     if f"{name}.dwconv.dwconv.weight" in weights:
         if is_linear(weights):
@@ -102,7 +102,7 @@ def blocks(
 def patch_embedding(
     weights: StateDict, stage: int, feature_map: torch.Tensor, patch_eps: float
 ) -> tuple[torch.Tensor, int, int]:
-    """v1 section 3.2: stride and kernel equal. v2 section 3.1: overlapping, padded by half the kernel."""
+    """v1 section 3.2: stride and kernel equal. v2 section 3.3: overlapping, padded by half the kernel."""
     kernel, bias = weights[f"patch_embed{stage}.proj.weight"], weights[f"patch_embed{stage}.proj.bias"]
     padding = 0 if is_v1(weights) else kernel.shape[-1] // 2
     feature_map = F.conv2d(feature_map, kernel, bias, stride=4 if stage == 1 else 2, padding=padding)

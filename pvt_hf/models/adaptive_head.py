@@ -2,42 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from .boxes import IGNORED, AnchorGrid, Anchors, match_atss
+from .boxes import AnchorGrid, Anchors, match_atss
+from .one_stage import MatchedAnchors, match_anchors
 from .targets import GroundTruth
-
-
-@dataclass(frozen=True)
-class MatchedAnchors:
-    """What each anchor of a batch learns.
-
-    Args:
-        takes_part: Which anchors are positive or negative: bool `(batch, anchors)`.
-        positive: Which anchors have an object: bool `(batch, anchors)`.
-        class_labels: Of the objects, int64 `(batch, anchors)`; 0 for other anchors.
-        boxes: Of the objects, xyxy in pixels, `(batch, anchors, 4)`; other anchors have their own.
-    """
-
-    takes_part: torch.Tensor
-    positive: torch.Tensor
-    class_labels: torch.Tensor
-    boxes: torch.Tensor
-
-    @property
-    def count(self) -> torch.Tensor:
-        """The number of positive anchors, at least one per image, as a scalar."""
-        return self.positive.sum(dim=1).clamp(min=1).sum()
-
-    def class_targets(self, values: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """`values` `(batch, anchors)` at the classes of the positive anchors and 0 elsewhere, as `logits`."""
-        values = (values * self.positive)[..., None].to(logits.dtype)
-        return torch.zeros_like(logits).scatter_(2, self.class_labels[..., None], values)
 
 
 class NormedConv(nn.Module):
@@ -90,20 +63,16 @@ class AdaptiveHead(nn.Module):
         init.constant_(self.class_predictor.bias, -math.log((1 - prior) / prior))
 
     def match(self, anchors: Anchors, valid: Sequence[torch.Tensor], truths: Sequence[GroundTruth]) -> MatchedAnchors:
-        """What each anchor learns. Nothing waits for the device.
+        """What each anchor learns.
 
         Args:
             anchors: Of all levels.
             valid: For each image, which anchors take part: bool `(anchors,)`.
             truths: The objects of each image.
         """
-        boxes = anchors.boxes.repeat(len(truths), 1, 1)  # (batch, anchors, 4)
-        matches = torch.full(boxes.shape[:2], IGNORED, device=boxes.device)
-        class_labels = torch.zeros_like(matches)
-        for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
-            matches[index] = match_atss(truth.boxes, anchors, self.config.num_candidates, valid_anchors)
-            if len(truth.boxes):
-                objects, positive = matches[index].clamp(min=0), matches[index] >= 0  # (anchors,)
-                class_labels[index] = truth.class_labels[objects] * positive
-                boxes[index] = truth.boxes[objects].where(positive[:, None], anchors.boxes)
-        return MatchedAnchors(matches != IGNORED, matches >= 0, class_labels, boxes)
+        return match_anchors(
+            anchors,
+            valid,
+            truths,
+            lambda boxes, takes_part: match_atss(boxes, anchors, self.config.num_candidates, takes_part),
+        )

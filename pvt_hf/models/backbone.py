@@ -8,7 +8,16 @@ import torch
 from torch import nn
 from transformers import AutoBackbone, AutoConfig, BackboneMixin, PreTrainedConfig
 
+from .configuration_pvt import PvtConfig
+from .configuration_pvt_v2 import PvtV2Config
+from .modeling_pvt import PvtBackbone
+from .modeling_pvt_v2 import PvtV2Backbone
 from .pretrained import list_tensors
+
+# Here too, for where this file came with the checkpoint of a detector or segmenter, and pvt_hf is not installed.
+AutoBackbone.register(PvtConfig, PvtBackbone, exist_ok=True)
+AutoBackbone.register(PvtV2Config, PvtV2Backbone, exist_ok=True)
+
 
 # Fields of a backbone's configuration that change its outputs and that the shapes of its tensors do not show.
 _UNSEEN_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_layer_norm_eps", "linear_attention")

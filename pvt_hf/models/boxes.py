@@ -281,7 +281,7 @@ def match_boxes(
         if valid is not None:
             iou = iou.masked_fill(~valid, -1)  # below every overlap, so that no ground truth prefers it
         best, best_object = iou.max(dim=0)  # (boxes,)
-        matches[best < negative_threshold] = NEGATIVE
+        matches = matches.masked_fill(best < negative_threshold, NEGATIVE)
         matches = torch.where(best >= positive_threshold, best_object, matches)
         best_of_object = iou.amax(dim=1, keepdim=True)  # (ground truths, 1)
         takes = (iou == best_of_object) & (best_of_object >= low_quality_threshold)  # (ground truths, boxes)
@@ -370,6 +370,33 @@ def sample_boxes(
     positives = choose((matches >= 0).nonzero().flatten(), max_positives)
     negatives = choose((matches == NEGATIVE).nonzero().flatten(), num_samples - len(positives))
     return positives, negatives
+
+
+def sample_batch(
+    matches: Sequence[torch.Tensor], num_samples: int, max_positives: int, shuffle: bool = True
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """[`sample_boxes`] of each image, one after the other. A GPU is waited for once.
+
+    Args:
+        matches: What [`match_boxes`] gives for each image, int64 `(boxes,)`.
+        num_samples: How many boxes of an image are chosen, at most.
+        max_positives: How many of them are positive, at most.
+        shuffle: See [`sample_boxes`].
+
+    Returns:
+        For each image the indices of the positive and of the negative boxes, each int64, ascending and on the CPU.
+    """
+    if not matches:
+        return []
+    # Which object a box has does not matter here: a byte is enough for whether it has one.
+    kinds = torch.cat([image_matches.clamp(max=0).to(torch.int8) for image_matches in matches]).cpu()
+    sizes = [len(image_matches) for image_matches in matches]
+    return [sample_boxes(own, num_samples, max_positives, shuffle) for own in kinds.split(sizes)]
+
+
+def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors `(values,)` of one dtype and of any lengths on a device, in one transfer."""
+    return list(torch.cat(list(tensors)).to(device).split([len(tensor) for tensor in tensors])) if tensors else []
 
 
 def batched_nms(boxes: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, iou_threshold: float) -> torch.Tensor:

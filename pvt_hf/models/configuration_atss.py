@@ -3,9 +3,9 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import PreTrainedConfig
 
+from .configuration_dense import BackboneSpec
 from .configuration_pvt import LabelledConfig
 
 
@@ -16,6 +16,12 @@ def check_adaptive_head(config: PreTrainedConfig) -> None:
     if config.norm_groups < 1 or config.neck_channels % config.norm_groups:
         raise ValueError(
             f"`norm_groups` must divide `neck_channels`, got {config.norm_groups} and {config.neck_channels}."
+        )
+    # A coarse level may be one cell, of which a group of one channel is one value: less it itself, nothing is left.
+    if config.norm_groups == config.neck_channels:
+        raise ValueError(
+            "`norm_groups` must be less than `neck_channels`, so that a group has two channels at least, got "
+            f"{config.norm_groups} and {config.neck_channels}."
         )
     if config.num_candidates < 1:
         raise ValueError(f"`num_candidates` must be at least 1, got {config.num_candidates}.")
@@ -35,7 +41,7 @@ class ATSSConfig(LabelledConfig):
         num_head_convs (`int`, *optional*, defaults to 4):
             Normed convolutions before the predictors of the head.
         norm_groups (`int`, *optional*, defaults to 32):
-            Groups of the group norms of the head; they divide `neck_channels`.
+            Groups of the group norms of the head; they divide `neck_channels`, and each has two channels or more.
         strides (`list[int]`, *optional*, defaults to `[8, 16, 32, 64, 128]`):
             Pixels per cell of each level: those of the backbone's maps and of two more.
         anchor_scale (`float`, *optional*, defaults to 8.0):
@@ -63,11 +69,7 @@ class ATSSConfig(LabelledConfig):
     default_num_labels = 80
     # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
     backbone_out_features: ClassVar[tuple[str, ...]] = ("stage2", "stage3", "stage4")
-    sub_configs_defaults = {
-        "backbone_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="pvt_v2", init_kwargs={"out_features": list(backbone_out_features)}
-        )
-    }
+    sub_configs_defaults = {"backbone_config": BackboneSpec("pvt_v2", backbone_out_features)}
 
     backbone_config: dict | PreTrainedConfig | None = None
     neck_channels: int = 256

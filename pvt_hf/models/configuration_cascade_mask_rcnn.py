@@ -3,9 +3,9 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import PreTrainedConfig
 
+from .configuration_dense import BackboneSpec
 from .configuration_pvt import LabelledConfig
 
 # Fields that have a value for each stage of the cascade.
@@ -90,11 +90,7 @@ class CascadeMaskRCNNConfig(LabelledConfig):
     default_num_labels = 80
     # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
     backbone_out_features: ClassVar[tuple[str, ...]] = ("stage1", "stage2", "stage3", "stage4")
-    sub_configs_defaults = {
-        "backbone_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="pvt_v2", init_kwargs={"out_features": list(backbone_out_features)}
-        )
-    }
+    sub_configs_defaults = {"backbone_config": BackboneSpec("pvt_v2", backbone_out_features)}
 
     backbone_config: dict | PreTrainedConfig | None = None
     use_masks: bool = True

@@ -3,9 +3,9 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import PreTrainedConfig
 
+from .configuration_dense import BackboneSpec
 from .configuration_pvt import LabelledConfig
 
 
@@ -49,11 +49,7 @@ class RetinaNetConfig(LabelledConfig):
     default_num_labels = 80
     # The stages that the head wants, of PVT or whatever a backbone calls those of the same strides.
     backbone_out_features: ClassVar[tuple[str, ...]] = ("stage2", "stage3", "stage4")
-    sub_configs_defaults = {
-        "backbone_config": SubConfigSpec(
-            config_class=AutoConfig, model_type="pvt", init_kwargs={"out_features": list(backbone_out_features)}
-        )
-    }
+    sub_configs_defaults = {"backbone_config": BackboneSpec("pvt", backbone_out_features)}
 
     backbone_config: dict | PreTrainedConfig | None = None
     neck_channels: int = 256

@@ -103,7 +103,9 @@ class ImagePreprocessing(BaseImageProcessor):
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
-        if self._auto_class is not None and "auto_map" in fields:  # saved with its file, which has both backends
+        if self._auto_class is None:
+            fields.pop("auto_map", None)  # of a file that came with code, which is not saved with this one
+        elif "auto_map" in fields:  # saved with its file, which has both backends
             module = type(self).__module__.rsplit(".", 1)[-1]
             name = type(self).__name__.removesuffix("Pil")
             backends = {"torchvision": f"{module}.{name}", "pil": f"{module}.{name}Pil"}

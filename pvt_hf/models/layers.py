@@ -1,6 +1,7 @@
-"""What PVT v1 and v2 share (tokens as maps and back, stochastic depth, spatial-reduction attention), and how the MLP of
-v2 is computed in chunks."""
+"""What PVT v1 and v2 share (tokens as maps and back, stochastic depth, spatial-reduction attention), and how their MLPs
+are computed in chunks."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from inspect import signature
@@ -205,12 +206,44 @@ class SpatialReductionAttention(nn.Module):
         return context.flatten(2), weights if output_attentions else None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see complete inputs or outputs of the module or of a part of it."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def chunk_tokens(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Decorator of the `forward` of an MLP, whose hidden states are several times as large as its input.
+
+    In evaluation without gradients a CPU works in chunks of tokens whose hidden states take `chunk_bytes`, so that they
+    fit its cache, unless a hook wants to see them all. A compiler decides for itself.
+
+    Args:
+        forward: A method `(hidden_states)` that works token by token, on hidden states `(..., channels)`. Its module
+            has `chunk_bytes` and `intermediate_size`, the channels of the hidden states.
+
+    Returns:
+        A method with the same arguments and results.
+    """
+
+    @wraps(forward)
+    def forward_in_chunks(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        if runs_transformed(hidden_states) or hidden_states.device.type != "cpu" or has_hooks(self):
+            return forward(self, hidden_states)
+        if self.training or (torch.is_grad_enabled() and hidden_states.requires_grad):
+            return forward(self, hidden_states)
+        num_tokens = max(1, self.chunk_bytes // (self.intermediate_size * hidden_states.element_size()))
+        chunks = hidden_states.flatten(0, -2).split(num_tokens)
+        return torch.cat([forward(self, chunk) for chunk in chunks]).view(hidden_states.shape)
+
+    return forward_in_chunks
+
+
 def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Decorator of the `forward` of an MLP with a 3 x 3 convolution in it, whose hidden states would fill the memory.
 
-    A map of more than `max_stored_tokens` is recomputed in the backward pass instead of stored. A CPU works in chunks
-    of rows whose hidden states take `chunk_bytes`, so that they fit its cache, unless a hook wants to see the complete
-    map. A compiler decides for itself.
+    A map of more tokens than `max_stored_tokens` has for its type of device is recomputed in the backward pass instead
+    of stored; other devices store. A CPU works in chunks of rows whose hidden states take `chunk_bytes`, so that they
+    fit its cache, unless a hook wants to see the complete map. A compiler decides for itself.
 
     Args:
         forward: A method `(hidden_states, height, width, rows)` that gives these rows of the result, from hidden states
@@ -226,15 +259,14 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         compute = partial(forward, self)
         if runs_transformed(hidden_states):
             return compute(hidden_states, height, width)
-        is_large = height * width > self.max_stored_tokens
+        is_large = height * width > self.max_stored_tokens.get(hidden_states.device.type, math.inf)
         differentiates = torch.is_grad_enabled() and hidden_states.requires_grad
         # (Training draws its dropout in the same pieces with and without gradients: a checkpointed block runs both.)
         if not is_large and (differentiates or self.training):
             return compute(hidden_states, height, width)
         if differentiates:
             compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=self.training)
-        has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
-        if hidden_states.device.type != "cpu" or has_hooks:
+        if hidden_states.device.type != "cpu" or has_hooks(self):
             return compute(hidden_states, height, width)
         num_rows = max(1, self.chunk_bytes // (width * self.intermediate_size * hidden_states.element_size()))
         return torch.cat([_compute_in_chunks(compute, image, width, num_rows) for image in hidden_states.split(1)])

@@ -177,20 +177,19 @@ class CascadeMaskRCNNForInstanceSegmentation(CascadeMaskRCNNPreTrainedModel):
     ) -> dict[str, torch.Tensor]:
         config = self.config
         losses: dict[str, torch.Tensor] = {}
-        boxes = [image_proposals[has_area(image_proposals)] for image_proposals in proposals]
+        boxes = list(proposals)
+        valid: list[torch.Tensor] | None = list(has_area(proposals))
         for stage, weight in enumerate(config.stage_loss_weights):
             threshold = config.roi_iou_thresholds[stage]
-            samples = [  # no object takes proposals that are below the threshold
-                sample_rois(image_boxes, truth, config, threshold, math.inf, self.training)
-                for image_boxes, truth in zip(boxes, truths, strict=True)
-            ]
+            # No object takes proposals that are below the threshold.
+            samples = sample_rois(boxes, truths, config, threshold, math.inf, self.training, valid)
             logits, deltas = self.box_heads[stage](self._pool(levels, [rois.boxes for rois in samples], BOX_SIZE))
             stage_losses = self.box_heads[stage].loss(logits, deltas, samples, truths)
             if self.mask_heads:
                 features = self._pool(levels, [rois.positive_boxes for rois in samples], MASK_SIZE)
                 stage_losses |= self.mask_heads[stage].loss(self.mask_heads[stage](features), samples, truths)
             losses |= {f"{name}_{stage}": value * weight for name, value in stage_losses.items()}
-            boxes = self._refine_samples(stage, logits, deltas, samples, truths, image_sizes)
+            boxes, valid = self._refine_samples(stage, logits, deltas, samples, truths, image_sizes), None
         return losses
 
     def _pool(self, levels: Sequence[torch.Tensor], boxes: Sequence[torch.Tensor], size: int) -> torch.Tensor:
@@ -215,7 +214,7 @@ class CascadeMaskRCNNForInstanceSegmentation(CascadeMaskRCNNPreTrainedModel):
         ):
             classes = own_logits[:, :-1].argmax(dim=1)  # (RoIs,)
             classes[: len(rois.objects)] = truth.class_labels[rois.objects]
-            refined.append(self.box_heads[stage].refine(rois.boxes, own_deltas, classes, size)[rois.are_proposed])
+            refined.append(self.box_heads[stage].refine(rois.boxes, own_deltas, classes, size)[rois.num_truths :])
         return refined
 
     def predict_boxes(

@@ -96,11 +96,23 @@ def check_class_indices(labels: torch.Tensor, batch_size: int, num_labels: int) 
         )
     labels = labels.long()  # the unsigned types know no comparison
     wrong = (labels != -100) & ((labels < 0) | (labels >= num_labels))
-    if not labels.is_meta and wrong.any():
-        raise ValueError(
-            f"`labels` must be class indices in [0, {num_labels}) (`config.num_labels`) or -100, got "
-            f"{sorted(set(labels[wrong].tolist()))}."
-        )
+    check_label_values(labels, wrong, f"class indices in [0, {num_labels}) (`config.num_labels`) or -100")
+
+
+def check_label_values(labels: torch.Tensor, is_wrong: torch.Tensor, wanted: str) -> None:
+    """Raises a `ValueError` that lists the wrong values among `labels`.
+
+    A GPU is not waited for: there it is an assertion on the device, like those of PyTorch's own losses.
+
+    Args:
+        labels: Integers of any shape.
+        is_wrong: Bool of the same shape.
+        wanted: What they must be.
+    """
+    if is_wrong.is_cuda:
+        torch._assert_async(~is_wrong.any(), f"`labels` must be {wanted}.")
+    elif not is_wrong.is_meta and is_wrong.any():
+        raise ValueError(f"`labels` must be {wanted}, got {labels[is_wrong].unique().tolist()}.")
 
 
 def classification_loss(

@@ -148,12 +148,9 @@ class MaskRCNNForInstanceSegmentation(MaskRCNNPreTrainedModel):
         image_sizes: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         strides, threshold = self.config.strides[: len(levels)], self.config.roi_iou_threshold
-        samples = [
-            sample_rois(
-                image_proposals[has_area(image_proposals)], truth, self.config, threshold, threshold, self.training
-            )
-            for image_proposals, truth in zip(proposals, truths, strict=True)
-        ]
+        samples = sample_rois(
+            proposals, truths, self.config, threshold, threshold, self.training, valid=has_area(proposals)
+        )
         nothing = proposals.new_zeros(0, 4)  # all that an empty batch has
         rois = to_rois([*(rois.boxes for rois in samples), nothing])
         features = pool_rois(levels, rois, strides, BOX_SIZE)  # (all RoIs, channels, 7, 7)

@@ -20,6 +20,7 @@ from .configuration_pvt import PvtConfig
 from .layers import (
     DropPath,
     SpatialReductionAttention,
+    chunk_tokens,
     drop_path_rates,
     is_traced,
     make_traceable,
@@ -140,13 +141,17 @@ class PvtAttention(nn.Module):
 class PvtFFN(nn.Module):
     """The MLP."""
 
+    chunk_bytes = 2 * 2**20
+
     def __init__(self, config: PvtConfig, hidden_size: int, intermediate_size: int):
         super().__init__()
+        self.intermediate_size = intermediate_size
         self.dense1 = nn.Linear(hidden_size, intermediate_size)
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
         self.dense2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    @chunk_tokens
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.dropout(self.intermediate_act_fn(self.dense1(hidden_states)))
         return self.dropout(self.dense2(hidden_states))
@@ -307,7 +312,7 @@ class PvtModel(PvtPreTrainedModel):
 
 
 class PvtForImageClassification(PvtPreTrainedModel):
-    """PVT v1 with a linear classifier on the CLS token (section 3.4)."""
+    """PVT v1 with a linear classifier on the CLS token (section 4.1)."""
 
     def __init__(self, config: PvtConfig):
         super().__init__(config)

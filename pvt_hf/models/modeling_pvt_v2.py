@@ -41,7 +41,7 @@ from .pretrained import PretrainedMixin
 
 
 class PvtV2OverlapPatchEmbeddings(nn.Module):
-    """Overlapping patches from a zero-padded convolution (section 3.1); positions come from the padding."""
+    """Overlapping patches from a zero-padded convolution (section 3.3); positions come from the padding."""
 
     def __init__(self, config: PvtV2Config, stage: int):
         super().__init__()
@@ -112,13 +112,14 @@ class PvtV2DepthWiseConv(nn.Module):
 
 
 class PvtV2ConvFeedForwardNetwork(nn.Module):
-    """The MLP with a zero-padded 3 x 3 depth-wise convolution before its activation (section 3.1).
+    """The MLP with a zero-padded 3 x 3 depth-wise convolution before its activation (section 3.4).
 
     Its hidden states are up to 8 times as wide as the block: most of a dense model's memory, and on a CPU most of its
     time, which goes into page faults. How these are avoided: see [`~pvt_hf.models.layers.chunk_rows`].
     """
 
-    max_stored_tokens = 56 * 56  # of one image: the first stage at 224 x 224
+    # Of one image, by type of device: the first stage at 224 x 224. Devices that are not named store maps of any size.
+    max_stored_tokens = {"cpu": 56 * 56}
     chunk_bytes = 4 * 2**20
 
     def __init__(self, config: PvtV2Config, hidden_size: int, intermediate_size: int):

@@ -11,7 +11,6 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .boxes import (
-    IGNORED,
     AnchorGrid,
     Anchors,
     at_least_float32,
@@ -22,7 +21,7 @@ from .boxes import (
     pairwise_iou,
 )
 from .configuration_retinanet import RetinaNetConfig
-from .one_stage import OneStageDetector
+from .one_stage import OneStageDetector, match_anchors
 from .targets import GroundTruth
 
 
@@ -132,27 +131,28 @@ class RetinaNetHead(nn.Module):
         """
         from torchvision.ops import sigmoid_focal_loss
 
-        targets = torch.zeros_like(logits)
-        weights = logits.new_zeros(*logits.shape[:2], 1)  # 0 where an anchor is ignored
-        box_loss, normalizer = deltas[:0].sum(), 0  # connected to the deltas in an empty batch, too
-        for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
-            matches = match_boxes(  # (anchors,)
-                pairwise_iou(truth.boxes, anchors.boxes),
-                self.config.positive_iou_threshold,
-                self.config.negative_iou_threshold,
+        config = self.config
+        matched = match_anchors(
+            anchors,
+            valid,
+            truths,
+            lambda boxes, takes_part: match_boxes(
+                pairwise_iou(boxes, anchors.boxes),
+                config.positive_iou_threshold,
+                config.negative_iou_threshold,
                 0,
-                valid_anchors,
-            )
-            positives = (matches >= 0).nonzero().flatten()
-            objects = matches[positives]  # (positives,)
-            targets[index, positives, truth.class_labels[objects]] = 1
-            weights[index, matches != IGNORED] = 1
-            wanted = encode_boxes(anchors.boxes[positives], truth.boxes[objects])  # (positives, 4)
-            box_loss = box_loss + F.l1_loss(deltas[index, positives], wanted, reduction="sum")
-            normalizer += max(len(positives), 1)
-        normalizer = max(normalizer, 1)
-        focal = sigmoid_focal_loss(logits, targets, self.config.focal_alpha, self.config.focal_gamma)
-        return {"loss_class": (focal * weights).sum() / normalizer, "loss_box": box_loss / normalizer}
+                takes_part,
+            ),
+        )
+        normalizer = matched.count.clamp(min=1)
+        targets = matched.class_targets(torch.ones_like(logits[..., 0]), logits)
+        focal = sigmoid_focal_loss(logits, targets, config.focal_alpha, config.focal_gamma)
+        wanted = encode_boxes(anchors.boxes, matched.boxes)  # (batch, anchors, 4)
+        distances = F.l1_loss(deltas, wanted, reduction="none") * matched.positive[..., None]
+        return {
+            "loss_class": (focal * matched.takes_part[..., None]).sum() / normalizer,
+            "loss_box": distances.sum() / normalizer,
+        }
 
 
 class RetinaNetForObjectDetection(OneStageDetector):

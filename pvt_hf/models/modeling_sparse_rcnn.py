@@ -402,7 +402,7 @@ def _build_layer(channels: int) -> list[nn.Module]:
 
 def _corner_scales(image_sizes: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Width, height, width and height of each image, `(batch, 1, 4)`, in the dtype of another tensor."""
-    return image_sizes.to(like)[:, None, [1, 0, 1, 0]]
+    return image_sizes.to(like).flip(1).repeat(1, 2)[:, None]
 
 
 __all__ = ["SparseRCNNForObjectDetection", "SparseRCNNObjectDetectionOutput", "SparseRCNNPreTrainedModel"]

@@ -1,6 +1,7 @@
 """What the detectors of one stage have in common: a backbone, a feature pyramid, and a head that all levels share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,10 +12,64 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .backbone import build_backbone
-from .boxes import clip_boxes
+from .boxes import IGNORED, Anchors, clip_boxes
 from .fpn import FeaturePyramid
 from .pretrained import PretrainedMixin
-from .targets import normalize_boxes, pad_image_sizes, read_ground_truths, read_images
+from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_images
+
+
+@dataclass(frozen=True)
+class MatchedAnchors:
+    """What each anchor of a batch learns.
+
+    Args:
+        takes_part: Which anchors are positive or negative: bool `(batch, anchors)`.
+        positive: Which anchors have an object: bool `(batch, anchors)`.
+        class_labels: Of the objects, int64 `(batch, anchors)`; 0 for other anchors.
+        boxes: Of the objects, xyxy in pixels, `(batch, anchors, 4)`; other anchors have their own.
+    """
+
+    takes_part: torch.Tensor
+    positive: torch.Tensor
+    class_labels: torch.Tensor
+    boxes: torch.Tensor
+
+    @property
+    def count(self) -> torch.Tensor:
+        """The number of positive anchors, at least one per image, as a scalar."""
+        return self.positive.sum(dim=1).clamp(min=1).sum()
+
+    def class_targets(self, values: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """`values` `(batch, anchors)` at the classes of the positive anchors and 0 elsewhere, as `logits`."""
+        values = (values * self.positive)[..., None].to(logits.dtype)
+        return torch.zeros_like(logits).scatter_(2, self.class_labels[..., None], values)
+
+
+def match_anchors(
+    anchors: Anchors,
+    valid: Sequence[torch.Tensor],
+    truths: Sequence[GroundTruth],
+    match: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> MatchedAnchors:
+    """What each anchor of a batch learns. Nothing waits for a GPU.
+
+    Args:
+        anchors: Of all levels.
+        valid: For each image, which anchors take part: bool `(anchors,)`.
+        truths: The objects of each image.
+        match: From the boxes of an image's objects `(objects, 4)` and which anchors take part to the object of each
+            anchor, `NEGATIVE` or `IGNORED`: int64 `(anchors,)`.
+    """
+    boxes = anchors.boxes.repeat(len(truths), 1, 1)  # (batch, anchors, 4)
+    matches = torch.full(boxes.shape[:2], IGNORED, device=boxes.device)
+    class_labels = torch.zeros_like(matches)
+    for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
+        matches[index] = match(truth.boxes, valid_anchors)
+        if len(truth.boxes):
+            objects, positive = matches[index].clamp(min=0), matches[index] >= 0  # (anchors,)
+            class_labels[index] = truth.class_labels[objects] * positive
+            boxes[index] = truth.boxes[objects].where(positive[:, None], anchors.boxes)
+    return MatchedAnchors(matches != IGNORED, matches >= 0, class_labels, boxes)
 
 
 class OneStageDetector(PretrainedMixin, PreTrainedModel):

@@ -10,11 +10,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# Each Auto class whose model is in the modeling file of an encoder, and how the name of that model ends.
-_CLASS_ENDINGS = {
-    "AutoModel": "Model",
-    "AutoModelForImageClassification": "ForImageClassification",
-    "AutoBackbone": "Backbone",
+# Of which Auto classes a class is, by the end of its name.
+_AUTO_CLASSES = {
+    "Model": ("AutoModel",),
+    "Backbone": ("AutoBackbone",),
+    "ForImageClassification": ("AutoModelForImageClassification",),
+    "ForObjectDetection": ("AutoModelForObjectDetection",),
+    "ForInstanceSegmentation": (
+        "AutoModelForInstanceSegmentation",
+        "AutoModelForImageSegmentation",
+        "AutoModelForObjectDetection",
+    ),
+    "ForSemanticSegmentation": ("AutoModelForSemanticSegmentation",),
 }
 
 
@@ -122,16 +129,32 @@ class PretrainedMixin(PreTrainedModel):
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """
         As [`~transformers.PreTrainedModel.save_pretrained`]. After `register_for_auto_class`, which saves the code with
-        the weights, the configuration of an encoder names the classes in it for every Auto class, not only for the
-        registered one: `AutoModel` of a saved classifier would else be transformers' own class.
+        the weights, the configuration names the classes in it for every Auto class, not only for the registered one:
+        `AutoModel` of a saved classifier would else be transformers' own class. Without it no code is saved, and what
+        came with the checkpoint that was loaded is not named.
         """
-        prefix, module = type(self.config).__name__.removesuffix("Config"), sys.modules[type(self).__module__]
-        classes = {key: getattr(module, prefix + ending, None) for key, ending in _CLASS_ENDINGS.items()}
-        if self.is_remote_code() and all(classes.values()):  # a user's own subclass has no siblings
-            classes["AutoConfig"] = type(self.config)
-            auto_map = {key: f"{value.__module__.split('.')[-1]}.{value.__name__}" for key, value in classes.items()}
-            self.config.auto_map = (getattr(self.config, "auto_map", None) or {}) | auto_map
+        if self.is_remote_code():
+            auto_map = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = auto_map | _list_auto_classes(type(self), type(self.config))
+        else:
+            for config in (self.config, getattr(self.config, "backbone_config", None)):
+                vars(config or self.config).pop("auto_map", None)
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _list_auto_classes(model_class: type, config_class: type) -> dict[str, str]:
+    """For each Auto class the model in the file of `model_class` that is of it, as `file.Class`."""
+    module, prefix = sys.modules[model_class.__module__], config_class.__name__.removesuffix("Config")
+    siblings = {ending: getattr(module, prefix + ending, None) for ending in _AUTO_CLASSES}
+    classes = {
+        auto_class: sibling
+        for ending, sibling in siblings.items()
+        if sibling is not None and sibling.__module__ == module.__name__  # a user's own file has no siblings
+        for auto_class in _AUTO_CLASSES[ending]
+    }
+    if classes:
+        classes["AutoConfig"] = config_class
+    return {key: f"{value.__module__.split('.')[-1]}.{value.__name__}" for key, value in classes.items()}
 
 
 def explain_mismatch(mismatched_keys: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from .boxes import at_least_float32, match_boxes, pairwise_iou, sample_boxes
+from .boxes import at_least_float32, match_boxes, move_together, pairwise_iou, sample_batch
 from .layers import runs_transformed
 from .targets import GroundTruth
 
@@ -80,12 +80,12 @@ class SampledRoIs:
     Args:
         boxes: xyxy in pixels, `(RoIs, 4)`, the positive ones first.
         objects: The index of the object of each positive RoI, int64 `(positive RoIs,)`.
-        are_proposed: Whether each RoI is a proposal, and not the box of an object itself: bool `(RoIs,)`.
+        num_truths: How many of the first RoIs are no proposals, but the boxes of objects themselves.
     """
 
     boxes: torch.Tensor
     objects: torch.Tensor
-    are_proposed: torch.Tensor
+    num_truths: int
 
     @property
     def positive_boxes(self) -> torch.Tensor:
@@ -94,32 +94,43 @@ class SampledRoIs:
 
 
 def sample_rois(
-    proposals: torch.Tensor,
-    truth: GroundTruth,
+    proposals: Sequence[torch.Tensor],
+    truths: Sequence[GroundTruth],
     config: PreTrainedConfig,
     iou_threshold: float,
     low_quality_threshold: float,
     shuffle: bool = True,
-) -> SampledRoIs:
-    """Samples from the boxes of the objects themselves and the proposals of one image.
+    valid: Sequence[torch.Tensor] | None = None,
+) -> list[SampledRoIs]:
+    """Samples, in each image, from the boxes of the objects themselves and the proposals. A GPU is waited for once.
 
     Args:
-        proposals: xyxy in pixels, `(proposals, 4)`.
-        truth: The objects.
+        proposals: Of each image, xyxy in pixels, `(proposals, 4)`.
+        truths: The objects of each image.
         config: How many are sampled, and how many of them are positive at most.
         iou_threshold: From this IoU with an object on a proposal is positive and learns that object; below, it is
             negative.
         low_quality_threshold: From this IoU on an object takes its best proposals also where they would not be
             positive.
         shuffle: See [`~pvt_hf.models.boxes.sample_boxes`].
+        valid: Which proposals take part, bool `(proposals,)` for each image (default: all).
     """
-    matches = match_boxes(pairwise_iou(truth.boxes, proposals), iou_threshold, iou_threshold, low_quality_threshold)
-    boxes = torch.cat((truth.boxes, proposals))  # (objects + proposals, 4)
-    matches = torch.cat((torch.arange(len(truth.boxes), device=matches.device), matches))
+    if not truths:
+        return []
+    all_boxes, all_matches = [], []  # (objects + proposals, 4) and (objects + proposals,)
+    for index, (image_proposals, truth) in enumerate(zip(proposals, truths, strict=True)):
+        iou = pairwise_iou(truth.boxes, image_proposals)
+        thresholds = iou_threshold, iou_threshold, low_quality_threshold
+        matches = match_boxes(iou, *thresholds, None if valid is None else valid[index])
+        all_matches.append(torch.cat((torch.arange(len(truth.boxes), device=matches.device), matches)))
+        all_boxes.append(torch.cat((truth.boxes, image_proposals)))
     max_positives = int(config.roi_num_samples * config.roi_positive_fraction)
-    positives, negatives = sample_boxes(matches, config.roi_num_samples, max_positives, shuffle)
-    chosen = torch.cat((positives, negatives))
-    return SampledRoIs(boxes[chosen], matches[positives], chosen >= len(truth.boxes))
+    chosen = sample_batch(all_matches, config.roi_num_samples, max_positives, shuffle)
+    rows = move_together([torch.cat(pair) for pair in chosen], all_boxes[0].device)
+    return [
+        SampledRoIs(boxes[own], matches[own[: len(positives)]], num_truths=int((positives < len(truth.boxes)).sum()))
+        for boxes, matches, own, (positives, _), truth in zip(all_boxes, all_matches, rows, chosen, truths, strict=True)
+    ]
 
 
 def list_targets(

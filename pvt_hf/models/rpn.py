@@ -17,8 +17,9 @@ from .boxes import (
     flatten_to_anchors,
     has_area,
     match_boxes,
+    move_together,
     pairwise_iou,
-    sample_boxes,
+    sample_batch,
     suppress,
     take_rows,
 )
@@ -126,27 +127,32 @@ class RegionProposalNetwork(nn.Module):
             `loss_objectness` and `loss_rpn_box`, scalars.
         """
         config = self.config
-        objectness_loss, box_loss, normalizer = objectness[:0].sum(), deltas[:0].sum(), 0
-        for index, (valid_anchors, truth) in enumerate(zip(valid, truths, strict=True)):
-            matches = match_boxes(  # (anchors,)
+        all_matches = [  # (anchors,) of each image
+            match_boxes(
                 pairwise_iou(truth.boxes, anchors),
                 config.rpn_positive_iou_threshold,
                 config.rpn_negative_iou_threshold,
                 config.rpn_negative_iou_threshold,
                 valid_anchors,
             )
-            max_positives = int(config.rpn_num_samples * config.rpn_positive_fraction)
-            positives, negatives = sample_boxes(matches, config.rpn_num_samples, max_positives, shuffle=self.training)
-            samples = torch.cat((positives, negatives))
+            for valid_anchors, truth in zip(valid, truths, strict=True)
+        ]
+        max_positives = int(config.rpn_num_samples * config.rpn_positive_fraction)
+        chosen = sample_batch(all_matches, config.rpn_num_samples, max_positives, shuffle=self.training)
+        all_samples = move_together([torch.cat(pair) for pair in chosen], objectness.device)
+        objectness_loss, box_loss, normalizer = objectness[:0].sum(), deltas[:0].sum(), 0
+        for index, (matches, samples, truth) in enumerate(zip(all_matches, all_samples, truths, strict=True)):
+            num_positives, num_negatives = map(len, chosen[index])
             targets = (matches[samples] >= 0).to(objectness.dtype)  # (samples,)
             objectness_loss = objectness_loss + F.binary_cross_entropy_with_logits(
                 objectness[index, samples], targets, reduction="sum"
             )
+            positives = samples[:num_positives]
             wanted = encode_boxes(anchors[positives], truth.boxes[matches[positives]])  # (positives, 4)
             box_loss = box_loss + F.smooth_l1_loss(
                 deltas[index, positives], wanted, reduction="sum", beta=self.box_loss_beta
             )
-            normalizer += max(len(positives), 1) + max(len(negatives), 1)
+            normalizer += max(num_positives, 1) + max(num_negatives, 1)
         normalizer = max(normalizer, 1)
         return {"loss_objectness": objectness_loss / normalizer, "loss_rpn_box": box_loss / normalizer}
 

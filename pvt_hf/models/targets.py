@@ -119,8 +119,8 @@ def read_ground_truths(
     """
     check_labels(labels, len(image_sizes), num_labels, mask_size)
     truths = []
-    for label, (height, width) in zip(labels, image_sizes.tolist(), strict=True):
-        scale = torch.tensor([width, height, width, height], dtype=dtype, device=image_sizes.device)
+    scales = image_sizes.to(dtype).flip(1).repeat(1, 2)  # (batch, 4): width, height, width and height
+    for label, scale in zip(labels, scales, strict=True):
         boxes = center_to_corners_format(label["boxes"].to(scale).reshape(-1, 4)) * scale
         masks = has_masks = None
         if mask_size is not None:
@@ -159,8 +159,7 @@ def check_labels(
         raise ValueError(f"`labels` must have one dictionary for each of {batch_size} images, got {len(labels)}.")
     for index, label in enumerate(labels):
         _check_tensors(f"labels[{index}]", label, mask_size)
-        if len(label["class_labels"]):
-            _check_values(f"labels[{index}]", label["class_labels"], label["boxes"], num_labels)
+    _check_values(labels, num_labels)
 
 
 def normalize_boxes(boxes: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -214,20 +213,33 @@ def _check_tensors(name: str, label: Any, mask_size: tuple[int, int] | None) -> 
         raise ValueError(f"`{name}['boxes']` must be floating point, relative to the image's size, got {boxes.dtype}.")
 
 
-def _check_values(name: str, classes: torch.Tensor, boxes: torch.Tensor, num_labels: int) -> None:
-    """Classes `(objects,)` and boxes `(objects, 4)` of one image."""
-    problems = (
-        ((classes < 0) | (classes >= num_labels), f"classes in [0, {num_labels}) (`config.num_labels`)", classes),
-        (~boxes.isfinite().all(dim=1), "finite boxes", boxes),
-        (
-            ((boxes < -_TOLERANCE) | (boxes > 1 + _TOLERANCE)).any(dim=1),
-            "boxes (centre x, centre y, width, height) relative to the image's size, in [0, 1]",
-            boxes,
-        ),
-        ((boxes[:, 2:] <= 0).any(dim=1), "boxes (centre x, centre y, width, height) of some width and height", boxes),
+def _check_values(labels: Sequence[Mapping[str, torch.Tensor]], num_labels: int) -> None:
+    """Classes `(objects,)` and boxes `(objects, 4)` of each image. A GPU is waited for once, and for what is wrong."""
+    wanted = (
+        f"classes in [0, {num_labels}) (`config.num_labels`)",
+        "finite boxes",
+        "boxes (centre x, centre y, width, height) relative to the image's size, in [0, 1]",
+        "boxes (centre x, centre y, width, height) of some width and height",
     )
-    wrong = torch.stack([mask.to(boxes.device) for mask, *_ in problems]).cpu()  # (problems, objects)
-    for row, (_, wanted, values) in zip(wrong, problems, strict=True):
-        if row.any():
-            index = row.tolist().index(True)
-            raise ValueError(f"`{name}` must have {wanted}: annotation {index} has {values[index].tolist()}.")
+    flags = [_find_wrong(label["class_labels"], label["boxes"], num_labels) for label in labels]
+    wrong = torch.cat([flag.to(flags[0].device) for flag in flags], dim=1).cpu() if flags else torch.zeros(4, 0)
+    if not wrong.any():
+        return
+    images = wrong.split([len(label["class_labels"]) for label in labels], dim=1)
+    index = next(index for index, image in enumerate(images) if image.any())
+    problem = images[index].any(dim=1).tolist().index(True)
+    annotation = images[index][problem].tolist().index(True)
+    value = labels[index]["boxes" if problem else "class_labels"][annotation].tolist()
+    raise ValueError(f"`labels[{index}]` must have {wanted[problem]}: annotation {annotation} has {value}.")
+
+
+def _find_wrong(classes: torch.Tensor, boxes: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """Which of the four problems each object has: bool `(problems, objects)`."""
+    boxes = boxes.reshape(-1, 4)
+    problems = (
+        ((classes < 0) | (classes >= num_labels)).to(boxes.device),
+        ~boxes.isfinite().all(dim=1),
+        ((boxes < -_TOLERANCE) | (boxes > 1 + _TOLERANCE)).any(dim=1),
+        (boxes[:, 2:] <= 0).any(dim=1),
+    )
+    return torch.stack(problems)

@@ -81,7 +81,8 @@ class MaskHead(nn.Module):
             counted.append(has_masks[rois.objects])
         targets, labels, counted = torch.cat(targets).to(logits.dtype), torch.cat(labels), torch.cat(counted)
         own_class = logits[torch.arange(len(labels), device=labels.device), labels]  # (all positive RoIs, 28, 28)
-        own_class, targets = own_class[counted], targets[counted]
+        if any(truth.has_masks is not None for truth in truths):
+            own_class, targets = own_class[counted], targets[counted]
         loss = F.binary_cross_entropy_with_logits(own_class, targets, reduction="sum")
         return {"loss_mask": loss / max(targets.numel(), 1)}
 

@@ -384,6 +384,9 @@ class TrainingOptions(TrainingArguments):
     license: str | None = option(
         None, "licence of the weights in the model card, as the Hub writes it: apache-2.0 (default: none is chosen)"
     )
+    with_code: bool = option(
+        False, "save the code with the model, for trust_remote_code=True where pvt_hf is not installed (default: false)"
+    )
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available,
         metadata={"help": "copy batches by way of pinned memory (default: true where there is a GPU)"},

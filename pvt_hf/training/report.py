@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, TrainerState, TrainingArguments
 
 from ..evaluation.visualization import draw_legend
 from ..models.backbone import get_backbone_config
-from ..writing.text import code_span, escape_control, escape_markdown
+from ..writing.text import code_span, escape_control, escape_markdown, python_string
 from .optimization import images_per_step
 
 LogHistory = list[dict[str, float]]
@@ -75,12 +75,14 @@ class RunFacts:
     """What a model card says of a run beside its numbers: what the user told, and paths only by their last part.
 
     Attributes:
-        name: Of the run, or of its repository.
+        name: Of the run: the last part of its folder's path, or of its repository's name.
         task: As the Hub calls it, one of `TASK_AUTO_CLASSES`.
         dataset: A repository of the Hub or a path of this machine, `None` for the bundled data.
         dataset_title: What the card calls the data; by default the repository or the last part of the path.
         initial_weights: The repository or path of the checkpoint that training began with, `None` for random weights.
         license: The Hub's identifier of a licence; none is guessed.
+        repository: The one of the Hub that it is uploaded to, `None` for a folder of this machine.
+        has_code: Whether the code is saved with the model.
         settings: Recipe and arguments of the run.
     """
 
@@ -90,6 +92,8 @@ class RunFacts:
     dataset_title: str | None = None
     initial_weights: str | None = None
     license: str | None = None
+    repository: str | None = None
+    has_code: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,7 +156,7 @@ def training_card(
     evaluations = [entry for entry in log_history if "eval_images" in entry]
     of_ema = [entry for entry in log_history if "ema_images" in entry]
     values = {key: evaluations[-1][f"eval_{key}"] for key in metric_names if f"eval_{key}" in evaluations[-1]}
-    metadata = _metadata(facts, config, values)
+    metadata = _metadata(facts, config, values, metric_names)
     ema = f"\nThe EMA weights (in `ema`) reach {_percentages(of_ema[-1], 'ema', metric_names)}.\n" if of_ema else ""
     shown = "\n\n".join(f"![{Path(picture).stem}]({picture})" for picture in pictures)
     weights = code_span(publish_name(facts.initial_weights)) if facts.initial_weights else "random weights"
@@ -167,8 +171,13 @@ A `{config.model_type}` with {config.num_labels} classes, trained by pvt_hf on {
 {weights}. On the {evaluations[-1]["eval_images"]} validation
 images it reaches {_percentages(evaluations[-1], "eval", metric_names)}.
 {ema}
-Use it with `import pvt_hf` and `{TASK_AUTO_CLASSES[facts.task]}.from_pretrained`. What it is for and where it fails,
-whoever publishes it should say here.
+What it is for and where it fails, whoever publishes it should say here.
+
+## How to use
+
+{_usage(facts)}
+
+## Training
 
 {shown}
 
@@ -185,12 +194,39 @@ whoever publishes it should say here.
     )
 
 
+def _usage(facts: RunFacts) -> str:
+    """Programs that load the model and use it."""
+    place = "" if facts.repository else "\n`model` is the path of this folder, or its repository on the Hub."
+    without = ""
+    if facts.has_code:
+        without = f"\nThe code is here too. Where pvt_hf is not installed:\n\n{_program(facts, installed=False)}\n"
+    return f"""Install pvt_hf (`pip install pvt_hf`) and import it: else transformers has no such model, or takes its
+own PVT, whose numbers differ.{place}
+
+{_program(facts, installed=True)}
+{without}
+`{TASK_AUTO_CLASSES[facts.task]}` and `AutoImageProcessor` load the parts."""
+
+
+def _program(facts: RunFacts, installed: bool) -> str:
+    first, options = ("import pvt_hf\n\n", "") if installed else ("", ", trust_remote_code=True")
+    return f"""```python
+from PIL import Image
+from transformers import pipeline
+
+{first}predict = pipeline("{facts.task}", model={python_string(facts.repository or facts.name)}{options})
+print(predict(Image.open("image.jpg")))
+```"""
+
+
 def _publish_value(value: Any) -> Any:
     """A setting without the folders of this machine."""
     return publish_name(value) if isinstance(value, str) and os.path.exists(value) else value
 
 
-def _metadata(facts: RunFacts, config: PreTrainedConfig, values: dict[str, float]) -> ModelCardData:
+def _metadata(
+    facts: RunFacts, config: PreTrainedConfig, values: dict[str, float], metric_names: dict[str, str]
+) -> ModelCardData:
     """What the Hub reads. Local folders are neither data sets nor models of it."""
     on_hub = facts.dataset if is_on_hub(facts.dataset) else None
     results = [
@@ -199,13 +235,14 @@ def _metadata(facts: RunFacts, config: PreTrainedConfig, values: dict[str, float
             dataset_type=on_hub or "imagefolder",
             dataset_name=escape_control(facts.data),
             metric_type=key,
+            metric_name=escape_control(metric_names[key]),
             metric_value=value,
         )
         for key, value in values.items()
     ]
     return ModelCardData(
         model_name=escape_control(facts.name),
-        eval_results=results,
+        eval_results=results or None,
         library_name="transformers",
         pipeline_tag=facts.task,
         tags=["vision", config.model_type],

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
@@ -30,9 +29,10 @@ from transformers.utils import logging
 from ..data.images import keep_random_state
 from ..data.samplers import EpochSampler
 from ..writing.files import atomic_file, explain_write_error, hidden_folder
-from ..writing.hub import UploadError, explain_upload_error
+from ..writing.hub import register_code
 from ..writing.text import escape_control
 from .optimization import SettingError
+from .publishing import PublishingTrainer
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
 from .run_checkpoints import (
     CheckpointError,
@@ -73,7 +73,7 @@ class _Steps(TrainerCallback):
             self.trainer.ema.update(self.trainer.model)
 
 
-class VisionTrainer(Trainer):
+class VisionTrainer(PublishingTrainer):
     """What every training here has in common, on one process or many.
 
     A subclass says what it trains for: `task` (as the Hub calls it), `metric_names` (the keys of the metrics with
@@ -98,17 +98,16 @@ class VisionTrainer(Trainer):
         train_dataset: A data set that is asked for `(index, seed, epoch, position)`, or an iterable one with
             `set_epoch` and `batch_size`. With `data_collator` it makes batches that also have `names`, the images, and
             `skipped`, how many are missing.
-        *args: As of [`~transformers.Trainer`].
-        **kwargs: As of [`~transformers.Trainer`].
+        *args: As of [`~pvt_hf.training.publishing.PublishingTrainer`].
+        **kwargs: As of [`~pvt_hf.training.publishing.PublishingTrainer`].
 
     Raises:
         ValueError: If arguments contradict each other, or would be ignored.
         CheckpointError: If a checkpoint cannot be written, or is of another run.
-        UploadError: If `finish` cannot push to the Hub.
+        UploadError: If `finish` cannot push to the Hub, or the repository cannot be made in the beginning.
         FloatingPointError: If a loss is not finite, with step, learning rate and images.
     """
 
-    task: str
     metric_names: dict[str, str]
     pictures: tuple[str, ...] = ("curves.png",)
 
@@ -132,14 +131,22 @@ class VisionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.recipe, self.settings = recipe, settings or {}
         self.facts = RunFacts(
-            Path(self.args.output_dir).resolve().name, self.task, dataset_name, dataset_title, initial_weights, license
+            name=Path(self.args.output_dir).resolve().name,
+            task=self.task,
+            dataset=dataset_name,
+            dataset_title=dataset_title,
+            initial_weights=initial_weights,
+            license=license,
+            has_code=bool(self.code),
         )
         self.schedule, self.parameter_groups, self.repeats = schedule, parameter_groups, repeats
         self.ema_decay, self.channels_last = ema_decay, channels_last
         self.left_out, self._saved_step = list(left_out), -1
         self.ema, self.skipped, self.skipped_before = None, 0, 0
+        self._unchecked: tuple[torch.Tensor, int, float, list[str]] | None = None
         self._check_arguments()
         self.args.remove_unused_columns = False
+        self.args.logging_nan_inf_filter = False  # it waits for the device in every step, and such a loss is an error
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.add_callback(_Steps(self))
@@ -246,14 +253,25 @@ class VisionTrainer(Trainer):
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=memory_format)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._check_loss()
+        self._unchecked = (loss.detach(), self.state.global_step + 1, self._get_learning_rate(), names)
+        if loss.device.type == "cpu":
+            self._check_loss()
+        return loss
+
+    def _check_loss(self) -> None:
+        """Ends training if the last loss is not finite. An accelerator is asked a step later, so that it need not be
+        waited for, but before anything is saved or evaluated."""
+        if self._unchecked is None:
+            return
+        loss, step, learning_rate, names = self._unchecked
+        self._unchecked = None
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1} (process {self.args.process_index}), "
-                f"with a learning rate of {self._get_learning_rate():.3g} and the images "
-                f"{escape_control(', '.join(names))}. Training "
-                f"stops; the last good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
+                f"The loss is {loss.item()} at step {step} (process {self.args.process_index}), with a learning rate "
+                f"of {learning_rate:.3g} and the images {escape_control(', '.join(names))}. Training stops; the last "
+                f"good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
             )
-        return loss
 
     @contextmanager
     def _name_last_checkpoint(self, what: str | Path) -> Iterator[None]:
@@ -286,7 +304,7 @@ class VisionTrainer(Trainer):
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
         target = Path(output_dir or self.args.output_dir)
-        with self._name_last_checkpoint(target), hidden_folder(target) as folder:
+        with self._name_last_checkpoint(target), hidden_folder(target) as folder, register_code(self.code):
             super()._save(str(folder), state_dict)
             for file in (path for path in folder.rglob("*") if path.is_file()):
                 place = target / file.relative_to(folder)
@@ -300,6 +318,7 @@ class VisionTrainer(Trainer):
 
     def _evaluate(self, trial, *args, **kwargs) -> dict[str, float]:
         """As in `Trainer`, after the checkpoint that is due: an evaluation that fails costs no training."""
+        self._check_loss()
         if self.control.should_save:
             self._save_checkpoint(self.model, trial)
         return super()._evaluate(trial, *args, **kwargs)
@@ -321,6 +340,7 @@ class VisionTrainer(Trainer):
         """As in `Trainer`, and in the end a list of the files, without which it is not taken for a good checkpoint."""
         run_dir, args = self._get_output_dir(trial), self.args
         folder, limit = Path(run_dir) / f"checkpoint-{self.state.global_step}", args.save_total_limit
+        self._check_loss()
         # A schedule that follows the metrics has taken its step since.
         if self._saved_step == self.state.global_step and args.lr_scheduler_type not in _METRIC_SCHEDULES:
             return self._add_metrics(folder)
@@ -380,7 +400,9 @@ class VisionTrainer(Trainer):
             if changed := [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
             self.skipped_before = saved["skipped"]
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        self._check_loss()
+        return result
 
     def _layout(self) -> dict[str, Any]:
         """What an exact resume needs to be as it was."""
@@ -469,18 +491,9 @@ class VisionTrainer(Trainer):
             card.save(path)
 
     def _build_card(self, log_history: LogHistory) -> ModelCard:
-        config = self.accelerator.unwrap_model(self.model).config
+        config, repository = self.accelerator.unwrap_model(self.model).config, self.hub_model_id
         settings = run_settings(self.recipe, self.args, config, self.state, self.schedule is not None) | self.settings
         pictures = [picture for picture in self.pictures if (Path(self.args.output_dir) / picture).exists()]
-        facts = replace(self.facts, settings=settings)
+        name = repository.split("/")[-1] if repository else self.facts.name
+        facts = replace(self.facts, name=name, repository=repository, settings=settings)
         return training_card(facts, config, log_history, self.metric_names, pictures)
-
-    def _upload(self) -> None:
-        try:
-            self.push_to_hub()
-        except Exception as error:  # the run is over, and everything is here
-            reason, _ = explain_upload_error(error)
-            raise UploadError(
-                f"The upload to {self.hub_model_id} failed: {reason}. Everything is in {self.args.output_dir}. To try "
-                f"again: hf upload {self.hub_model_id} {quote(self.args.output_dir)}"
-            ) from error

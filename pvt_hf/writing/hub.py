@@ -1,7 +1,8 @@
-"""What the Hub's refusals mean, in words for the one who uploads."""
+"""For the Hub: code that is saved with a model, and what refusals mean, in words for the one who uploads."""
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import get_token
@@ -19,6 +20,34 @@ _REASONS = {
 }
 # How the Hub's own transport of large files words an answer.
 _XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})")
+
+
+def list_code(auto_class: str, model: Any, image_processor: Any = None) -> dict[str, type[Any]]:
+    """The classes whose code loads a model where pvt_hf is not installed, by their Auto classes.
+
+    Args:
+        auto_class: The name of the model's.
+        model: One of pvt_hf.
+        image_processor: That goes with it, if there is one.
+    """
+    classes = {auto_class: type(model), "AutoConfig": type(model.config)}
+    return classes if image_processor is None else classes | {"AutoImageProcessor": type(image_processor)}
+
+
+@contextmanager
+def register_code(classes: Mapping[str, type[Any]]) -> Iterator[None]:
+    """While it lasts, `save_pretrained` of these classes saves their code too, for `trust_remote_code=True`.
+
+    Args:
+        classes: As of [`list_code`]; none of them changes nothing.
+    """
+    try:
+        for auto_class, registered in classes.items():
+            registered.register_for_auto_class(auto_class)
+        yield
+    finally:
+        for registered in classes.values():
+            registered._auto_class = None
 
 
 class UploadError(RuntimeError):

@@ -8,7 +8,7 @@ import datasets
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ResNetConfig
 
 from pvt_hf import build_config
 from pvt_hf.commands.train_classification import (
@@ -43,13 +43,14 @@ def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
     """Training on bundled data, pushed to a Hub; the evaluation of that repository gives the number of its card."""
     arguments = [*SMOKE, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "4", "--eval_strategy", "no"]
     arguments += ["--output_dir", "run", "--ema_decay", "0.9", "--push_to_hub", "true", "--hub_model_id", "me/digits"]
-    arguments += ["--hub_strategy", "checkpoint"]
+    arguments += ["--hub_strategy", "checkpoint", "--with_code"]
     measure = ["--model_name_or_path", "me/digits", "--output_dir", "measured", "--dataloader_num_workers", "0"]
     result = python("-c", PUBLISH_AND_MEASURE, "train-classification", *arguments, "evaluate", *measure)
     assert result.returncode == 0, result.stderr[-3000:]
     assert re.search(r"eval: top-1 0\.\d+, top-5 0\.\d+ on 360 images\nema: top-1", result.stdout)
     files = {"model.safetensors", "config.json", "preprocessor_config.json", "README.md", "curves.png"}
     files |= {"last-checkpoint/model.safetensors", "last-checkpoint/complete.json"}  # pushed when it was complete
+    files |= {"modeling_pvt_v2.py", "last-checkpoint/modeling_pvt_v2.py", "image_processing_pvt.py"}
     assert files <= hub.repos["me/digits"].keys() and (tmp_path / "run" / "ema" / "model.safetensors").exists()
     card = ModelCard(hub.repos["me/digits"]["README.md"].decode())
     results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
@@ -60,6 +61,7 @@ def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
     with Image.open(io.BytesIO(hub.repos["me/digits"]["curves.png"])) as picture:
         assert picture.size == (1000, 700) and len(picture.convert("RGB").getcolors(10**6)) > 100
     assert results["eval_accuracy"] == accuracy and results["ema_images"] == 360
+    assert 'pipeline("image-classification", model="me/digits")' in card.content and "# digits\n" in card.content
     assert "The EMA weights (in `ema`) reach **" in card.content
 
     measured = json.loads((tmp_path / "measured" / "results.json").read_text())["me/digits"]
@@ -80,6 +82,7 @@ def test_output_folder_with_checkpoints_is_not_overwritten(tmp_path):
         (["--variant", "pvt_small", "--model_name_or_path", "checkpoint"], "checkpoint is not a pvt_small"),
         (["--output_dir", "x" * 300], "--output_dir x* cannot be written: a name of 300 bytes is longer"),
         (["--output_dir", "checkpoint/config.json/run"], "cannot be written: Not a directory"),
+        (["--with_code", "--model_name_or_path", "other"], "--with_code cannot be used for a model of type resnet: "),
         (["--license", "Apache 2"], "2"),  # the exit status of a wrong option; what is wrong is printed
         (["--resume_from_checkpoint", "nowhere"], "nowhere is not a complete checkpoint: there is no such folder"),
     ],
@@ -87,6 +90,7 @@ def test_output_folder_with_checkpoints_is_not_overwritten(tmp_path):
 def test_wrong_arguments_end_before_training(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     build_config("pvt_v2_b0", depths=[1, 1, 1, 1]).save_pretrained("checkpoint")
+    ResNetConfig().save_pretrained("other")
     with pytest.raises(SystemExit, match=message):
         main([*SMOKE, *arguments])
 
@@ -191,6 +195,7 @@ def test_adapter_is_saved_beside_the_merged_model(checkpoint, tmp_path, capsys):
     main([*SMOKE, *arguments, "--lora_rank", "2", "--max_steps", "1", "--train_val_split", "0.05"])
     assert "on 72 images" in capsys.readouterr().out
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    assert not (tmp_path / "run" / "adapter" / "README.md").exists()  # it would name the folder of the checkpoint
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "run")
     assert not any("lora" in name for name in merged.state_dict())
 

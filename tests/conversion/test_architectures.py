@@ -43,8 +43,8 @@ SMALL = {
     SPARSE_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24, "proposals": 7, "heads": 2, "dynamic": 4},
     CASCADE_MASK_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24},
     CASCADE_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24},
-    ATSS: {"channels": 32, "num_labels": 80},
-    GFL: {"channels": 32, "num_labels": 80},
+    ATSS: {"channels": 64, "num_labels": 80},
+    GFL: {"channels": 64, "num_labels": 80},
     MASK_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24},
     FASTER_RCNN: {"channels": 16, "num_labels": 80, "hidden": 24},
     DETR: {"channels": 32, "num_labels": 80, "hidden": 48},
@@ -81,6 +81,39 @@ def small_weights(architecture, version: str, **options) -> dict[str, torch.Tens
 )
 def test_official_files_have_these_names_and_shapes(name, architecture, variant):
     assert head_shapes.checkpoint_shapes(HEADS[architecture], VARIANTS[variant]) == head_shapes.listed_shapes(name)
+
+
+# Of the released checkpoints of detectors, tensors and parameters in millions: as mmdetection builds them.
+RELEASED = {
+    (RETINANET, "pvt_tiny"): (192, 22.965),
+    (RETINANET, "pvt_v2_b0"): (212, 12.947),
+    (MASK_RCNN, "pvt_tiny"): (198, 32.882),
+    (MASK_RCNN, "pvt_v2_b0"): (218, 23.446),
+    (ATSS, "pvt_v2_b2_li"): (395, 30.156),
+    (ATSS, "pvt_v2_b2"): (383, 32.965),
+    (ATSS, "pvt_v2_b0"): (227, 11.402),
+    (GFL, "pvt_v2_b2_li"): (394, 30.301),
+    (GFL, "pvt_v2_b2"): (382, 33.111),
+    (GFL, "pvt_v2_b0"): (226, 11.548),
+    (CASCADE_MASK_RCNN, "pvt_v2_b2_li"): (492, 80.043),
+    (CASCADE_MASK_RCNN, "pvt_v2_b2"): (480, 82.852),
+    (CASCADE_MASK_RCNN, "pvt_v2_b0"): (324, 61.281),
+    (SPARSE_RCNN, "pvt_v2_b2_li"): (602, 104.154),
+    (SPARSE_RCNN, "pvt_v2_b2"): (590, 106.964),
+    (SPARSE_RCNN, "pvt_v2_b0"): (434, 85.393),
+}
+
+
+@pytest.mark.parametrize(("architecture", "variant"), RELEASED, ids=lambda value: getattr(value, "name", value))
+def test_models_have_the_tensors_of_released_checkpoints(architecture, variant):
+    """Names and shapes, there and back: the listed ones of the head on those of the variant's backbone."""
+    official = head_shapes.checkpoint_shapes(HEADS[architecture], VARIANTS[variant])
+    model = architecture.build_empty(architecture.build_config(pvt_hf.build_config(variant)))
+    renamed = architecture.from_official({key: torch.empty(shape, device="meta") for key, shape in official.items()})
+    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: tuple(v.shape) for k, v in architecture.to_official(renamed).items()} == official
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert (len(official), round(parameters / 1e6, 3)) == RELEASED[architecture, variant]
 
 
 @each_version(*TINY)
@@ -211,10 +244,10 @@ def test_folder_that_lost_a_tensor_is_not_exported(tmp_path, capsys):
     assert "not hold a complete DETR: {'missing_keys': ['model.decoder.layernorm.bias']}" in error
 
 
-def test_code_cannot_be_saved_with_a_detector(tmp_path, capsys):
-    path = save(small_weights(RETINANET, "v2"), tmp_path / "a.pth")
+def test_code_cannot_be_saved_with_a_class_of_transformers(tmp_path, capsys):
+    path = save(small_weights(DETR, "v2"), tmp_path / "a.pth")
     assert run(path, tmp_path / "out", "--with-code") == 1
-    assert "`--with-code` cannot be used for a RetinaNet" in capsys.readouterr().err
+    assert "`--with-code` cannot be used for a DETR: its class is transformers' own" in capsys.readouterr().err
 
 
 def test_other_backbones_have_no_official_names(tmp_path, capsys):

@@ -9,34 +9,18 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 import pvt_hf
 from pvt_hf.conversion import formats, rename
 from pvt_hf.conversion.checkpoint import read_checkpoint
 from pvt_hf.conversion.publish import publish
 from pvt_hf.conversion.rename import ConversionError
-from pvt_hf.writing.hub import explain_upload_error, hide_secrets
+from pvt_hf.writing.hub import explain_upload_error, hide_secrets, list_code, register_code
 from tests.support.checkpoints import TINY, equal, official_weights, run, save
+from tests.support.dense_models import build_dense_model
 from tests.support.hub import TOKEN
 from tests.support.small_models import ROOT, STAGES, randomize, small_config
-
-
-@pytest.fixture
-def online(hub, tmp_path, monkeypatch):
-    """Makes the local Hub the Hub of this process."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    for name, value in {
-        "ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(tmp_path / "home"),
-    }.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)  # between attempts
-    return hub
-
 
 CONVERT = ROOT / "conversion" / "convert.py"
 LOAD = """
@@ -76,69 +60,100 @@ def test_uploads_load_with_and_without_pvt_hf(version, python, hub, tmp_path):
         assert equal(weights, rename.from_official(source))
 
 
-OWN_AUTO_CLASS = {
-    "Model": "AutoModel",
-    "ForImageClassification": "AutoModelForImageClassification",
-    "Backbone": "AutoBackbone",
-}
-CLASSES = [name for name in pvt_hf.__all__ if name.startswith("Pvt") and not re.search("Config|Processor", name)]
+AUTO_CLASSES = (
+    transformers.AutoModel,
+    transformers.AutoModelForImageClassification,
+    transformers.AutoBackbone,
+    transformers.AutoModelForObjectDetection,
+    transformers.AutoModelForInstanceSegmentation,
+    transformers.AutoModelForImageSegmentation,
+    transformers.AutoModelForSemanticSegmentation,
+)
+ENCODERS = [name for name in pvt_hf.__all__ if name.startswith("Pvt") and not re.search("Config|Processor", name)]
+SOME = (*ENCODERS, "retinanet", "mask_rcnn", "semantic_fpn")  # one that is built of each part
+OTHERS = ("atss", "gfl", "cascade_mask_rcnn", "sparse_rcnn")
 LOAD_CODE = """
 import json, sys
 sys.modules["pvt_hf"] = None  # not installed
 import torch, transformers
 from transformers import AutoConfig, AutoImageProcessor
 
-def load(auto_class, repo):
-    loaded = getattr(transformers, auto_class).from_pretrained(repo, trust_remote_code=True)
-    assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
-    return loaded
-
-for name, own in json.loads(sys.argv[1]).items():
+for name, auto_classes in json.loads(sys.argv[1]).items():
     repo = f"me/{name}"
     auto_map = AutoConfig.from_pretrained(repo, trust_remote_code=True).auto_map
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone"}, auto_map
-    expected = torch.load(sys.argv[2] + f"/{name}.pt", weights_only=True)
-    model = load(own, repo).eval()
-    assert type(model).__name__ == name
-    with torch.no_grad():
-        outputs = model(expected["pixels"])
-    output = outputs.feature_maps[-1] if "feature_maps" in outputs else outputs[0]
-    torch.testing.assert_close(output, expected["output"], rtol=1e-5, atol=1e-6)
-    if own == "AutoModelForImageClassification":  # the others take what they need from a classifier
-        load("AutoModel", repo)
-        load("AutoBackbone", repo)
+    assert set(auto_map) == {"AutoConfig", *auto_classes}, auto_map
+    saved = torch.load(sys.argv[2] + f"/{name}.pt", weights_only=True)
+    # A classifier gives the others what they need.
+    for auto_class in (key for key in auto_classes if auto_classes[key] == name or name.endswith("Classification")):
+        model = getattr(transformers, auto_class).from_pretrained(repo, trust_remote_code=True).eval()
+        parts = [part for part in model.modules() if isinstance(part, transformers.PreTrainedModel)]
+        assert all(type(part).__module__.startswith("transformers_modules.") for part in parts)
+        assert all(type(part.config).__module__.startswith("transformers_modules.") for part in parts)
+        assert type(model).__name__ == auto_classes[auto_class]
+        if type(model).__name__ == name:
+            with torch.no_grad():
+                outputs = model(saved["pixels"])
+            output = outputs.feature_maps[-1] if "feature_maps" in outputs else outputs[0]
+            torch.testing.assert_close(output, saved["output"], rtol=1e-5, atol=1e-5)
+            print(name)
     for backend, suffix in (("torchvision", ""), ("pil", "Pil")):
         processor = AutoImageProcessor.from_pretrained(repo, trust_remote_code=True, backend=backend)
         assert type(processor).__module__.startswith("transformers_modules.")
-        assert type(processor).__name__ == "PvtImageProcessor" + suffix and processor.crop_size.height == 64
-    print(name)
+        assert type(processor).__name__ == saved["processor"] + suffix and processor.to_dict()["size"] == saved["size"]
 """
 
 
+def build_published(name, index):
+    """A small model, by the name of its class or architecture, and an image processor; v1, v2 and backends in turn."""
+    backend = ("", "Pil")[index % 2]
+    if name in ENCODERS:
+        model = getattr(pvt_hf, name)(small_config("v2" if "V2" in name else "v1", out_features=STAGES))
+        return randomize(model).eval(), getattr(pvt_hf, f"PvtImageProcessor{backend}")(crop_size=64)
+    processor = f"Pvt{'Segmentation' if name == 'semantic_fpn' else 'Detection'}ImageProcessor{backend}"
+    size = {"shortest_edge": 64, "longest_edge": 96}
+    return build_dense_model(name, ("v1", "v2_linear")[index % 2]), getattr(pvt_hf, processor)(size=size)
+
+
+@pytest.mark.parametrize("names", [SOME, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["some", "others"])
 @torch.no_grad()
-def test_saved_code_of_every_class_works_without_pvt_hf(python, hub, tmp_path, monkeypatch):
-    """What `save_pretrained` leaves after `register_for_auto_class` works where pvt_hf is not installed."""
-    auto_classes = {name: OWN_AUTO_CLASS[re.search("|".join(OWN_AUTO_CLASS), name)[0]] for name in CLASSES}
-    assert len(auto_classes) == 6
-    for index, (name, auto_class) in enumerate(auto_classes.items()):
-        model_class = getattr(pvt_hf, name)
-        processor = (pvt_hf.PvtImageProcessor, pvt_hf.PvtImageProcessorPil)[index % 2](crop_size=64)
-        for code in (model_class, model_class.config_class, type(processor)):
-            monkeypatch.setattr(code, "_auto_class", None)  # what is registered here is undone afterwards
-        model_class.register_for_auto_class(auto_class)
-        model_class.config_class.register_for_auto_class()
-        type(processor).register_for_auto_class()
-        model = randomize(model_class(small_config("v2" if "V2" in name else "v1", out_features=STAGES))).eval()
-        model.save_pretrained(tmp_path / name)
-        processor.save_pretrained(tmp_path / name)
+def test_saved_code_of_every_class_works_without_pvt_hf(names, python, hub, tmp_path):
+    """For every Auto class that an installed pvt_hf registers, whatever the one that the code is saved for."""
+    expected = {}
+    for index, architecture in enumerate(names):
+        model, processor = build_published(architecture, index)
+        name, module = type(model).__name__, type(model).__module__
+        known = {found.__name__: found._model_mapping.get(type(model.config), None) for found in AUTO_CLASSES}
+        expected[name] = {auto_class: found.__name__ for auto_class, found in known.items() if found is not None}
+        own = next(auto_class for auto_class, found in known.items() if found is type(model))
+        with register_code(list_code(own, model, processor)):
+            model.save_pretrained(tmp_path / name)
+            processor.save_pretrained(tmp_path / name)
+        assert (tmp_path / name / f"{module.split('.')[-1]}.py").exists() and type(model)._auto_class is None
         pixels = torch.randn(2, 3, 64, 64)
         outputs = model(pixels)
-        output = outputs.feature_maps[-1] if "feature_maps" in outputs else outputs[0]
-        torch.save({"pixels": pixels, "output": output}, tmp_path / f"{name}.pt")
+        saved = {"pixels": pixels, "output": outputs.feature_maps[-1] if "feature_maps" in outputs else outputs[0]}
+        saved |= {"processor": type(processor).__name__.removesuffix("Pil"), "size": processor.to_dict()["size"]}
+        torch.save(saved, tmp_path / f"{name}.pt")
         hub.repos[f"me/{name}"] = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
-    result = python("-c", LOAD_CODE, json.dumps(auto_classes), tmp_path)
+    assert len(expected) == len(names)
+    result = python("-c", LOAD_CODE, json.dumps(expected), tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == CLASSES
+    assert set(result.stdout.split()) == set(expected)
+
+
+def test_without_code_none_is_named(tmp_path):
+    """What is loaded from a folder with code and saved without it names no file that is not there."""
+    model, processor = build_dense_model("retinanet"), pvt_hf.PvtDetectionImageProcessor()
+    with register_code(list_code("AutoModelForObjectDetection", model, processor)):
+        model.save_pretrained(tmp_path / "code")
+        processor.save_pretrained(tmp_path / "code")
+    again = pvt_hf.RetinaNetForObjectDetection.from_pretrained(tmp_path / "code")
+    again.config.backbone_config.auto_map = {"AutoBackbone": "modeling_pvt_v2.PvtV2Backbone"}  # of its checkpoint
+    assert again.config.auto_map["AutoModelForObjectDetection"] == "modeling_retinanet.RetinaNetForObjectDetection"
+    again.save_pretrained(tmp_path / "none")
+    pvt_hf.PvtDetectionImageProcessor.from_pretrained(tmp_path / "code").save_pretrained(tmp_path / "none")
+    assert all("auto_map" in file.read_text() for file in (tmp_path / "code").glob("*config.json"))
+    assert not any("auto_map" in file.read_text() for file in (tmp_path / "none").glob("*config.json"))
 
 
 def test_own_subclass_is_saved_as_everywhere(tmp_path, monkeypatch):

@@ -61,6 +61,26 @@ def test_equals_the_reference_at_any_size(name, size):
         assert close(actual, expected)
 
 
+class RecordedGELU(torch.nn.GELU):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.tokens.append(hidden_states[..., 0].numel())
+        return super().forward(hidden_states)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("chunk_bytes", "chunk"), [(1, 1), (512 * 8 * 100, 100), (2**30, 2 * 16 * 24)])
+def test_chunks_of_tokens_equal_the_reference(chunk_bytes, chunk):
+    """Those of v1's MLP: of one token, of some, and one for all of the first stage."""
+    classifier, _ = build(pvt_hf.build_config("pvt_tiny", depths=[1, 1, 1, 1]))
+    RecordedGELU.tokens = []
+    for block in classifier.pvt.encoder.block:
+        block[0].mlp.chunk_bytes, block[0].mlp.intermediate_act_fn = chunk_bytes, RecordedGELU()
+    pixels = torch.randn(2, 3, 64, 96, dtype=torch.double)
+    official = rename.to_official(classifier.state_dict())
+    assert close(classifier(pixels).logits, reference.logits(official, pixels))
+    assert RecordedGELU.tokens[0] == chunk and sum(RecordedGELU.tokens) == 2 * (384 + 96 + 24 + 7)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(96, 160), (64, 64), (160, 96)], ids=str)
 def test_position_embeddings_of_an_oblong_image_equal_the_reference(size):
@@ -76,7 +96,7 @@ def test_gradients_equal_the_reference(name):
     classifier, backbone = build(pvt_hf.build_config(name, depths=[1, 2, 1, 1], num_labels=10))
     for module in backbone.modules():
         if hasattr(module, "max_stored_tokens"):
-            module.max_stored_tokens, module.chunk_bytes = 0, 2**16
+            module.max_stored_tokens, module.chunk_bytes = {"cpu": 0}, 2**16
     official = rename.to_official(classifier.state_dict())
     official = {key: value.requires_grad_() for key, value in official.items()}
 

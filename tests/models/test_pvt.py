@@ -257,7 +257,7 @@ class ModelChecks:
             model.gradient_checkpointing_enable({"use_reentrant": implementation == "reentrant"})
         for module in model.modules():
             if hasattr(module, "max_stored_tokens"):
-                module.max_stored_tokens, module.chunk_bytes = max_stored_tokens, 2**13
+                module.max_stored_tokens, module.chunk_bytes = {"cpu": max_stored_tokens}, 2**13
         pixels, parameters = self.pixels(dtype=torch.double), list(model.parameters())
         directions = [torch.randn_like(parameter) for parameter in parameters]
 

@@ -379,7 +379,7 @@ def test_sliding_window_of_wrong_sizes_is_refused():
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        (torch.tensor([7, 300, -1, 255]).repeat(256).view(1, 32, 32), ValueError, r"\[0, 5\).*got also \[-1, 7, 300\]"),
+        (torch.tensor([7, 300, -1, 255]).repeat(256).view(1, 32, 32), ValueError, r"\[0, 5\).*got \[-1, 7, 300\]"),
         (torch.zeros(1, 16, 16, dtype=torch.long), ValueError, r"height and width \(1, 32, 32\), got \(1, 16, 16\)"),
         (torch.zeros(1, 1, 32, 32, dtype=torch.long), ValueError, r"got \(1, 1, 32, 32\)"),
         (torch.zeros(1, 32, 32), TypeError, "class indices, got torch.float32"),

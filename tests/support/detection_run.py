@@ -41,7 +41,9 @@ def small_detector(architecture: str, num_labels: int = 10, **overrides):
     return AutoModelForObjectDetection.from_config(config_class(backbone_config=backbone, **fields))
 
 
-def build(output_dir, scenes, *, recipe="retinanet_1x", changes=None, data=None, empty=False, **arguments):
+def build(
+    output_dir, scenes, *, recipe="retinanet_1x", changes=None, data=None, empty=False, trainer=None, **arguments
+):
     """The trainer of a run over the scenes of a folder; `data` replaces those for training."""
     set_seed(0)
     recipe = dataclasses.replace(DETECTION_RECIPES[recipe], **({"warmup_iterations": 2} | SIDES | (changes or {})))
@@ -75,6 +77,7 @@ def build(output_dir, scenes, *, recipe="retinanet_1x", changes=None, data=None,
         train_dataset=TrainingDetections(train, augment, masks=recipe.architecture.endswith("mask_rcnn")),
         eval_dataset=EvaluationDetections(validation),
         processing_class=pvt_hf.PvtDetectionImageProcessor(size=size),
+        **(trainer or {}),
     )
 
 

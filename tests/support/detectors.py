@@ -7,7 +7,7 @@ import pvt_hf
 from pvt_hf.conversion import reference, reference_heads
 from tests.support import checkpoints
 from tests.support import reference_detection as loops
-from tests.support.small_models import ROOT, STAGES, small_config
+from tests.support.small_models import STAGES, small_config
 
 CHANNELS, CLASSES, GROUPS = 16, 5, 4
 
@@ -143,13 +143,6 @@ def tiny_backbone(version, out_features=STAGES[1:]):
     if version == "v1":
         return pvt_hf.PvtConfig(out_features=list(out_features), **sizes)
     return pvt_hf.PvtV2Config(out_features=list(out_features), linear_attention=version == "v2_linear", **sizes)
-
-
-def key_list(name):
-    """Names and shapes in a released checkpoint."""
-    lines = (ROOT / "tests" / "keys" / f"det_{name}.tsv").read_text().splitlines()
-    rows = [line.split("\t") for line in lines]
-    return {name: tuple(int(n) for n in shape.strip("(),").split(",") if n.strip()) for name, shape in rows}
 
 
 def padded_batch(sizes, input_size, dtype=torch.float64):

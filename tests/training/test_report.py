@@ -33,7 +33,7 @@ def test_names_are_shown_as_they_are():
     assert lines[0] == SHOWN and lines.count(SHOWN) == 4  # the title; a column of metrics, a setting and its value
     assert f"on {SHOWN} from" in lines[1] and f"50.00 % {SHOWN}." in lines[1]
     assert [token.content for token in tokens if token.tag == "h1" and token.content] == []
-    assert sum(token.type == "heading_open" for token in tokens) == 3
+    assert sum(token.type == "heading_open" for token in tokens) == 5
     assert card.content.replace("\n", "").isprintable()
 
 
