@@ -30,7 +30,8 @@ COMMANDS = {
     ),
     "train-segmentation": Command("train Semantic FPN or UperNet", "training", (*_TRAINING, "evaluate")),
     "evaluate": Command("measure checkpoints beside the papers' numbers", "training", ("accelerate", "datasets")),
-    "predict": Command("predict what is on the images of a folder", "training", ("accelerate", "datasets")),
+    "predict": Command("predict what is in images, and draw it", "training"),
+    "info": Command("say what a model is: size, stages, origin of weights", "training"),
     "convert": Command("convert checkpoints of the released code, timm, mm*", "conversion"),
 }
 # What a command may need beside that. Other packages come with pvt_hf, and their absence is an error as any other.
