@@ -31,6 +31,7 @@ COMMANDS = {
     "train-segmentation": Command("train Semantic FPN or UperNet", "training", (*_TRAINING, "evaluate")),
     "evaluate": Command("measure checkpoints beside the papers' numbers", "training", ("accelerate", "datasets")),
     "predict": Command("predict what is in images, and draw it", "training"),
+    "info": Command("say what a model is: size, stages, origin of weights", "training"),
     "demo": Command("show models on a page in the browser", "demo"),
     "convert": Command("convert checkpoints of the released code, timm, mm*", "conversion"),
 }

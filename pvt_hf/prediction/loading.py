@@ -11,6 +11,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
 from ..conversion.convert import convert
+from ..conversion.infer_config import imagenet_labels
 from ..conversion.rename import ConversionError
 from ..models.pretrained import list_tensors
 from ..variants import VARIANTS, build_config
@@ -33,17 +34,35 @@ def find_checkpoint(name: str) -> str:
     Raises:
         ModelError: If the checkpoint of a variant cannot be had.
     """
-    if name not in VARIANTS or Path(name).exists():
+    if not _is_released(name):
         return name
-    folder = Path(HF_HOME) / "pvt_hf" / "converted" / name
+    folder = _released_folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{name}.lock"):
-        if not (folder / "config.json").is_file():
+        if find_converted(name) is None:
             try:
                 convert(name, folder)
             except ConversionError as error:
                 raise ModelError(str(error)) from error
     return str(folder)
+
+
+def find_converted(name: str) -> str | None:
+    """The folder of a released variant that [`find_checkpoint`] has converted already; `None` for another model.
+
+    Args:
+        name: Of the model.
+    """
+    folder = _released_folder(name)
+    return str(folder) if _is_released(name) and (folder / "config.json").is_file() else None
+
+
+def _is_released(name: str) -> bool:
+    return name in VARIANTS and not Path(name).exists()
+
+
+def _released_folder(name: str) -> Path:
+    return Path(HF_HOME) / "pvt_hf" / "converted" / name
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -55,8 +74,8 @@ def read_config(name: str) -> PreTrainedConfig:
     Raises:
         ModelError: If there is none, with what transformers says about it.
     """
-    if name in VARIANTS and not Path(name).exists():
-        return build_config(name)
+    if _is_released(name):
+        return build_config(name, id2label=dict(enumerate(imagenet_labels())))
     if Path(name).is_file():
         raise ModelError(
             f"{name} is a file: the model must be a folder with a config.json, a repository of the Hub or one of "
