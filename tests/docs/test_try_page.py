@@ -25,8 +25,8 @@ def run_javascript(program: str, *values) -> object:
     if shutil.which("node") is None:
         pytest.skip("there is no node")
     code = f"import * as preprocess from '{PREPROCESS}';\nconst values = {json.dumps(values)};\n{program}"
-    command = ["node", "--input-type=module", "--eval", code]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = ["node", "--input-type=module", "-"]
+    result = subprocess.run(command, input=code, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
