@@ -29,7 +29,8 @@ EXTRAS = {
     "lora": "`--lora_rank` of `pvt-hf train-classification`",
     "conversion": "conversion of timm's own checkpoints",
     "benchmark": "`examples/benchmark.py`",
-    "export": "ONNX and OpenVINO",
+    "export": "`pvt-hf export`: ONNX, OpenVINO, the web",
+    "executorch": "`pvt-hf export --target executorch`",
     "docs": "this site: `mkdocs serve`",
     "test": "the tests",
 }

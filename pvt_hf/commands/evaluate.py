@@ -22,8 +22,8 @@ from pathlib import Path
 from ..training.arguments import EvaluationArguments
 from ..variants import VARIANTS
 from ..writing.files import atomic_file
-from .measure import check_options, published_metrics, task_of
-from .parser import parse_arguments
+from .measure import published_metrics, task_of
+from .parser import check_options, parse_arguments
 from .presets import EVALUATION
 from .shared import exit_on_bad_data, read_config
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (options,) = parse_arguments((EvaluationArguments,), argv, "pvt-hf evaluate", __doc__, EVALUATION)
     configs = {checkpoint: read_config(checkpoint) for checkpoint in find_checkpoints(options)}
     for checkpoint, config in configs.items():  # before the first is measured
-        check_options(options, checkpoint, config)
+        check_options(options, checkpoint, task_of(config).models)
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     rows, results = ["| checkpoint | metric | paper | measured | difference | images |", "|--|--|--|--|--|--|"], {}

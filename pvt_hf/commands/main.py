@@ -30,13 +30,15 @@ COMMANDS = {
     ),
     "train-segmentation": Command("train Semantic FPN or UperNet", "training", (*_TRAINING, "evaluate")),
     "evaluate": Command("measure checkpoints beside the papers' numbers", "training", ("accelerate", "datasets")),
-    "predict": Command("predict what is on the images of a folder", "training", ("accelerate", "datasets")),
+    "predict": Command("predict what is in images, and draw it", "training"),
+    "info": Command("say what a model is: size, stages, origin of weights", "training"),
     "export": Command("export to ONNX, OpenVINO, ExecuTorch or the web, verified", "export"),
+    "demo": Command("show models on a page in the browser", "demo"),
     "convert": Command("convert checkpoints of the released code, timm, mm*", "conversion"),
 }
 # What a command may need beside that. Other packages come with pvt_hf, and their absence is an error as any other.
-_OPTIONAL = ("evaluate", "faster_coco_eval", "peft", "scipy", "sklearn", "timm")
-_OPTIONAL += ("onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "executorch")
+_OPTIONAL = ("evaluate", "faster_coco_eval", "gradio", "peft", "pytorch_grad_cam", "scipy", "sklearn", "timm")
+_OPTIONAL += ("executorch", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino")
 # The extra of a package, where it is not the command's.
 _EXTRAS = {"peft": "lora", "executorch": "executorch"}
 

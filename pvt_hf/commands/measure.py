@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,30 +266,6 @@ TASKS = {
 
 def task_of(config: PreTrainedConfig) -> Task:
     return TASKS.get(config.model_type, SEGMENTER)
-
-
-# Options that are not for all models, of `pvt-hf evaluate` and `pvt-hf predict`.
-_MODELS_OF_OPTIONS = (
-    dict.fromkeys(("annotations", "objects_column", "bbox_format", "max_detections", "threshold"), ("detector",))
-    | dict.fromkeys(("maps", "map_column", "reduce_labels", "binary_masks", "palette"), ("segmenter",))
-    | dict.fromkeys(("window", "stride"), ("segmenter",))
-    | dict.fromkeys(("label_column", "top_k"), ("classifier",))
-    | dict.fromkeys(("tta_scales", "tta_flip"), ("classifier", "segmenter"))
-)
-
-
-def check_options(options: Any, checkpoint: str, config: PreTrainedConfig) -> None:
-    """Ends the program if options are given that a model has no use for.
-
-    Args:
-        options: A dataclass.
-        checkpoint: Of the model, for the message.
-        config: Of the model.
-    """
-    models = task_of(config).models
-    given = [entry.name for entry in fields(options) if getattr(options, entry.name) != entry.default]
-    if useless := [f"--{name}" for name in given if models not in _MODELS_OF_OPTIONS.get(name, (models,))]:
-        raise SystemExit(f"{checkpoint} is a {models}, which has no {' and no '.join(useless)}")
 
 
 def published_metrics(config: PreTrainedConfig, recipe: str | None = None) -> dict[str, float]:

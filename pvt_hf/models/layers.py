@@ -242,8 +242,9 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     """Decorator of the `forward` of an MLP with a 3 x 3 convolution in it, whose hidden states would fill the memory.
 
     A map of more tokens than `max_stored_tokens` has for its type of device is recomputed in the backward pass instead
-    of stored; other devices store. A CPU works in chunks of rows whose hidden states take `chunk_bytes`, so that they
-    fit its cache, unless a hook wants to see the complete map. A compiler decides for itself.
+    of stored; other devices store. A CPU works in chunks, of images or of their rows, whose hidden states take
+    `chunk_bytes`, so that they fit its cache, unless a hook wants to see the complete map. A compiler decides for
+    itself.
 
     Args:
         forward: A method `(hidden_states, height, width, rows)` that gives these rows of the result, from hidden states
@@ -269,16 +270,17 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         if hidden_states.device.type != "cpu" or has_hooks(self):
             return compute(hidden_states, height, width)
         num_rows = max(1, self.chunk_bytes // (width * self.intermediate_size * hidden_states.element_size()))
-        return torch.cat([_compute_in_chunks(compute, image, width, num_rows) for image in hidden_states.split(1)])
+        images = hidden_states.split(max(1, num_rows // height))
+        return torch.cat([_compute_in_chunks(compute, part, width, num_rows) for part in images])
 
     return forward_in_chunks
 
 
 def _compute_in_chunks(
-    compute: Callable[..., torch.Tensor], image: torch.Tensor, width: int, num_rows: int
+    compute: Callable[..., torch.Tensor], images: torch.Tensor, width: int, num_rows: int
 ) -> torch.Tensor:
-    """`compute` of one image (1, height * width, channels), `num_rows` rows at a time."""
-    chunks = image.split(num_rows * width, dim=1)
+    """`compute` of images (batch, height * width, channels), `num_rows` rows of each at a time."""
+    chunks = images.split(num_rows * width, dim=1)
     outputs = []
     for index, chunk in enumerate(chunks):
         above = [chunks[index - 1][:, -width:]] if index > 0 else []

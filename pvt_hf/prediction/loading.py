@@ -11,10 +11,11 @@ from huggingface_hub.constants import HF_HOME
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
 from ..conversion.convert import convert
+from ..conversion.infer_config import imagenet_labels
 from ..conversion.rename import ConversionError
 from ..models.pretrained import list_tensors
-from ..variants import VARIANTS
-from .predictor import Predictor, find_task
+from ..variants import VARIANTS, build_config
+from .predictor import Predictor, Task, find_task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,24 +28,18 @@ def find_checkpoint(name: str) -> str:
     """The folder or repository that a name stands for.
 
     Args:
-        name: A folder, a repository of the Hub, or the name of a variant (if there is no such folder), whose released
-            checkpoint is then downloaded, converted and verified once, into `HF_HOME/pvt_hf/converted`.
+        name: A folder, a repository of the Hub, or the name of a variant (unless there is such a folder), whose
+            released checkpoint is downloaded, converted and verified once, into `HF_HOME/pvt_hf/converted`.
 
     Raises:
-        ModelError: If the checkpoint of a variant cannot be had, or if the name is that of a file.
+        ModelError: If the checkpoint of a variant cannot be had.
     """
-    path = Path(name)
-    if path.is_file():
-        raise ModelError(
-            f"{name} is a file: the model must be a folder with a config.json, a repository of the Hub or one of "
-            f"{', '.join(VARIANTS)}. `pvt-hf convert` makes a folder of a checkpoint's file."
-        )
-    if name not in VARIANTS or path.is_dir():
+    if not _is_released(name):
         return name
-    folder = Path(HF_HOME) / "pvt_hf" / "converted" / name
+    folder = _released_folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{name}.lock"):
-        if not (folder / "config.json").is_file():
+        if find_converted(name) is None:
             try:
                 convert(name, folder)
             except ConversionError as error:
@@ -52,23 +47,64 @@ def find_checkpoint(name: str) -> str:
     return str(folder)
 
 
-def read_config(checkpoint: str) -> PreTrainedConfig:
-    """The configuration of a checkpoint.
+def find_converted(name: str) -> str | None:
+    """The folder of a released variant that [`find_checkpoint`] has converted already; `None` for another model.
 
     Args:
-        checkpoint: A folder or a repository of the Hub.
+        name: Of the model.
+    """
+    folder = _released_folder(name)
+    return str(folder) if _is_released(name) and (folder / "config.json").is_file() else None
+
+
+def _is_released(name: str) -> bool:
+    return name in VARIANTS and not Path(name).exists()
+
+
+def _released_folder(name: str) -> Path:
+    return Path(HF_HOME) / "pvt_hf" / "converted" / name
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The configuration of a model. Nothing else is downloaded.
+
+    Args:
+        name: Of the model: see [`find_checkpoint`].
 
     Raises:
         ModelError: If there is none, with what transformers says about it.
     """
+    if _is_released(name):
+        return build_config(name, id2label=dict(enumerate(imagenet_labels())))
+    if Path(name).is_file():
+        raise ModelError(
+            f"{name} is a file: the model must be a folder with a config.json, a repository of the Hub or one of "
+            f"{', '.join(VARIANTS)}. `pvt-hf convert` makes a folder of a checkpoint's file."
+        )
     try:
-        return AutoConfig.from_pretrained(checkpoint)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"{checkpoint} cannot be loaded: it must be a folder with a model's config.json, or a repository of the "
-            f"Hub. {reason}"
+            f"{name} cannot be loaded: it must be a folder with a model's config.json, a repository of the Hub, or the "
+            f"name of a released variant. {reason}"
         ) from error
+
+
+def read_task(name: str) -> tuple[PreTrainedConfig, Task]:
+    """The configuration of a model, and what it does.
+
+    Args:
+        name: Of the model: see [`find_checkpoint`].
+
+    Raises:
+        ModelError: If there is no such model, or it predicts nothing.
+    """
+    config = read_config(name)
+    try:
+        return config, find_task(config)
+    except ValueError as error:
+        raise ModelError(f"{name} predicts nothing: {error}.") from error
 
 
 def load_predictor(
@@ -87,13 +123,8 @@ def load_predictor(
         ValueError: If `device` or `dtype` is none that torch has here.
     """
     device, dtype = choose_device(device), _choose_dtype(dtype)
-    checkpoint = find_checkpoint(str(name))
-    config = read_config(checkpoint)
-    try:
-        task = find_task(config)
-    except ValueError as error:
-        raise ModelError(f"{name} predicts nothing: {error}.") from error
-    model_class = task.mapping[type(config)]
+    config, task = read_task(name)
+    model_class, checkpoint = task.mapping[type(config)], find_checkpoint(name)
     try:
         model, loaded = model_class.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
         image_processor = AutoImageProcessor.from_pretrained(checkpoint)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from PIL import Image
 
 
 class ScoredLabel(NamedTuple):
@@ -154,6 +156,16 @@ class Segmentation:
             {"label": name, "label_id": label + self.first_label, "share": round(share, 6)}
             for label, name, share in self.list_shares()
         ]
+
+    def to_image(self, binary: bool = False) -> Image.Image:
+        """The map as a PIL image of one channel, numbered as the maps that the model was trained on.
+
+        Args:
+            binary: Whether the second of two classes is 255 instead (default: `False`).
+        """
+        labels = self.labels * 255 if binary else self.labels + self.first_label
+        dtype = np.uint8 if len(self.label_names) < 255 else np.uint16
+        return Image.fromarray(labels.numpy().astype(dtype))
 
 
 Prediction: TypeAlias = Classification | Detections | Segmentation

@@ -63,6 +63,15 @@ class Predictor:
     tta_flip: bool = False
     subtask: str = "instance"
 
+    def __post_init__(self) -> None:
+        _label_maps_of(self)  # refuses wrong windows and scales
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"`threshold` must be in [0, 1), got {self.threshold}.")
+        if self.top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, got {self.top_k}.")
+        if self.subtask not in ("instance", "semantic"):
+            raise ValueError(f"`subtask` must be instance or semantic, got {self.subtask!r}.")
+
     @property
     def label_names(self) -> list[str]:
         """The name of each class of the model."""

@@ -90,9 +90,9 @@ def test_train_evaluate_and_predict(run, polyps, capsys, monkeypatch):
         evaluate.main([*common, *data])
     capsys.readouterr()
 
-    predict.main(["--model_name_or_path", "trained", "--images", data[1], "--output_dir", "masks", "--binary_masks"])
-    assert "predictions for 3 images are in masks" in capsys.readouterr().out
-    masks = [np.array(Image.open(run / "masks" / f"{index}.png")) for index in range(3)]
+    predict.main(["trained", data[1], "--output_dir", "found", "--binary_masks", "--device", "cpu"])
+    assert "predictions for 3 images are in found" in capsys.readouterr().out
+    masks = [np.array(Image.open(run / "found" / "masks" / f"{index}.png")) for index in range(3)]
     assert all(mask.shape == (64, 64) and set(np.unique(mask)) <= {0, 255} for mask in masks)
     truth = [
         np.array(Image.open(next((polyps / "validation" / "masks").glob(f"{index}.*"))).convert("L"))
@@ -101,7 +101,7 @@ def test_train_evaluate_and_predict(run, polyps, capsys, monkeypatch):
     found, true = np.stack(masks) > 0, np.stack(truth) >= 128
     dice = 200 * (found & true).sum() / (found.sum() + true.sum())
     assert measured["plain"]["dice_set"] == pytest.approx(dice, abs=1e-3) and 1 < dice < 99
-    assert sorted(path.name for path in (run / "masks").iterdir()) == ["0.png", "1.png", "2.png"]
+    assert sorted(path.name for path in (run / "found" / "masks").iterdir()) == ["0.png", "1.png", "2.png"]
 
 
 @pytest.mark.parametrize(
@@ -160,50 +160,3 @@ def test_hints_name_options_that_the_programs_have(capsys):
     of_training = {"--class_names"}  # said of a training set only
     assert all(re.search(rf"{hint}\b", helps["train-segmentation"]) for hint in hints)
     assert all(re.search(rf"{hint}\b", helps["evaluate"]) for hint in hints - of_training)
-
-
-def test_predictions_of_classifiers_and_detectors(tmp_path, polyps, monkeypatch, capsys):
-    """A table by image, and COCO's results; corrupt images are an error or listed."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    pvt_hf.PvtV2ForImageClassification(small_config("v2")).save_pretrained("classifier")
-    pvt_hf.PvtImageProcessor(crop_size=32).save_pretrained("classifier")
-    stages = ["stage2", "stage3", "stage4"]
-    config = pvt_hf.RetinaNetConfig(
-        backbone_config=small_config("v2", out_features=stages), num_labels=3, neck_channels=8
-    )
-    pvt_hf.RetinaNetForObjectDetection(config).save_pretrained("detector")
-    pvt_hf.PvtDetectionImageProcessor(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained("detector")
-    images = tmp_path / "images" / "deep"
-    images.mkdir(parents=True)
-    for path in (polyps / "validation" / "images").iterdir():
-        (images / path.name).write_bytes(path.read_bytes())
-    common = ["--images", "images", "--output_dir", "found", "--model_name_or_path"]
-    predict.main([*common, "classifier", "--top_k", "2", "--tta_flip"])
-    header, *rows = (tmp_path / "found" / "predictions.csv").read_text().splitlines()
-    assert header == "image,class,probability" and [row.split(",")[0] for row in rows[::2]] == [
-        f"deep/{index}.jpg" for index in range(3)
-    ]
-    assert all(
-        float(one.split(",")[2]) >= float(two.split(",")[2]) for one, two in zip(rows[::2], rows[1::2], strict=True)
-    )
-    predict.main([*common, "detector", "--threshold", "0.001"])
-    results = json.loads((tmp_path / "found" / "predictions.json").read_text())
-    assert results and {"file_name", "category", "category_id", "bbox", "score"} == results[0].keys()
-    assert all(result["score"] > 0.001 and result["category"] == f"LABEL_{result['category_id']}" for result in results)
-
-    (images / "0.jpg").write_bytes(b"no image")
-    with pytest.raises(SystemExit, match=r"(?s)1 of 3 images cannot be used.*0\.jpg.*--skip_corrupt skips them"):
-        predict.main([*common, "classifier"])
-    (images / "1.jpg").write_bytes((images / "1.jpg").read_bytes()[:-200])  # which only its pixels tell
-    predict.main([*common, "classifier", "--skip_corrupt"])
-    output = capsys.readouterr().out
-    assert "0.jpg cannot be read" in output and "1.jpg cannot be read" in output and "for 1 images" in output
-    assert len((tmp_path / "found" / "predictions.csv").read_text().splitlines()) == 2
-    (images / "0.jpg").unlink()
-    with pytest.raises(SystemExit, match="1.jpg cannot be read"):
-        predict.main([*common, "classifier"])
-    with pytest.raises(SystemExit, match="classifier is a classifier, which has no --binary_masks"):
-        predict.main([*common, "classifier", "--binary_masks"])
-    with pytest.raises(SystemExit, match="There are no images in classifier"):
-        predict.main([*common[2:], "classifier", "--images", "classifier"])
