@@ -23,7 +23,7 @@ FORMATS = {  # the exporter, its configuration, the packages that it needs, and 
 # What cannot be had, by model and format.
 MISSING = {
     ("mask_rcnn", "openvino"): "OpenVINO converts no torchvision::nms",
-    ("mask_rcnn", "executorch"): "ExecuTorch has no torchvision::nms",
+    ("mask_rcnn", "executorch"): "ExecuTorch has no torchvision::nms and no torchvision::roi_align",
 }
 
 
