@@ -26,11 +26,13 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "data", "models", "writing"},
     "training": {"training", *BELOW_TRAINING},
     "prediction": {"prediction", "conversion", *BELOW_TRAINING},
-    "commands": {"__init__", "commands", "training", "prediction", "conversion", *BELOW_TRAINING},
+    "exporting": {"exporting", "prediction", *BELOW_TRAINING},
+    "commands": {"__init__", "commands", "training", "prediction", "exporting", "conversion", *BELOW_TRAINING},
     "conversion": {"conversion", "models", "untrusted", "writing", "variants", "paper_results"},
     "timm": {"models", "variants", "conversion"},  # imported by nobody, and by users who have timm
 }
 OPTIONAL = {"accelerate", "datasets", "evaluate", "faster_coco_eval", "matplotlib", "peft", "scipy", "sklearn", "timm"}
+OPTIONAL |= {"executorch", "nncf", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino"}
 
 
 def module_name(path: Path) -> str:
