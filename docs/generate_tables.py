@@ -29,7 +29,6 @@ EXTRAS = {
     "lora": "`--lora_rank` of `pvt-hf train-classification`",
     "conversion": "conversion of timm's own checkpoints",
     "benchmark": "`examples/benchmark.py`",
-    "examples": "all programs of `examples/`",
     "export": "ONNX and OpenVINO",
     "examples": "the recipes of this site, and the notebooks",
     "docs": "this site: `mkdocs serve`",

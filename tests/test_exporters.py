@@ -1,7 +1,7 @@
 """transformers' exporters: their programs give the numbers of our classes under the names of their outputs, at sizes
 and batches that they were not traced with.
 
-(executorch, which pins versions of others, is in no extra: an environment of its own is best.)
+(`pvt_hf[executorch]` brings many packages: an environment of its own is best.)
 """
 
 import pytest
