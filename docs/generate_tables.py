@@ -30,7 +30,7 @@ EXTRAS = {
     "conversion": "conversion of timm's own checkpoints",
     "benchmark": "`examples/benchmark.py`",
     "export": "ONNX and OpenVINO",
-    "examples": "the recipes of this site, and the notebooks",
+    "examples": "the programs of `examples/`, the recipes of this site, and the notebooks",
     "docs": "this site: `mkdocs serve`",
     "test": "the tests",
 }

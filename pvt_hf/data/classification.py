@@ -440,8 +440,16 @@ class EvaluationImages(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label, name = self.read(index)
+        return {"pixel_values": prepare(image, self.image_processor, name), "labels": label}
+
+    def read(self, index: int) -> tuple[Image.Image, int, str]:
+        """An image, its label in the model, and its name.
+
+        Args:
+            index: Of the image, from 0.
+        """
         row = self.data[index]
         name = (row["image"] or {}).get("path") or f"image {index}"
-        pixel_values = prepare(decode(row["image"], name), self.image_processor, name)
         label = check_class_index(row[self.label_column], self.num_labels, name)
-        return {"pixel_values": pixel_values, "labels": self.places[label]}
+        return decode(row["image"], name), self.places[label], name

@@ -405,6 +405,8 @@ def build_training_arguments(options: TrainingOptions, recipe: Any, **recipe_val
     if options.output_dir and (reason := why_unwritable(options.output_dir)):
         raise SystemExit(f"--output_dir {options.output_dir} cannot be written: {reason}")
     args = TrainingArguments(**recipe_values | given)
+    if args.hub_token:  # `Trainer` would write it to training_args.bin, which is uploaded
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
     if str(args.resume_from_checkpoint).lower() in ("true", "false"):
         args.resume_from_checkpoint = args.resume_from_checkpoint.lower() == "true"
     if not args.resume_from_checkpoint and last_complete_checkpoint(args.output_dir):

@@ -2,10 +2,11 @@
 
 import io
 import json
+import pickle
 import re
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_token
 from PIL import Image
 from transformers import AutoModelForImageClassification, ResNetConfig
 
@@ -132,6 +133,12 @@ def test_classes_of_the_validation_set_are_matched_by_name(tmp_path, capsys):
     (tmp_path / "validation" / "bee" / "a.png").write_text("x")
     with pytest.raises(ImageError, match="(?s)1 of 2 images of the validation set.*bee/a.png"):
         load("validation")
+
+
+def test_a_token_of_the_command_line_is_used_and_not_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "another")
+    *_, args = parse(["--output_dir", str(tmp_path), "--hub_token", "hf_secret"])
+    assert get_token() == "hf_secret" and b"hf_secret" not in pickle.dumps(args)
 
 
 def test_stream_is_an_epoch_of_all_images(checkpoint, tmp_path, capsys):

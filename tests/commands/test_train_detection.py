@@ -132,6 +132,8 @@ def test_bad_input_ends_before_any_work(run, scenes, classifier, tmp_path, capsy
         run(*arguments, *coco_arguments(scenes)[:4])
     wanted = "--train_annotations, --train_images, --eval_annotations and --eval_images go together"
     assert wanted in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--with_code cannot be used for a model of type detr: its class is"):
+        run(*arguments, *coco_arguments(wrong), "--with_code", "--recipe", "detr_50ep")
     with pytest.raises(SystemExit, match="a RetinaNetConfig has no fields \\['neck_chanels'\\]"):
         run(*arguments, *coco_arguments(scenes), "--config_overrides", '{"neck_chanels": 8}')
     fewer = tmp_path / "fewer"
