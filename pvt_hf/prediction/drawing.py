@@ -66,13 +66,35 @@ def _draw_detections(image: Image.Image, prediction: Detections) -> Image.Image:
 
 
 def _draw_segmentation(image: Image.Image, prediction: Segmentation) -> Image.Image:
+    shares = prediction.list_shares()
+    rows = [(name, f"{100 * share:.1f} %", None, pick_map_color(label)) for label, name, share in shares]
+    return _add_panel(paint(image, prediction), rows)
+
+
+def pick_map_color(label: int) -> tuple[int, int, int]:
+    """The colour of a class on a label map, RGB of 0 to 255: the first class, often the background, is grey.
+
+    Args:
+        label: Of the class, from 0.
+    """
+    return pick_color(label) if label else _BACKGROUND
+
+
+def paint(image: Image.Image, prediction: Segmentation) -> Image.Image:
+    """Paints an image in the colours of its classes, without a legend.
+
+    Args:
+        image: The one that it was predicted of, RGB.
+        prediction: The class of each pixel.
+
+    Returns:
+        A PIL image, RGB, of the size of [`draw`].
+    """
     size = _choose_size(image)
     labels = Image.fromarray(prediction.labels.numpy().astype(np.int32)).resize(size, Image.Resampling.NEAREST)
     pixels = torch.from_numpy(np.array(image.resize(size))).permute(2, 0, 1)  # (3, height, width)
-    colors = [_BACKGROUND, *(pick_color(label) for label in range(1, len(prediction.label_names)))]
-    picture = to_pil_image(overlay(pixels, torch.from_numpy(np.array(labels)).long(), colors))
-    shares = prediction.list_shares()
-    return _add_panel(picture, [(name, f"{100 * share:.1f} %", None, colors[label]) for label, name, share in shares])
+    colors = [pick_map_color(label) for label in range(len(prediction.label_names))]
+    return to_pil_image(overlay(pixels, torch.from_numpy(np.array(labels)).long(), colors))
 
 
 def _font_size(picture: Image.Image) -> int:

@@ -118,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
     def validate(self, body) -> None:
         header = json.loads(body)["content"].split("---\n")[1]
         fields = yaml.safe_load(header)
+        if json.loads(body)["repoType"] == "space":
+            return self.reply({"errors": [] if fields.get("sdk") else [{"message": "sdk"}], "warnings": []})
         known = {"image-classification", "image-feature-extraction", "image-segmentation", "object-detection"}
         errors = [] if fields.get("pipeline_tag") in known else [{"message": "pipeline_tag"}]
         errors += [] if isinstance(fields.get("tags"), list) else [{"message": "tags"}]
@@ -164,7 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 self.hub.repos[repo][value["path"]] = self.hub.objects[value["oid"]]
         oid = self.hub.commit_id(repo)
-        self.reply({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}/commit/{oid}"})
+        place = f"spaces/{repo}" if "/api/spaces/" in self.path else repo
+        self.reply({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{place}/commit/{oid}"})
 
     def info(self, body, repo: str) -> None:
         if repo not in self.hub.repos:
@@ -194,14 +197,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _REPO = r"([\w.-]+/[\w.-]+)"
+_KIND = "(?:models|spaces)"
 _ROUTES = (
     (("POST",), r"/api/repos/create", _Handler.create),
     (("POST",), r"/api/validate-yaml", _Handler.validate),
-    (("POST",), rf"/api/models/{_REPO}/preupload/main", _Handler.preupload),
-    (("POST",), rf"/api/models/{_REPO}/commit/main", _Handler.commit),
-    (("POST",), rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.batch),
+    (("POST",), rf"/api/{_KIND}/{_REPO}/preupload/main", _Handler.preupload),
+    (("POST",), rf"/api/{_KIND}/{_REPO}/commit/main", _Handler.commit),
+    (("POST",), rf"/(?:spaces/)?{_REPO}\.git/info/lfs/objects/batch", _Handler.batch),
     (("PUT",), r"/objects/([0-9a-f]{64})", _Handler.upload),
-    (("GET",), rf"/api/models/{_REPO}(?:/revision/[^/]+)?", _Handler.info),
-    (("GET",), rf"/api/models/{_REPO}/tree/[^/]+", _Handler.tree),
+    (("GET",), rf"/api/{_KIND}/{_REPO}(?:/revision/[^/]+)?", _Handler.info),
+    (("GET",), rf"/api/{_KIND}/{_REPO}/tree/[^/]+", _Handler.tree),
     (("GET", "HEAD"), rf"/{_REPO}/resolve/[^/]+/(.+)", _Handler.resolve),
 )
