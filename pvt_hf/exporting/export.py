@@ -15,10 +15,11 @@ from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..models.backbone import get_backbone_config
+from ..prediction.sources import find_images
 from ..writing.files import atomic_folder, name_what_fails
 from .card import ExportReport, read_reports, render
 from .comparison import compare, find_task, flatten
-from .images import Samples, find_images
+from .images import Samples
 from .output_folder import check_output_dir
 from .programs import list_inputs, make_batch, plan_shapes, write_program
 from .settings import describe_model
@@ -114,7 +115,7 @@ def _hash_weights(model: PreTrainedModel) -> str:
 
 
 def _list_images(images: str | Path | Sequence[Image.Image]) -> list[str | Image.Image]:
-    return list(find_images(images)) if isinstance(images, str | Path) else list(images)
+    return [image.path for image in find_images([images])] if isinstance(images, str | Path) else list(images)
 
 
 def _link(source: str, target: str) -> None:

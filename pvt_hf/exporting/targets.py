@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Target:
     format: str
     file: str
     extra: str
-    packages: dict[str, tuple[str, ...]]
+    packages: Mapping[str, tuple[str, ...]]
     configure: Callable[[str, Sequence[Batch]], dict[str, Any]]
     save: Callable[[Any, Any, Path, str], None] = _save
     dtypes: tuple[str, ...] = tuple(DTYPES)
