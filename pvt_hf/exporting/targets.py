@@ -1,7 +1,7 @@
 """What models are exported to: where the files are, which packages it takes, how a program is written."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Target:
     title: str
     format: str
     file: str
-    packages: dict[str, tuple[str, ...]]
+    packages: Mapping[str, tuple[str, ...]]
     configure: Callable[[str, Sequence[Batch]], dict[str, Any]]
     save: Callable[[Any, Any, Path, str], None] = _save
     dtypes: tuple[str, ...] = tuple(DTYPES)

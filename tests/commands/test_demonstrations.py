@@ -1,6 +1,9 @@
 """The README's demonstrations on the bundled data, as a user starts them: `pytest -m slow` and this file."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +11,16 @@ from tests.support.polyps import write_polyps
 from tests.support.small_models import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.timeout(7200)]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """The quickstart's folder, from which every detector starts."""
+    folder = str(tmp_path_factory.mktemp("quickstart"))
+    command = [sys.executable, "examples/quickstart.py", "--output_dir", folder]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    return folder
 
 
 @pytest.fixture
@@ -23,26 +36,31 @@ def example(python, tmp_path):
     return run
 
 
-def test_retinanet_and_then_semantic_fpn_learn_digits(example):
+def test_retinanet_and_then_semantic_fpn_learn_digits(example, classifier):
     """From the quickstart's classifier a detector, and from its backbone a segmenter."""
-    example("quickstart", "quickstart")
-    detector = example("train_detection", "detection", "--demo", "--backbone_checkpoint", "quickstart")
+    detector = example("train_detection", "detection", "--demo", "--backbone_checkpoint", classifier)
     assert detector["eval_AP50"] > 0.5
     segmenter = example("train_segmentation", "segmentation", "--demo", "--backbone_checkpoint", "detection")
     assert segmenter["eval_mIoU"] > 0.6
 
 
-def test_mask_rcnn_learns_digits(example):
-    example("quickstart", "quickstart")
+@pytest.mark.parametrize(("recipe", "epochs"), [("atss_3x_ms", 5), ("gfl_3x_ms", 4), ("cascade_mask_rcnn_3x_ms", 2)])
+def test_detectors_of_pvt_v2_learn_digits(recipe, epochs, example, classifier):
+    arguments = ["--demo", "--recipe", recipe, "--num_train_epochs", str(epochs)]
+    detector = example("train_detection", "detection", *arguments, "--backbone_checkpoint", classifier)
+    assert detector["eval_AP50"] > 0.5
+
+
+def test_mask_rcnn_learns_digits(example, classifier):
     arguments = ["--demo", "--recipe", "mask_rcnn_1x", "--num_train_epochs", "3"]
-    instances = example("train_detection", "instances", *arguments, "--backbone_checkpoint", "quickstart")
+    instances = example("train_detection", "instances", *arguments, "--backbone_checkpoint", classifier)
     assert instances["eval_mask_AP50"] > 0.4
 
 
-def test_loss_of_detr_falls(example):
-    """Its loss falls; from 14.4 to 13.9 on validation images."""
-    example("quickstart", "quickstart")
-    arguments = ["--demo", "--recipe", "detr_50ep", "--backbone_checkpoint", "quickstart", "--eval_steps", "180"]
+@pytest.mark.parametrize("recipe", ["detr_50ep", "sparse_rcnn_3x_ms"])
+def test_validation_loss_of_what_learns_slowly_falls(recipe, example, classifier):
+    """DETR's falls from 14.4 to 13.9."""
+    arguments = ["--demo", "--recipe", recipe, "--backbone_checkpoint", classifier, "--eval_steps", "180"]
     shorter = example("train_detection", "shorter", *arguments, "--max_steps", "180")
     longer = example("train_detection", "longer", *arguments, "--max_steps", "480")
     assert longer["eval_loss"] < shorter["eval_loss"]

@@ -41,7 +41,16 @@ def node(tmp_path):
             pytest.skip(f"{program} is not installed")
     folder = tmp_path / "node"
     folder.mkdir()
-    install = ["npm", "install", "--no-audit", "--no-fund", "--prefix", folder, "@huggingface/transformers@4.3.1"]
+    install = [
+        "npm",
+        "install",
+        "--no-audit",
+        "--no-fund",
+        "--ignore-scripts",
+        "--prefix",
+        folder,
+        "@huggingface/transformers@4.3.1",
+    ]
     if (done := subprocess.run(install, capture_output=True, text=True)).returncode:
         pytest.skip(f"npm has no transformers.js: {done.stderr[-200:]}")
 

@@ -76,6 +76,7 @@ def test_compiled_equals_eager(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @MODELS
 @torch.no_grad()
 def test_onnx_has_names_and_the_same_numbers(name, tmp_path):
