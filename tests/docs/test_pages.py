@@ -142,6 +142,11 @@ def test_links_lead_somewhere(page):
             assert anchor in map(slug, headings), target
 
 
+def test_pictures_are_small():
+    pictures = {path.name: path.stat().st_size for path in (DOCS / "pictures").glob("*.png")}
+    assert pictures and all(size < 300_000 for size in pictures.values()), pictures
+
+
 def test_api_reference_has_every_public_name():
     found = re.findall(r"^::: (\S+)$", "\n".join(page.read_text() for page in PAGES), flags=re.MULTILINE)
     assert not [name for name in found if pydoc.locate(name) is None]
