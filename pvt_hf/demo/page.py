@@ -94,13 +94,13 @@ def take_file(given: Mapping[str, Any] | None) -> tuple[str | None, dict[str, An
     Args:
         given: As Gradio gets it, which has seen to it that the path is that of an upload; `None` if it was taken away.
     """
-    path = given and given.get("path")
-    try:
-        if path:
+    path = str(given["path"]) if given and given.get("path") else None
+    if path is not None:
+        try:
             decode({"path": path}, Path(path).name)
-    except ImageError as error:
-        reason = str(error).replace(path, Path(path).name)  # where it is here, is nobody's concern
-        return None, gr.update(value=f"**This image cannot be used.** {escape_markdown(reason)}", visible=True)
+        except ImageError as error:
+            reason = str(error).replace(path, Path(path).name)  # where it is here, is nobody's concern
+            return None, gr.update(value=f"**This image cannot be used.** {escape_markdown(reason)}", visible=True)
     return path, gr.update(value=None, visible=False)
 
 
@@ -258,6 +258,7 @@ def build_page(predictors: Mapping[str, Predictor], examples: Sequence[Path] = (
                     label="Threshold",
                     visible=any(map(looker.finds_objects, names)),
                 )
+                image.keep_in_cache |= set(map(str, examples))  # or they would be deleted as uploads are
                 if examples:
                     gr.Examples([[str(path)] for path in examples], [image], api_visibility="private")
             panels = [_add_panel(names, name) for name in names[:2]]
