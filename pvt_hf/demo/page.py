@@ -258,7 +258,6 @@ def build_page(predictors: Mapping[str, Predictor], examples: Sequence[Path] = (
                     label="Threshold",
                     visible=any(map(looker.finds_objects, names)),
                 )
-                image.keep_in_cache |= set(map(str, examples))  # or they would be deleted as uploads are
                 if examples:
                     gr.Examples([[str(path)] for path in examples], [image], api_visibility="private")
             panels = [_add_panel(names, name) for name in names[:2]]
