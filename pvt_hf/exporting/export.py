@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -15,10 +16,11 @@ from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..models.backbone import get_backbone_config
+from ..prediction.sources import find_images
 from ..writing.files import atomic_folder, name_what_fails
 from .card import ExportReport, read_reports, render
 from .comparison import compare, find_task, flatten
-from .images import Samples, find_images
+from .images import Samples
 from .output_folder import check_output_dir
 from .programs import list_inputs, make_batch, plan_shapes, write_program
 from .settings import describe_model
@@ -64,7 +66,7 @@ def export_model(
     place, weights = runtime.place(dtype), _hash_weights(model)
     check = functools.partial(check_output_dir, output_dir, target, dtype, weights)
     check()
-    runtime.check_packages(dtype)
+    runtime.import_packages(dtype)
     shapes, names = plan_shapes(model, runtime, image_processor), list_inputs(model, runtime)
     samples = Samples(_list_images(calibration_images), image_processor, names, shapes.fixed_size)
     channels = get_backbone_config(model.config).num_channels
@@ -102,6 +104,8 @@ def _check_choices(target: str, dtype: str, tolerance: float | None) -> Target:
     if dtype not in TARGETS[target].dtypes:
         title, dtypes = TARGETS[target].title, TARGETS[target].dtypes
         raise ExportError(f"`dtype` for {title} must be one of {', '.join(dtypes)}, got {dtype!r}.")
+    if importlib.util.find_spec("transformers.exporters") is None:
+        raise ExportError("transformers has exporters from 5.24 on: pip install --upgrade transformers.")
     return TARGETS[target]
 
 
@@ -114,7 +118,7 @@ def _hash_weights(model: PreTrainedModel) -> str:
 
 
 def _list_images(images: str | Path | Sequence[Image.Image]) -> list[str | Image.Image]:
-    return list(find_images(images)) if isinstance(images, str | Path) else list(images)
+    return [image.path for image in find_images([images])] if isinstance(images, str | Path) else list(images)
 
 
 def _link(source: str, target: str) -> None:

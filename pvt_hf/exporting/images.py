@@ -1,13 +1,12 @@
 """Images that an export is calibrated and compared with."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from ..data.images import IMAGE_ENDINGS, ImageError, decode
+from ..data.images import ImageError, decode
 from .targets import Batch, ExportError
 
 
@@ -52,18 +51,3 @@ class Samples(Sequence[Batch]):
             )
         masks = torch.ones(len(pixels), *pixels.shape[-2:], dtype=torch.int64)
         return {name: prepared.get(name, masks) for name in self.names}
-
-
-def find_images(folder: str | Path) -> list[str]:
-    """The paths of all images in a folder and the folders in it, in their order.
-
-    Args:
-        folder: To look in.
-
-    Raises:
-        ImageError: If there are none.
-    """
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    if not paths:
-        raise ImageError(f"There are no images in {folder}: their names end with {', '.join(sorted(IMAGE_ENDINGS))}")
-    return list(map(str, paths))
