@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 # Tools of the checks themselves: their versions change nothing about the package.
-TOOLS = {"deptry", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff"}
+TOOLS = {"build", "deptry", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "twine"}
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 requirements = sum(project["optional-dependencies"].values(), project["dependencies"])

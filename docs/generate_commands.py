@@ -107,20 +107,21 @@ def is_inherited(action: argparse.Action) -> bool:
 def changed_defaults(actions: Sequence[argparse.Action]) -> list[tuple[str, str]]:
     """Arguments of `TrainingArguments` with a default of the command's own."""
     defaults = {
-        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        field.name: (field.default if field.default_factory is MISSING else field.default_factory()) or None
         for field in fields(TrainingArguments)
     }
-    changed = {action.dest: action.default for action in actions if action.default != defaults[action.dest]}
-    return [(f"`--{name}`", f"`{default}`") for name, default in changed.items()]
+    rows = {action.dest: action.default for action in actions}
+    return [(f"`--{name}`", f"`{default}`") for name, default in rows.items() if (default or None) != defaults[name]]
 
 
 def command_page(command: str) -> str:
     """What a command does, and its options."""
     parser = read_parser(command)
-    actions = [action for action in parser._actions if action.dest != "help" and action.help != argparse.SUPPRESS]
+    actions = {action.dest: action for action in reversed(parser._actions)}  # `--no_x` is the second action of `x`
+    actions = [action for action in reversed(actions.values()) if action.dest != "help"]
     own = [action for action in actions if not is_inherited(action)]
     places = [name_option(action).strip("`") for action in own if not action.option_strings]
-    usage = " ".join(["pvt-hf", command, *places, "[--option value ...]"])
+    usage = parser.usage or " ".join(["pvt-hf", command, *places, "[--option value ...]"])
     rows = [(name_option(action), explain_option(parser, action)) for action in own]
     page = f"# pvt-hf {command}\n\n```text\n{usage}\n```\n\n{(parser.description or '').strip()}\n\n## Options\n\n"
     page += markdown_table(("option", "what it does"), rows)

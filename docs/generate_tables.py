@@ -29,7 +29,10 @@ EXTRAS = {
     "lora": "`--lora_rank` of `pvt-hf train-classification`",
     "conversion": "conversion of timm's own checkpoints",
     "benchmark": "`examples/benchmark.py`",
-    "export": "ONNX and OpenVINO",
+    "export": "`pvt-hf export` to ONNX, OpenVINO and the web",
+    "executorch": "`pvt-hf export` to ExecuTorch",
+    "demo": "`pvt-hf demo`",
+    "examples": "all programs of `examples/`, the recipes of this site, and the notebooks",
     "docs": "this site: `mkdocs serve`",
     "test": "the tests",
 }

@@ -84,6 +84,7 @@ def python(hub, tmp_path):
             "HF_HOME": str(tmp_path / "home"),
             "HF_TOKEN": TOKEN,
             "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",  # as here, see above
         }
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, env=environment | variables, cwd=tmp_path)

@@ -26,11 +26,18 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "data", "models", "writing"},
     "training": {"training", *BELOW_TRAINING},
     "prediction": {"prediction", "conversion", *BELOW_TRAINING},
-    "commands": {"__init__", "commands", "training", "prediction", "conversion", *BELOW_TRAINING},
+    "exporting": {"exporting", "prediction", *BELOW_TRAINING},
+    "demo": {"demo", "prediction", "data", "writing"},
+    "commands": {
+        *{"__init__", "commands", "training", "prediction", "exporting", "demo", "conversion"},
+        *BELOW_TRAINING,
+    },
     "conversion": {"conversion", "models", "untrusted", "writing", "variants", "paper_results"},
     "timm": {"models", "variants", "conversion"},  # imported by nobody, and by users who have timm
 }
 OPTIONAL = {"accelerate", "datasets", "evaluate", "faster_coco_eval", "matplotlib", "peft", "scipy", "sklearn", "timm"}
+OPTIONAL |= {"executorch", "nncf", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino"}
+OPTIONAL |= {"gradio", "pytorch_grad_cam"}
 
 
 def module_name(path: Path) -> str:
@@ -102,7 +109,7 @@ def test_registries_need_the_standard_library_only(name):
 
 @pytest.mark.parametrize("path", LIBRARY, ids=module_name)
 def test_optional_packages_are_imported_where_they_are_used(path):
-    if room(module_name(path)) in ("commands", "timm"):  # programs need them at once
+    if room(module_name(path)) in ("commands", "demo", "timm"):  # programs need them at once
         return
     assert not {name.split(".")[0] for _, name in read_imports(path, top_level=True)} & OPTIONAL
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
+    DeformableDetrImageProcessor,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessor,
@@ -123,14 +124,21 @@ def test_a_program_learns(programs, scenes, tmp_path, task, run):
     assert task != "image_classification" or metrics[metric] > 0.3
 
 
-@pytest.mark.parametrize("architecture", ["retinanet", "faster_rcnn", "detr"])
-def test_logits_and_boxes_are_enough_to_find_objects(architecture):
+@pytest.mark.parametrize(
+    ("architecture", "processor_class"),
+    [
+        *((name, pvt_hf.PvtDetectionImageProcessor) for name in ("retinanet", "faster_rcnn", "detr")),
+        ("sparse_rcnn", DeformableDetrImageProcessor),
+    ],
+)
+def test_logits_and_boxes_are_enough_to_find_objects(architecture, processor_class):
     """`Trainer` gathers the outputs as tuples without the loss; the programs take the second and the third as logits
     and boxes, and hand over nothing else."""
     name, options = ("mask_rcnn", {"use_masks": False}) if architecture == "faster_rcnn" else (architecture, {})
     model = small_detector(name, num_labels=3, **options).eval()
     square = {"height": 96, "width": 96}
-    image_processor = pvt_hf.PvtDetectionImageProcessor(size={"max_height": 96, "max_width": 96}, pad_size=square)
+    settings = {"size": {"max_height": 96, "max_width": 96}, "pad_size": square}
+    image_processor = processor_class(**settings)
     images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((60, 90), (80, 64))]
     objects = [{"bbox": [8, 8, 30, 20], "category_id": 1, "area": 600, "iscrowd": 0}]
     annotations = [{"image_id": index, "annotations": objects} for index in range(2)]
@@ -142,8 +150,11 @@ def test_logits_and_boxes_are_enough_to_find_objects(architecture):
     part = ModelOutput(logits=torch.tensor(gathered[1].numpy()), pred_boxes=torch.tensor(gathered[2].numpy()))
     sizes = torch.tensor([[60, 90], [80, 64]])
     found, wanted = (
-        image_processor.post_process_object_detection(given, threshold=0.0, target_sizes=sizes)
-        for given in (part, outputs)
+        processor.post_process_object_detection(given, threshold=0.0, target_sizes=sizes)
+        for processor, given in (
+            (image_processor, part),
+            (pvt_hf.PvtDetectionImageProcessor(**settings), outputs),
+        )
     )
     for image, other in zip(found, wanted, strict=True):
         assert len(image["scores"]) and image.keys() == other.keys()

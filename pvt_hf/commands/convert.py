@@ -14,17 +14,14 @@ with an independent evaluation of the source's weights.
 
 import argparse
 import logging
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
-from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
+from transformers.utils.logging import disable_progress_bar
 
 from ..conversion.convert import convert, export
 from ..conversion.formats import FROM_OFFICIAL
@@ -33,6 +30,9 @@ from ..conversion.publish import publish
 from ..conversion.rename import ConversionError
 from ..variants import VARIANTS
 from ..writing.text import escape_control
+from .ending import describe_error, hide_reports, print_line, run_to_end
+
+_EXPECTED = (ConversionError,)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,17 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = parse(argv)
     disable_progress_bar()  # of transformers: its bars for two small files hide the figures
-    try:
-        with print_log(), _hide_reports(), _end_by_sigterm():
-            return _run(options)
-    except (KeyboardInterrupt, _Ended) as reason:
-        print_error(f"{options.source or options.all}: interrupted; nothing half-written is left")
-        return 128 + (signal.SIGTERM if isinstance(reason, _Ended) else signal.SIGINT)
-    except Exception as error:
-        if options.debug:
-            traceback.print_exc()
-        print_error(describe_error(error, options.source))
-        return 1
+    with print_log(), hide_reports():
+        return run_to_end(lambda: _run(options), str(options.source or options.all), _EXPECTED, options.debug)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -69,56 +60,6 @@ def _run(options: argparse.Namespace) -> int:
     if options.push_to_hub:
         print_line(f"  published: {publish(options.output, options.push_to_hub, options.private)}")
     return 0
-
-
-class _Ended(BaseException):
-    """SIGTERM asks the program to end, as Ctrl-C does."""
-
-
-@contextmanager
-def _end_by_sigterm() -> Iterator[None]:
-    """While it lasts, SIGTERM raises `_Ended` where it would kill the program, so that the half-written is deleted."""
-
-    def end(*_: Any) -> None:
-        raise _Ended
-
-    if threading.current_thread() is not threading.main_thread():  # where signals arrive
-        yield
-        return
-    former = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
-
-
-@contextmanager
-def _hide_reports() -> Iterator[None]:
-    """While it lasts, transformers prints no tables of tensors that do not fit: the error names them in its line."""
-    verbosity = get_verbosity()
-    set_verbosity_error()
-    try:
-        yield
-    finally:
-        set_verbosity(verbosity)
-
-
-def describe_error(error: Exception, source: str) -> str:
-    """What went wrong, for the one who has the checkpoint `source`."""
-    if isinstance(error, ConversionError):
-        return str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return f"{source}: {type(error).__name__}: {error} (no error that was thought of; --debug shows where)"
-
-
-def print_error(message: str) -> None:
-    print(f"error: {escape_control(' '.join(message.split()))}", file=sys.stderr)
-
-
-def print_line(text: str) -> None:
-    """Prints what may have names of a user's file in it."""
-    print(escape_control(text))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -181,7 +122,7 @@ def convert_all(
             failures += 1
             if debug:
                 traceback.print_exc()
-            lines.append(f"| {name} | | | | {escape_control(describe_error(error, name))} |")
+            lines.append(f"| {name} | | | | {escape_control(describe_error(error, name, _EXPECTED))} |")
     print("\n".join(lines))
     return not failures
 

@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit = getattr(trainer, "max_detections", 100)
         names = [name.replace("AR100", f"AR{limit}") for name in task.metrics]
         percentages = {name: 100 * metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
-        # COCO has -1 where there are no objects.
-        percentages = {name: value for name, value in percentages.items() if value >= 0}
+        if trainer.is_world_process_zero() and (unmeasured := getattr(trainer, "unmeasured", ())):
+            print(f"{checkpoint}: no ground truth for {', '.join(unmeasured)}")
         rows += table_rows(checkpoint, percentages, published_metrics(config, options.recipe), metrics["eval_images"])
         results[checkpoint] = percentages | {"images": metrics["eval_images"]}
         if trainer.is_world_process_zero():  # after each checkpoint: all of them take hours

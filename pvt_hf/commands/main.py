@@ -32,11 +32,15 @@ COMMANDS = {
     "evaluate": Command("measure checkpoints beside the papers' numbers", "training", ("accelerate", "datasets")),
     "predict": Command("predict what is in images, and draw it", "training"),
     "info": Command("say what a model is: size, stages, origin of weights", "training"),
+    "export": Command("export to ONNX, OpenVINO, ExecuTorch or the web, verified", "export"),
     "demo": Command("show models on a page in the browser", "demo"),
     "convert": Command("convert checkpoints of the released code, timm, mm*", "conversion"),
 }
 # What a command may need beside that. Other packages come with pvt_hf, and their absence is an error as any other.
-_OPTIONAL = ("evaluate", "faster_coco_eval", "gradio", "peft", "pytorch_grad_cam", "scipy", "sklearn", "timm")
+_OPTIONAL = {"evaluate", "faster_coco_eval", "gradio", "peft", "pytorch_grad_cam", "scipy", "sklearn", "timm"}
+_OPTIONAL |= {"executorch", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino"}
+# The extra of a package, where it is not the command's.
+_EXTRAS = {"peft": "lora", "executorch": "executorch"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").split(".")[0]
         if package not in (*command.packages, *_OPTIONAL):
             raise
-        extra = "lora" if package == "peft" else command.extra
+        extra = _EXTRAS.get(package, command.extra)
         print(f'pvt-hf {name}: {package} is missing; install it with: pip install "pvt_hf[{extra}]"', file=sys.stderr)
         return 1
 

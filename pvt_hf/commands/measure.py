@@ -205,6 +205,7 @@ def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments
     with args.main_process_first(desc="checking the data"):
         data, survey = survey_maps(data, "the data", options.dataloader_num_workers, options.skip_corrupt)
     check_classes(None, survey, names)
+    print_left_out(survey.left_out)
     trainer = SegmentationTrainer(
         model,
         args,

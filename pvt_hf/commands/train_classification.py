@@ -26,7 +26,7 @@ import pvt_hf
 
 from ..data import classification as images
 from ..data.augmentation import build_training_transform
-from ..data.class_names import match_class_names
+from ..data.class_names import match_class_names, read_class_names
 from ..models.configuration_pvt import label_fields
 from ..recipes import ImageNetRecipe, imagenet_recipe
 from ..training.arguments import (
@@ -94,14 +94,31 @@ def load_splits(data_args: ClassificationDataArguments, args: TrainingArguments)
         return train, images.cache_stream(stream)
 
 
-def match_labels(validation: datasets.Dataset, classes: tuple[str, list[str]]) -> tuple[list[str], list[int]]:
-    """The classes of the validation set, and which of the training set's each of them is. It may lack some."""
+def match_labels(
+    rows: Images, classes: tuple[str, list[str]], owners: tuple[str, str] = ("The training set", "the validation set")
+) -> tuple[list[str], list[int]]:
+    """The classes of these images, and which of the given ones each of them is. They may lack some."""
     column, names = classes
-    if not isinstance(validation.features.get(column), datasets.ClassLabel):
-        images.find_labels(validation, column, len(names))
+    if not isinstance(rows.features.get(column), datasets.ClassLabel):
+        images.find_labels(rows, column, len(names))
         return names, list(range(len(names)))
-    found = validation.features[column].names
-    return found, match_class_names(names, found, ("The training set", "the validation set"), subset=True)
+    found = rows.features[column].names
+    return found, match_class_names(names, found, owners, subset=True)
+
+
+def name_classes(
+    train: Images, data_args: ClassificationDataArguments, args: TrainingArguments
+) -> tuple[tuple[str, list[str]], tuple[list[str], list[int]]]:
+    """The column of labels and the classes, those of `--class_names` or of the training set; and the classes of that,
+    see [`match_labels`]."""
+    given = read_class_names(data_args.class_names) if data_args.class_names else None
+    column, names = images.find_labels(train, data_args.label_column, data_args.num_labels, given)
+    classes = column, given or names
+    found, places = match_labels(train, classes, (str(data_args.class_names), "the training set"))
+    missing = [name for label, name in enumerate(classes[1]) if label not in places]
+    if missing and args.process_index == 0:
+        print(f"the training set has none of the classes {missing}")
+    return classes, (found, places)
 
 
 def check_splits(
@@ -113,7 +130,7 @@ def check_splits(
     args: TrainingArguments,
 ) -> tuple[Images, datasets.Dataset, list[str]]:
     """All that can be known about the images is checked and printed, of a stream nothing. Also the problems of what is
-    left out."""
+    left out. `classes` are of the training set, with its column of labels, `found` of the validation set."""
     column, names = classes
     options = data_args.skip_corrupt, args.dataloader_num_workers
     left_out: list[str] = []
@@ -133,27 +150,30 @@ def check_splits(
 
 def build_training_set(
     rows: Images,
-    classes: tuple[str, int],
+    column: str,
+    places: Sequence[int],
     transform: Callable,
     data_args: ClassificationDataArguments,
     args: TrainingArguments,
 ) -> Dataset:
-    """The augmented images: of a stream, those of this process."""
+    """The augmented images: of a stream, those of this process. `places` has the model's label of each of theirs."""
+    options: dict[str, Any] = {"skip_corrupt": data_args.skip_corrupt, "places": places}
     if not data_args.streaming:
-        return images.TrainingImages(rows, *classes, transform, skip_corrupt=data_args.skip_corrupt)
+        return images.TrainingImages(rows, column, len(places), transform, **options)
     length = data_args.samples_per_epoch or images.count_images(rows, data_args.train_split)
     if length is None:
         raise SystemExit("The stream does not say how many images it has: pass --samples_per_epoch")
     return images.StreamedImages(
         rows,
-        *classes,
+        column,
+        len(places),
         transform,
         samples_per_epoch=length,
         seed=args.seed,
         rank=args.process_index,
         world_size=args.world_size,
         buffer_size=data_args.shuffle_buffer // max(1, args.dataloader_num_workers),
-        skip_corrupt=data_args.skip_corrupt,
+        **options,
     )
 
 
@@ -163,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_seed(args.seed)
     with shared.exit_on_bad_data():
         train, validation = load_splits(data_args, args)
-        column, names = images.find_labels(train, data_args.label_column, data_args.num_labels)
+        (column, names), (trained, trained_places) = name_classes(train, data_args, args)
         found, places = match_labels(validation, (column, names))
-        train, validation, left_out = check_splits(train, validation, (column, names), found, data_args, args)
+        train, validation, left_out = check_splits(train, validation, (column, trained), found, data_args, args)
     image_processor = pvt_hf.PvtImageProcessorPil(crop_size=model_args.image_size)
     transform = build_training_transform(recipe, model_args.image_size)
     trainer = ImageClassificationTrainer(
@@ -176,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layer_decay=recipe_args.layer_decay,
         ema_decay=recipe_args.ema_decay,
         channels_last=model_args.channels_last,
-        train_dataset=build_training_set(train, (column, len(names)), transform, data_args, args),
+        train_dataset=build_training_set(train, column, trained_places, transform, data_args, args),
         eval_dataset=images.EvaluationImages(validation, column, len(found), image_processor, places),
         left_out=left_out,
         processing_class=image_processor,

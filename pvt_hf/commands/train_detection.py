@@ -77,23 +77,34 @@ def parse(
 def load_splits(data_args: DetectionDataArguments, args: TrainingArguments) -> tuple[DetectionData, DetectionData]:
     """The training set and the validation set, with the same classes."""
     names = read_class_names(data_args.class_names) if data_args.class_names else None
+    train, *others = _read_splits(data_args, args, names)
+    options = data_args.allow_missing_classes, "--allow_missing_classes trains nevertheless."
+    if names:
+        train = train.reorder(names, (str(data_args.class_names), "the training set"), *options)
+    if data_args.train_val_split is not None:
+        return train.split(data_args.train_val_split, args.seed)
+    return train, others[0].reorder(train.label_names, ("The training set", "the validation set"), *options)
+
+
+def _read_splits(
+    data_args: DetectionDataArguments, args: TrainingArguments, names: list[str] | None
+) -> list[DetectionData]:
+    """The training set and the validation set, or only the first where that is part of it."""
+    count = 1 if data_args.train_val_split is not None else 2
+    if data_args.dataset_name:
+        splits: list[DetectionData] = []
+        for split in (data_args.train_split, data_args.eval_split)[:count]:
+            known = splits[0].label_names if splits else names
+            splits.append(shared.read_detection_split(data_args, split, known, args.dataloader_num_workers))
+        return splits
     files: list[tuple[Any, Any]] = [
         (data_args.train_annotations, data_args.train_images),
         (data_args.eval_annotations, data_args.eval_images),
     ]
-    if not data_args.train_annotations and not data_args.dataset_name:
+    if not data_args.train_annotations:
         scenes = shared.draw_scenes(args, data_args.num_scenes)
         files = [(scenes / split / "annotations.json", scenes / split / "images") for split in ("train", "validation")]
-    workers = args.dataloader_num_workers
-    if data_args.dataset_name:
-        train = shared.read_detection_split(data_args, data_args.train_split, names, workers)
-        validation = shared.read_detection_split(data_args, data_args.eval_split, train.label_names, workers)
-    else:
-        options = data_args.allow_outside, data_args.bbox_format
-        train, validation = (read_coco(*pair, *options) for pair in files)
-    if names:
-        train = train.reorder(names, (str(data_args.class_names), "the training set"))
-    return train, validation.reorder(train.label_names, ("The training set", "the validation set"))
+    return [read_coco(*pair, data_args.allow_outside, data_args.bbox_format) for pair in files[:count]]
 
 
 def check_splits(
@@ -106,7 +117,10 @@ def check_splits(
     """What is trained on and evaluated: everything that can be known about it is checked and printed."""
     masks = getattr(model.config, "use_masks", False)
     train = splits[0].for_training(
-        empty=data_args.keep_empty, masks=masks, skip_without_mask=data_args.skip_without_mask
+        empty=data_args.keep_empty,
+        masks=masks,
+        skip_without_mask=data_args.skip_without_mask,
+        allow_missing=data_args.allow_missing_classes,
     )
     checked = []
     for name, split in (("the training set", train), ("the validation set", splits[1].for_evaluation(masks))):

@@ -138,7 +138,7 @@ def check_splits(
         (train, found), (validation, expected) = (
             survey_maps(split, subject, workers, skip_corrupt) for subject, split in splits
         )
-    check_classes(found, expected, names)
+    check_classes(found, expected, names, data_args.allow_missing_classes)
     if args.process_index == 0:
         for subject, survey in (("training", found), ("validation", expected)):
             print(f"{len(survey.sizes)} {subject} images: {survey.describe(names)}")

@@ -13,7 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..models.backbone import get_backbone_config
 from ..models.configuration_pvt import PvtConfig
 from ..variants import VARIANTS, differences, find_variant, get_variant
-from ..writing.files import atomic_file
+from ..writing.files import atomic_file, atomic_folder, name_what_fails
 from ..writing.hub import list_code, register_code
 from .architectures.base import Architecture, Outputs
 from .architectures.registry import find_architecture, find_saved_architecture
@@ -21,11 +21,12 @@ from .checkpoint import Checkpoint, load_file, read_checkpoint, read_json
 from .formats import FROM_OFFICIAL, Format, detect_format
 from .infer_config import imagenet_labels
 from .model_card import Conversion, render
-from .output_folder import atomic_folder, check_output_dir, check_writable, name_what_fails
+from .output_folder import check_output_dir, check_writable
 from .rename import ConversionError, StateDict, check_complete, quote
 from .verify import largest_difference, reference_outputs
 
 OFFICIAL_EPS = PvtConfig().patch_layer_norm_eps
+_WRITE_FAILURES = (safetensors.SafetensorError,)
 
 
 def convert(
@@ -66,7 +67,8 @@ def convert(
     model_class, facts = type(model), _collect_facts(source, model)
     processor, processor_origin = architecture.image_processor(source.checkpoint, source.config)
     facts |= {"has_image_processor": processor is not None, "has_code": with_code}
-    with name_what_fails(output_dir), atomic_folder(output_dir, overwrite) as folder:
+    check = functools.partial(check_output_dir, output_dir, overwrite)
+    with name_what_fails(output_dir, ConversionError, _WRITE_FAILURES), atomic_folder(output_dir, check) as folder:
         _save(folder, model, processor, architecture.auto_class.__name__ if with_code else None)
         del model  # the comparison needs its memory
         expected = _evaluate(source)
@@ -245,11 +247,11 @@ def _check_export(saved_dir: Path, file: Path, overwrite: bool) -> None:
 
 def _write_state_dict(tensors: StateDict, file: Path) -> None:
     """Atomically, in the format that the ending of `file` says."""
-    with name_what_fails(file), atomic_file(file) as partial:
+    with name_what_fails(file, ConversionError, _WRITE_FAILURES), atomic_file(file) as path:
         if file.suffix == ".safetensors":
-            safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
+            safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
             return
         try:
-            torch.save(tensors, partial)
+            torch.save(tensors, path)
         except RuntimeError as error:  # of a full disk too, without a word of it
             raise OSError(f"torch's writer failed ({error})") from error

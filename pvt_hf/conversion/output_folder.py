@@ -1,13 +1,10 @@
-"""The folder that a conversion writes: it appears when it is complete, and nothing of others is deleted for it."""
+"""The folder that a conversion writes: nothing of others is deleted for it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError
 
-from ..writing.files import FORMER, explain_write_error, hidden_folder, why_unwritable
+from ..writing.files import why_unwritable
 from .publish import CODE
 from .rename import ConversionError, quote
 
@@ -31,16 +28,6 @@ def check_writable(path: Path, argument: str) -> None:
         raise ConversionError(f"`{argument}` {path} cannot be written: {reason}.")
 
 
-@contextmanager
-def name_what_fails(path: Path) -> Iterator[None]:
-    """Makes of what a writer raises a `ConversionError` that names what was to be written."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = explain_write_error(error, path.parent)
-        raise ConversionError(f"{path} could not be written: {reason}. Nothing is left there.") from error
-
-
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
     """Raises a `ConversionError` if `output_dir` cannot be written, or holds what a conversion must not replace."""
     check_writable(output_dir, "OUTPUT_DIR")
@@ -58,22 +45,3 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
                 f"`OUTPUT_DIR` {output_dir} is not what a conversion left, and --overwrite would delete it: "
                 f"{quote(path.name for path in output_dir.iterdir())}."
             )
-
-
-@contextmanager
-def atomic_folder(output_dir: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write to. If all goes well it takes the place of `output_dir`, else it disappears."""
-    target = output_dir.resolve()  # through links
-    with hidden_folder(target.parent) as hidden:
-        folder, former = hidden / "new", hidden / FORMER
-        folder.mkdir()
-        yield folder
-        check_output_dir(output_dir, overwrite)  # again: this took a while
-        try:
-            if target.exists():
-                target.rename(former)
-            folder.rename(target)
-        except BaseException:
-            if former.exists():
-                former.rename(target)
-            raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections import Counter
@@ -36,7 +37,8 @@ def read_class_names(file: str | Path) -> list[str]:
     Args:
         file: JSON or YAML with a list of names, an object from labels (from 0 or from 1, also as strings) to names, as
             `id2label`, or from names to labels, as `label2id`; or with one of these under `names` or `id2label`, as the
-            `data.yaml` of YOLO and the `config.json` of a model. Any other file is text with a name per line.
+            `data.yaml` of YOLO and the `config.json` of a model. Of CSV the column `name` is read, or the only one. Any
+            other file is text with a name per line.
 
     Raises:
         ClassNameError: If the file cannot be read, labels are missing, or a name is empty or there twice.
@@ -73,6 +75,8 @@ def _parse(path: Path, text: str) -> Any:
             return json.loads(text)
         if path.suffix.lower() in (".yaml", ".yml"):
             return parse_yaml(text)
+        if path.suffix.lower() == ".csv":
+            return _list_column(parse_csv(text))
     except (ValueError, RecursionError) as error:
         raise ClassNameError(f"{path} cannot be read: {error}") from error
     lines = text.splitlines()
@@ -103,6 +107,33 @@ def parse_yaml(text: str) -> Any:
     # Its readers of dates, integers and truth values raise whatever a wrong one leads them to.
     except (yaml.YAMLError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise ValueError(error) from error
+
+
+def parse_csv(text: str) -> list[list[str]]:
+    """The cells of a text in CSV, row by row, without the white space around them and without empty rows.
+
+    Args:
+        text: Of anybody.
+
+    Raises:
+        ValueError: If it is no CSV.
+    """
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), strict=True)]
+    except csv.Error as error:
+        raise ValueError(error) from error
+    return [row for row in rows if any(row)]
+
+
+def _list_column(rows: list[list[str]]) -> list[str]:
+    """The column `name`, or the only one."""
+    header = [cell.lower() for cell in rows[0]] if rows else []
+    if "name" in header:
+        place = header.index("name")
+        return [row[place] if place < len(row) else "" for row in rows[1:]]
+    if any(len(row) > 1 for row in rows):
+        raise ValueError(f"none of its columns {rows[0]} is called name")
+    return [row[0] for row in rows]
 
 
 def _list_names(file: str | Path, content: Any) -> list[Any]:
@@ -143,7 +174,7 @@ def _to_label(value: Any) -> int | None:
 
 
 def match_class_names(
-    wanted: Sequence[str], found: Sequence[str], owners: tuple[str, str], subset: bool = False
+    wanted: Sequence[str], found: Sequence[str], owners: tuple[str, str], subset: bool = False, advice: str = ""
 ) -> list[int]:
     """The place in `wanted` of each class of `found`. Names are the same where they differ in case, `_` or `-` only.
 
@@ -152,6 +183,7 @@ def match_class_names(
         found: Of other data.
         owners: Who has the two, for the message, as `("The model", "the data")`.
         subset: Whether `found` may lack classes (default: `False`).
+        advice: Of the message, where `found` only lacks classes (default: none).
 
     Raises:
         ClassNameError: If the classes are not the same, with both lists.
@@ -168,7 +200,7 @@ def match_class_names(
         lists = [_list_some(names) for names in (wanted, found, alone, new)]
         raise ClassNameError(
             f"{owners[0]} has the classes {lists[0]}, {owners[1]} {lists[1]}: only the first has {lists[2]}, only the "
-            f"second {lists[3]}."
+            f"second {lists[3]}." + f" {advice}" * (bool(advice) and not new)
         )
     return [places[key] for key in others]
 

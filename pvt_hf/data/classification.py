@@ -125,7 +125,10 @@ def count_images(stream: datasets.IterableDataset, split: str) -> int | None:
 
 
 def find_labels(
-    data: datasets.Dataset | datasets.IterableDataset, column: str | None = None, num_labels: int | None = None
+    data: datasets.Dataset | datasets.IterableDataset,
+    column: str | None = None,
+    num_labels: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> tuple[str, list[str]]:
     """Finds the column of labels, and the names of the classes.
 
@@ -133,6 +136,7 @@ def find_labels(
         data: From [`load_images`].
         column: Its name (default: the only column of class labels, or of integers).
         num_labels: Number of classes, for labels without names that are not all at hand (streams).
+        names: Of labels that have none in the data (default: their numbers).
 
     Returns:
         The name of the column, and the name of each class.
@@ -159,6 +163,10 @@ def find_labels(
             f"`label_column` must hold class indices, but {found[0]!r} holds {feature}. "
             "`datasets.Dataset.class_encode_column` turns names into them."
         )
+    if names is not None:
+        if num_labels not in (None, len(names)):
+            raise ValueError(f"`num_labels` is {num_labels}, but there are {len(names)} names of classes.")
+        return found[0], list(names)
     if num_labels is None and isinstance(data, datasets.IterableDataset):
         raise ValueError(f"The labels in {found[0]!r} have no names: give their number with `num_labels`.")
     return found[0], [str(label) for label in range(num_labels or max(data.unique(found[0])) + 1)]
@@ -253,6 +261,7 @@ class _AugmentedImages:
     num_labels: int
     transform: Callable[[Image.Image], torch.Tensor]
     skip_corrupt: bool
+    places: Sequence[int]
 
     def augment(self, row: Mapping[str, Any], seed: Sequence[int], position: int) -> dict[str, Any] | None:
         """`pixel_values`, `labels` and `names` of a row, or `None` where its image is corrupt and skipped."""
@@ -266,7 +275,7 @@ class _AugmentedImages:
             return None
         label = check_class_index(row[self.label_column], self.num_labels, name)
         with seed_random_state(*seed):
-            return {"pixel_values": self.transform(image), "labels": label, "names": name}
+            return {"pixel_values": self.transform(image), "labels": self.places[label], "names": name}
 
 
 class TrainingImages(_AugmentedImages, Dataset):
@@ -283,6 +292,7 @@ class TrainingImages(_AugmentedImages, Dataset):
             [`~pvt_hf.data.augmentation.build_training_transform`], your own of `torchvision.transforms.v2`, or both in
             a `v2.Compose`.
         skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error (default: `False`).
+        places: The label of each class of the data in the model (default: the same).
     """
 
     def __init__(
@@ -292,9 +302,11 @@ class TrainingImages(_AugmentedImages, Dataset):
         num_labels: int,
         transform: Callable[[Image.Image], torch.Tensor],
         skip_corrupt: bool = False,
+        places: Sequence[int] | None = None,
     ):
         self.data, self.label_column, self.num_labels = data, label_column, num_labels
         self.transform, self.skip_corrupt = transform, skip_corrupt
+        self.places = range(num_labels) if places is None else places
 
     def __len__(self) -> int:
         return len(self.data)
@@ -323,6 +335,7 @@ class StreamedImages(_AugmentedImages, IterableDataset):
         world_size: Number of processes (default: 1).
         buffer_size: How many images each worker shuffles at a time, encoded as they are stored (default: 10,000).
         skip_corrupt: Whether a corrupt image is skipped (and counted) instead of being an error (default: `False`).
+        places: The label of each class of the data in the model (default: the same).
 
     Raises:
         ImageError: While iterating, if a shard cannot be read, or a worker gets no shard.
@@ -340,6 +353,7 @@ class StreamedImages(_AugmentedImages, IterableDataset):
         world_size: int = 1,
         buffer_size: int = 10_000,
         skip_corrupt: bool = False,
+        places: Sequence[int] | None = None,
     ):
         from datasets.distributed import split_dataset_by_node
 
@@ -354,6 +368,7 @@ class StreamedImages(_AugmentedImages, IterableDataset):
             )
         self.label_column, self.num_labels = label_column, num_labels
         self.transform, self.skip_corrupt = transform, skip_corrupt
+        self.places = range(num_labels) if places is None else places
         self.samples, self.seed, self.rank, self.epoch = samples_per_epoch // world_size, seed, rank, 0
         self.batch_size = 1  # of the loader, which the trainer sets: an epoch has whole batches only
 
@@ -420,7 +435,7 @@ class EvaluationImages(Dataset):
     Args:
         data: From [`load_images`].
         label_column: From [`find_labels`].
-                num_labels: Number of classes of the data.
+        num_labels: Number of classes of the data.
         image_processor: Of the model.
         places: The label of each of these classes in the model (default: the same).
     """
@@ -440,8 +455,16 @@ class EvaluationImages(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label, name = self.read(index)
+        return {"pixel_values": prepare(image, self.image_processor, name), "labels": label}
+
+    def read(self, index: int) -> tuple[Image.Image, int, str]:
+        """An image, its label in the model, and its name.
+
+        Args:
+            index: Of the image, from 0.
+        """
         row = self.data[index]
         name = (row["image"] or {}).get("path") or f"image {index}"
-        pixel_values = prepare(decode(row["image"], name), self.image_processor, name)
         label = check_class_index(row[self.label_column], self.num_labels, name)
-        return {"pixel_values": pixel_values, "labels": self.places[label]}
+        return decode(row["image"], name), self.places[label], name

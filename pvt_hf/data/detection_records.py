@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from .box_formats import check_bbox_format, to_xywh
 from .checks import check_images, refuse_problems
 from .class_names import match_class_names
 from .images import ImageError, decode_to_fit
+from .samplers import split_by_chance
 
 if TYPE_CHECKING:
     import datasets
@@ -105,20 +107,39 @@ class DetectionData:
         """
         return {"image_id": self.records[index].image_id, "annotations": self.records[index].annotations}
 
-    def reorder(self, label_names: Sequence[str], owners: tuple[str, str]) -> DetectionData:
+    def split(self, share: float, seed: int) -> tuple[DetectionData, DetectionData]:
+        """The images in two parts by chance, each in their order. What was left out is said of the first.
+
+        Args:
+            share: Of the second part, at least one image, in (0, 1).
+            seed: Decides which.
+
+        Raises:
+            ValueError: If nothing would be left for the first part.
+        """
+        parts = split_by_chance(len(self), share, seed)
+        first, second = ([self.records[index] for index in part] for part in parts)
+        return replace(self, records=first), replace(self, records=second, left_out=[])
+
+    def reorder(
+        self, label_names: Sequence[str], owners: tuple[str, str], subset: bool = False, advice: str = ""
+    ) -> DetectionData:
         """The same objects with the class labels of others that have the same classes.
 
         Args:
             label_names: The classes in their order, of a model or of the training set.
             owners: Who has them and who has these, for the message, as `("The model", "the data")`.
+            subset: Whether these may lack classes (default: `False`).
+            advice: Of the message, where these only lack classes (default: none).
 
         Raises:
             ClassNameError: If the classes are not the same, with both lists.
         """
-        places = match_class_names(label_names, self.label_names, owners)
-        if places == sorted(places):
+        places = match_class_names(label_names, self.label_names, owners, subset, advice)
+        if places == list(range(len(label_names))):
             return replace(self, label_names=list(label_names))
-        logger.warning(f"{' and '.join(owners)} have the same classes in other orders: they are mapped by their names.")
+        if places != sorted(places):
+            logger.warning(f"{' and '.join(owners)} have their classes in other orders: they are mapped by name.")
         records = [
             replace(
                 record,
@@ -126,7 +147,8 @@ class DetectionData:
             )
             for record in self.records
         ]
-        category_ids = [self.category_ids[places.index(label)] for label in range(len(places))]
+        known, others = dict(zip(places, self.category_ids, strict=True)), itertools.count(max(self.category_ids) + 1)
+        category_ids = [known[label] if label in known else next(others) for label in range(len(label_names))]
         return replace(self, label_names=list(label_names), category_ids=category_ids, records=records)
 
     def check_images(self, name: str, skip_corrupt: bool = False, workers: int = 0) -> DetectionData:
@@ -153,7 +175,12 @@ class DetectionData:
         return replace(self, records=records, left_out=[*self.left_out, *found])
 
     def for_training(
-        self, min_side: int = 32, empty: bool = False, masks: bool = False, skip_without_mask: bool = False
+        self,
+        min_side: int = 32,
+        empty: bool = False,
+        masks: bool = False,
+        skip_without_mask: bool = False,
+        allow_missing: bool = False,
     ) -> DetectionData:
         """The images on which mmdetection trains: those with annotations and with sides of at least 32 pixels. How many
         others there are is logged, and how many annotations will not be used.
@@ -164,6 +191,8 @@ class DetectionData:
             masks: Whether masks are trained too (default: `False`). They are read, and their errors found.
             skip_without_mask: Whether, with `masks`, annotations without one are left out; else they train their box
                 only (default: `False`).
+            allow_missing: Whether it is a warning if all annotations of a class are left out (default: `False`, an
+                error).
 
         Raises:
             AnnotationError: If no image is left, if all annotations of a class or of all classes are left out (with
@@ -181,7 +210,7 @@ class DetectionData:
                 f"side of less than {min_side} pixels, {len(large) - len(kept)} others have no annotations"
                 + (" (`--keep_empty` trains on them too)." if len(kept) < len(large) else ".")
             )
-        self._check_that_classes_are_left(uses)
+        self._check_that_classes_are_left(uses, allow_missing)
         if not kept:
             self._refuse(f"No image of {len(self)} is left to train on.")
         if skipped := Counter(use.reason for use in uses if use.reason):
@@ -218,14 +247,20 @@ class DetectionData:
     def _refuse(self, problem: str) -> NoReturn:
         raise AnnotationError(f"{self.source}: {problem}" if self.source else problem)
 
-    def _check_that_classes_are_left(self, uses: Sequence[_Use]) -> None:
+    def _check_that_classes_are_left(self, uses: Sequence[_Use], allow_missing: bool) -> None:
         by_class: dict[int, Counter[str | None]] = {}
         for use in uses:
             by_class.setdefault(use.label, Counter())[use.reason] += 1
         lost = {self.label_names[label]: dict(counts) for label, counts in sorted(by_class.items()) if not counts[None]}
-        if lost:
-            what = "any class" if len(lost) == len(by_class) else f"{len(lost)} of {len(by_class)} classes"
-            self._refuse(f"No annotation of {what} can be trained on. Left out, by class and reason: {lost}.")
+        if not lost:
+            return
+        if len(lost) == len(by_class):
+            self._refuse(f"No annotation of any class can be trained on. Left out, by class and reason: {lost}.")
+        what = f"No annotation of {len(lost)} of {len(by_class)} classes can be trained on."
+        what = f"{what} Left out, by class and reason: {lost}."
+        if not allow_missing:
+            self._refuse(f"{what} To train without them, set `allow_missing` (`--allow_missing_classes`).")
+        logger.warning(what)
 
     def _check_that_masks_are_left(self, bare: int, count: int) -> None:
         """`bare` of so many annotations have no mask."""

@@ -13,9 +13,11 @@ from PIL import Image, ImageColor
 
 from ..models.image_processing_segmentation import IGNORE_INDEX
 from ..untrusted import UntrustedFileError, read_text
+from .class_names import parse_csv
 
 Color: TypeAlias = tuple[int, int, int]
 Palette: TypeAlias = Mapping[Color, int]
+_COLUMNS = ["name", "r", "g", "b"]  # of CSV
 _CODE = np.array([1 << 16, 1 << 8, 1])  # red, green and blue in one integer
 
 
@@ -25,7 +27,8 @@ def read_palette(file: str | Path, names: list[str]) -> dict[Color, int]:
     Args:
         file: JSON of one of three forms: a list of colours in the order of the classes; an object from the names of
             classes to colours; or an object from colours to classes, names or labels, where 255 is ignored. A colour is
-            `[128, 64, 0]`, `"128,64,0"` or `"#804000"`.
+            `[128, 64, 0]`, `"128,64,0"` or `"#804000"`. Or CSV (its name ends in .csv) with a row for each class: the
+            columns `name`, `r`, `g` and `b` in the order that the first row says, or else in this one.
         names: Of the classes.
 
     Returns:
@@ -34,22 +37,16 @@ def read_palette(file: str | Path, names: list[str]) -> dict[Color, int]:
     Raises:
         ValueError: If the file is none of these, or an entry is not a colour or a class; the message names both.
     """
+    is_csv = Path(file).suffix.lower() == ".csv"
     try:
-        content = json.loads(read_text(Path(file)))
+        text = read_text(Path(file))
+        content = parse_csv(text) if is_csv else json.loads(text)
     except UntrustedFileError as error:
         raise ValueError(f"The palette {file} {error}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"The palette {file} cannot be read: {error}") from error
-    if isinstance(content, list):
-        pairs = [(color, label) for label, color in enumerate(content)]
-    elif isinstance(content, dict) and content.keys() <= set(names):
-        pairs = [(color, name) for name, color in content.items()]
-    elif isinstance(content, dict):
-        pairs = list(content.items())
-    else:
-        raise ValueError(f"The palette {file} must be a list or an object, got {type(content).__name__}.")
     palette: dict[Color, int] = {}
-    for given, label in pairs:
+    for given, label in _pair_rows(file, content, names) if is_csv else _pair_entries(file, content, names):
         color = _parse_color(given, file)
         if color in palette:
             raise ValueError(f"The palette {file} has the colour {list(color)} twice.")
@@ -57,6 +54,31 @@ def read_palette(file: str | Path, names: list[str]) -> dict[Color, int]:
     if not palette:
         raise ValueError(f"The palette {file} is empty.")
     return palette
+
+
+def _pair_entries(file: str | Path, content: Any, names: list[str]) -> list[tuple[Any, Any]]:
+    """Colours and classes of what a JSON file holds."""
+    if isinstance(content, list):
+        return [(color, label) for label, color in enumerate(content)]
+    if not isinstance(content, dict):
+        raise ValueError(f"The palette {file} must be a list or an object, got {type(content).__name__}.")
+    if content.keys() <= set(names):
+        return [(color, name) for name, color in content.items()]
+    return list(content.items())
+
+
+def _pair_rows(file: str | Path, rows: list[list[str]], names: list[str]) -> list[tuple[Any, Any]]:
+    """Colours and classes of the rows of CSV."""
+    header = [cell.lower() for cell in rows[0]] if rows else _COLUMNS
+    has_header = sorted(header) == sorted(_COLUMNS)
+    pairs = []
+    for row in rows[has_header:]:
+        if len(row) != len(_COLUMNS):
+            raise ValueError(f"The palette {file} must have the columns {', '.join(_COLUMNS)}, got the row {row}.")
+        cells = dict(zip(header if has_header else _COLUMNS, row, strict=True))
+        name, color = cells["name"], ",".join(cells[channel] for channel in "rgb")
+        pairs.append((color, int(name) if name.isdecimal() and name not in names else name))
+    return pairs
 
 
 def _parse_color(given: Any, file: str | Path) -> Color:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -12,6 +13,24 @@ if TYPE_CHECKING:
     from timm.data.distributed_sampler import RepeatAugSampler
 
 Key = tuple[int, int, int, int]
+
+
+def split_by_chance(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers from 0 in two parts, each in its order.
+
+    Args:
+        count: Of the numbers.
+        share: Of the second part, at least one number, in (0, 1).
+        seed: Decides which.
+
+    Raises:
+        ValueError: If nothing would be left for the first part.
+    """
+    second = max(1, round(share * count))
+    if not 0 < share < 1 or second >= count:
+        raise ValueError(f"A share of {share} of {count} images leaves none of them.")
+    order = np.random.default_rng(seed).permutation(count)
+    return sorted(order[second:].tolist()), sorted(order[:second].tolist())
 
 
 class EpochSampler(Sampler[Key]):

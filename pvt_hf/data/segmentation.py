@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..models.image_processing_segmentation import IGNORE_INDEX, check_label_map, read_label_map, reduce_labels
 from .images import IMAGE_ENDINGS, ImageError, decode, decode_to_fit, drop_skipped, prepare
 from .label_maps import Palette, is_jpeg, label_colors, read_binary_mask, read_color_codes
+from .samplers import split_by_chance
 from .user_transforms import Transform, transform_map
 
 if TYPE_CHECKING:
@@ -82,11 +83,8 @@ class SegmentationData:
         Raises:
             ValueError: If nothing would be left for the first part.
         """
-        count = max(1, round(share * len(self)))
-        if not 0 < share < 1 or count >= len(self):
-            raise ValueError(f"A share of {share} of {len(self)} images leaves none of them.")
-        order = np.random.default_rng(seed).permutation(len(self))
-        return self.select(sorted(order[count:].tolist())), self.select(sorted(order[:count].tolist()))
+        first, second = split_by_chance(len(self), share, seed)
+        return self.select(first), self.select(second)
 
     def name(self, index: int) -> str:
         """What messages call an image: its path, or its place.

@@ -175,24 +175,30 @@ def _add_up(data: SegmentationData, counts: torch.Tensor, sizes: list[tuple[int,
     return LabelSurvey(pixels[:num_labels], maps[:num_labels], pixels[IGNORE_INDEX], sizes)
 
 
-def check_classes(train: LabelSurvey | None, validation: LabelSurvey, names: Sequence[str]) -> None:
+def check_classes(
+    train: LabelSurvey | None, validation: LabelSurvey, names: Sequence[str], allow_missing: bool = False
+) -> None:
     """Says what is wrong with the classes of the splits: those that no validation map has are a warning.
 
     Args:
         train: Of the training set, where there is one.
         validation: Of the validation set.
         names: Of the classes.
+        allow_missing: Whether a class that is in no map of the training set is a warning (default: `False`, an error).
 
     Raises:
         ValueError: If a class is in no map of the training set, or the validation set has no pixel of any class; it
             lists the counts.
     """
     if train is not None and (missing := train.missing(names)):
-        raise ValueError(
-            f"No label map of the training set has the classes {missing}: {train.describe(names)}. Leave classes that "
-            "do not occur out of `class_names` (`--class_names`), or look at how the maps are read: masks of 0 and 1 "
-            "are labels as they are, without `binary_masks` (`--binary_masks`)."
-        )
+        what = f"No label map of the training set has the classes {missing}: {train.describe(names)}."
+        if not allow_missing or len(missing) == len(names):
+            raise ValueError(
+                f"{what} Leave classes that do not occur out of `class_names` (`--class_names`), set `allow_missing` "
+                "(`--allow_missing_classes`) to train without them, or look at how the maps are read: masks of 0 and 1 "
+                "are labels as they are, without `binary_masks` (`--binary_masks`)."
+            )
+        logger.warning(what)
     missing = validation.missing(names)
     if len(missing) == len(names):
         raise ValueError(f"The validation set has no pixel of any class: {validation.describe(names)}.")

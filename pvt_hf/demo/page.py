@@ -41,7 +41,7 @@ _ONE_AT_A_TIME: dict[str, Any] = {
     "api_visibility": "private",
 }
 _CSS = """
-#given img { width: 100%; height: 100%; object-fit: contain; }  /* Gradio shows a small image in its size */
+.fill img { width: 100%; height: 100%; object-fit: contain; }  /* Gradio shows a small image in its size */
 .class { display: flex; gap: 0.5em; align-items: center; }
 .class i { width: 1em; height: 1em; border-radius: 2px; }
 .class :last-child { margin-left: auto; }
@@ -94,10 +94,11 @@ def take_file(given: Mapping[str, Any] | None) -> tuple[str | None, dict[str, An
     Args:
         given: As Gradio gets it, which has seen to it that the path is that of an upload; `None` if it was taken away.
     """
-    path = given and given.get("path")
+    path: str | None = given.get("path") if given else None
+    if not path:
+        return None, gr.update(value=None, visible=False)
     try:
-        if path:
-            decode({"path": path}, Path(path).name)
+        decode({"path": path}, Path(path).name)
     except ImageError as error:
         reason = str(error).replace(path, Path(path).name)  # where it is here, is nobody's concern
         return None, gr.update(value=f"**This image cannot be used.** {escape_markdown(reason)}", visible=True)
@@ -135,7 +136,14 @@ def _add_panel(names: Sequence[str], name: str) -> Panel:
             picture=gr.Image(label="Picture", interactive=False, visible=False, buttons=["download", "fullscreen"]),
             legend=gr.HTML(visible=False),
             label=gr.Dropdown(label="Where is the evidence for a class? (Grad-CAM)", visible=False, interactive=True),
-            evidence=gr.Image(label="Evidence", interactive=False, visible=False, buttons=["download"]),
+            evidence=gr.Image(
+                label="Evidence",
+                interactive=False,
+                visible=False,
+                buttons=["download"],
+                height=320,
+                elem_classes="fill",
+            ),
         )
 
 
@@ -239,7 +247,9 @@ def build_page(predictors: Mapping[str, Predictor], examples: Sequence[Path] = (
         gr.Markdown(_INTRODUCTION.format(title=escape_markdown(title)))
         with gr.Row():
             with gr.Column(min_width=320):
-                image = gr.Image(label="Image", sources=["upload", "clipboard", "webcam"], height=320, elem_id="given")
+                image = gr.Image(
+                    label="Image", sources=["upload", "clipboard", "webcam"], height=320, elem_classes="fill"
+                )
                 problem, file = gr.Markdown(visible=False), gr.State()
                 threshold = gr.Slider(
                     _LEAST_THRESHOLD,

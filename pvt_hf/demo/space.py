@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parents[1]
 # What the page needs beside Python, as pyproject.toml states it: a Space has no package to ask.
 REQUIREMENTS = (
     "filelock>=3.16",
-    "gradio>=6.0",
+    "gradio>=6.31",
     "grad-cam>=1.5.7",
     "huggingface-hub>=1.31",
     "numpy>=2.0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -31,6 +32,9 @@ _MARGIN, _GAP, _TITLE = 8, 4, 32
 _BACKGROUND = (128, 128, 128)
 # Of wrong pixels: where the prediction has the second of two classes, where the truth has it, and any of more classes.
 _FALSE, _MISSED, _WRONG = (255, 48, 48), (255, 208, 0), (255, 48, 48)
+# Of classified images: the side of one in pixels, how many are beside each other, the height of its line, the colours.
+_TILE, _COLUMNS, _LINE = 144, 8, 18
+_RIGHT_NAME, _WRONG_NAME = (0, 120, 40), (200, 20, 20)
 
 
 def pick_color(label: int) -> Color:
@@ -120,6 +124,28 @@ def _write_name(
     draw.rectangle((x, y, x + width, y + height), fill=color)
     dark = np.dot(color, (0.299, 0.587, 0.114)) > 140
     draw.text((x + 2 - left, y + 2 - top), text, font=font, fill="black" if dark else "white")
+
+
+def draw_classes(samples: Sequence[tuple[Image.Image, str, str, float]]) -> Image.Image:
+    """Draws images beside each other, with the class that was found below each: green where it is right, else red.
+
+    Args:
+        samples: Image, true class, class that was found, and its score in [0, 1].
+
+    Returns:
+        A PIL image, RGB.
+    """
+    width, height = _TILE + _GAP, _TILE + _LINE + _GAP
+    columns, rows = min(_COLUMNS, len(samples)), math.ceil(len(samples) / _COLUMNS)
+    sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_LINE - 6)
+    for number, (image, truth, found, score) in enumerate(samples):
+        row, column = divmod(number, _COLUMNS)
+        x, y = column * width + _GAP, row * height + _GAP
+        sheet.paste(ImageOps.pad(image.convert("RGB"), (_TILE, _TILE), color="white"), (x, y))
+        color = _RIGHT_NAME if found == truth else _WRONG_NAME
+        draw.text((x, y + _TILE), f"{shorten_name(found, 16)} {score:.2f}", font=font, fill=color)
+    return sheet
 
 
 def draw_detections(

@@ -215,8 +215,9 @@ class _DetectionPreprocessing(DensePreprocessing):
 
         Raises:
             ValueError: If there are not as many `target_sizes` as images, or if RetinaNet's logits and boxes alone do
-                not say which level they are of. Those of ATSS, GFL and Sparse R-CNN
-                never are enough.
+                not say which level they are of. Those of ATSS (whose centerness is part of its scores), GFL (which has
+                as many anchors as ATSS) and Sparse R-CNN never are enough;
+                [`~transformers.DeformableDetrImageProcessor`] makes Sparse R-CNN's detections from them.
         """
         outputs = read_outputs(outputs, "pred_boxes")
         if "scores" not in outputs:

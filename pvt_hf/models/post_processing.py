@@ -67,7 +67,8 @@ def complete_outputs(
     outputs: dict[str, torch.Tensor], num_labels: int | None, input_size: tuple[int, int] | None
 ) -> dict[str, torch.Tensor]:
     """Finds the `level_sizes` of RetinaNet from the number of its anchors, where logits and boxes are all that is left.
-    (Of ATSS, GFL and Sparse R-CNN they are not enough.)
+    (ATSS's scores need the centerness too, and GFL has as many anchors as ATSS. Sparse R-CNN's logits and boxes are in
+    the form of Deformable DETR's, whose image processor reads them.)
 
     Without them other outputs are in DETR's form, as Mask R-CNN's are, too: as many logits as classes and one more.
 

@@ -46,6 +46,23 @@ def check_max_detections(value: int | None) -> None:
         raise ValueError(f"--max_detections must be at least 10, got {value}")
 
 
+def check_folders(arguments: Any, *kinds: str) -> None:
+    """Raises a `ValueError` unless what belongs together is given of the training set and of the validation set, or of
+    the training set alone where `train_val_split` makes the other.
+
+    Args:
+        arguments: With the fields `train_{kind}` and `eval_{kind}`.
+        *kinds: What a set is made of.
+    """
+    train, validation = ([f"{split}_{kind}" for kind in kinds] for split in ("train", "eval"))
+    if arguments.train_val_split is None:
+        check_together(arguments, *train, *validation)
+    elif any(getattr(arguments, name) for name in validation):
+        given = " and ".join(f"--{name}" for name in validation)
+        raise ValueError(f"--train_val_split makes the validation set: leave {given} out")
+    check_together(arguments, *train)
+
+
 @dataclass
 class ModelArguments:
     """What is trained."""
@@ -105,6 +122,11 @@ TTA_SCALES = (
 TTA_FLIP = "test-time augmentation: predict mirrored images too, and average (default: false)"
 
 
+ALLOW_MISSING_CLASSES = (
+    "train though some classes have nothing to train on, and let the data lack some (default: false, an error)"
+)
+
+
 @dataclass
 class DataArguments:
     """What it is trained on."""
@@ -113,9 +135,21 @@ class DataArguments:
     dataset_config_name: str | None = option(None, "configuration of the data set (default: its own)")
     train_split: str = option("train", "split to train on (default: train)")
     eval_split: str = option("validation", "split to evaluate on (default: validation)")
+    train_val_split: float | None = option(
+        None, "part of the training split that becomes the validation set, as 0.1 (default: none)"
+    )
+    class_names: str | None = option(
+        None,
+        "JSON, YAML, CSV or text file of class names in the order of the labels (default: as the data say, of maps as "
+        "the checkpoint says)",
+    )
     skip_corrupt: bool = option(
         False, "leave out images that cannot be decoded, of both splits, and list them (default: false, an error)"
     )
+
+    def __post_init__(self) -> None:
+        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
+            raise ValueError(f"--train_val_split must be between 0 and 1, got {self.train_val_split}")
 
 
 @dataclass
@@ -132,11 +166,10 @@ class ClassificationDataArguments(DataArguments):
     )
 
     image_column: str | None = option(None, "column of images (default: the only one)")
-    train_val_split: float | None = option(
-        None, "part of the training split that becomes the validation set, as 0.15 (default: none)"
-    )
     label_column: str | None = option(None, "column of labels or of names (default: the only one of class labels)")
-    num_labels: int | None = option(None, "number of classes, for streamed labels without names (default: none)")
+    num_labels: int | None = option(
+        None, "number of classes, for streamed labels without names (default: that of --class_names)"
+    )
     streaming: bool = option(False, "read images when they are needed (default: false)")
     samples_per_epoch: int | None = option(
         None, "images in an epoch of a stream (default: its length, where the stream knows it)"
@@ -144,6 +177,7 @@ class ClassificationDataArguments(DataArguments):
     shuffle_buffer: int = option(10_000, "images of a stream that each process shuffles (default: 10000)")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.train_val_split and self.streaming:
             raise ValueError("--train_val_split needs all the images: leave --streaming out")
         if (self.dataset_name or "").endswith((".parquet", ".tar")) and not self.eval_dataset_name:
@@ -174,9 +208,7 @@ class DetectionDataArguments(DataArguments):
     )
     image_column: str | None = option(None, "column of images (default: the only one)")
     objects_column: str = option("objects", "column of objects (default: objects)")
-    class_names: str | None = option(
-        None, "JSON, YAML or text file of class names in the order of the labels (default: as the data say)"
-    )
+    allow_missing_classes: bool = option(False, ALLOW_MISSING_CLASSES)
     skip_without_mask: bool = option(
         False, "for Mask R-CNN: leave out annotations without a mask (default: false, they train their box only)"
     )
@@ -187,14 +219,16 @@ class DetectionDataArguments(DataArguments):
     )
 
     def __post_init__(self) -> None:
-        check_together(self, "train_annotations", "train_images", "eval_annotations", "eval_images")
+        super().__post_init__()
+        check_folders(self, "annotations", "images")
 
 
 REDUCE_LABELS = "label 0 is no class, and the others count from 0 (default: false)"
 BINARY_MASKS = "maps are masks of 0 and 255, also JPEG: from 128 on it is the second of two classes (default: false)"
 PALETTE = (
     "maps are of colours: JSON file of a list of colours in the order of the classes, of an object from class names to "
-    "colours, or from colours to classes; a colour is [128, 64, 0], '128,64,0' or '#804000' (default: none)"
+    "colours, or from colours to classes, where a colour is [128, 64, 0], '128,64,0' or '#804000'; or CSV file of the "
+    "columns name, r, g, b (default: none)"
 )
 
 
@@ -277,7 +311,7 @@ class EvaluationArguments:
     )
     class_names: str | None = option(
         None,
-        "JSON, YAML or text file of the names of the data's classes in the order of their labels, to compare "
+        "JSON, YAML, CSV or text file of the names of the data's classes in the order of their labels, to compare "
         "with the model's (default: as the data say)",
     )
     max_detections: int | None = option(
@@ -405,6 +439,8 @@ def build_training_arguments(options: TrainingOptions, recipe: Any, **recipe_val
     if options.output_dir and (reason := why_unwritable(options.output_dir)):
         raise SystemExit(f"--output_dir {options.output_dir} cannot be written: {reason}")
     args = TrainingArguments(**recipe_values | given)
+    if args.hub_token:  # `Trainer` would write it to training_args.bin, which is uploaded
+        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
     if str(args.resume_from_checkpoint).lower() in ("true", "false"):
         args.resume_from_checkpoint = args.resume_from_checkpoint.lower() == "true"
     if not args.resume_from_checkpoint and last_complete_checkpoint(args.output_dir):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..data.classification import collate
 from ..evaluation.metrics import classification_metrics, classification_statistics
+from ..evaluation.visualization import draw_classes
 from ..recipes import ImageNetRecipe
 from .optimization import SettingError, cosine_multiplier, parameter_groups
 from .trainer import VisionTrainer
@@ -45,6 +46,7 @@ class ImageClassificationTrainer(VisionTrainer):
 
     task = "image-classification"
     metric_names = {"accuracy": "top-1", "top5_accuracy": "top-5"}
+    pictures = ("curves.png", "predictions.png")
 
     def __init__(
         self,
@@ -107,6 +109,26 @@ class ImageClassificationTrainer(VisionTrainer):
             mixed, targets[:even] = self.mixup(images[:even].contiguous(), labels[:even])
             images = torch.cat((mixed, images[even:]))
         return images, targets
+
+    @torch.no_grad()
+    def draw_predictions(self, images: int = 24) -> None:
+        """`predictions.png` in `output_dir`: validation images, spread over all of them, with the classes that were
+        found. Called by every process."""
+        model, dataset = self.accelerator.unwrap_model(self.model).eval(), self.eval_dataset
+        indices = torch.linspace(0, len(dataset) - 1, min(images, len(dataset))).long().tolist()
+        pixels = torch.stack([dataset[index]["pixel_values"] for index in indices])  # (images, channels, height, width)
+        scores, labels = model(pixels.to(self.args.device)).logits.float().softmax(-1).max(-1)
+        if self.is_world_process_zero():
+            names, found = model.config.id2label, zip(labels.tolist(), scores.tolist(), strict=True)
+            truths = (dataset.read(index)[:2] for index in indices)
+            picture = draw_classes(
+                [
+                    (image, names[truth], names[label], score)
+                    for (image, truth), (label, score) in zip(truths, found, strict=True)
+                ]
+            )
+            with self.write_file("predictions.png") as file:
+                picture.save(file)
 
     def prepare_batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs["pixel_values"], inputs["labels"] = self.mix(inputs["pixel_values"], inputs["labels"])

@@ -1,7 +1,6 @@
 """What a training run leaves for people: curves and a model card with the numbers that it measured."""
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -150,12 +149,13 @@ def training_card(
         config: Of the model.
         log_history: `trainer.state.log_history` with evaluations (`eval_images` and `eval_` with each metric), the last
             of which is that of the model, and perhaps one of the EMA weights (`ema_images` ...).
-        metric_names: Keys of metrics with values in [0, 1], the most important first, and what they are called.
+        metric_names: Keys of metrics with values in [0, 1], the most important first, and what they are called. An
+            evaluation lacks those that it had no ground truth for.
         pictures: Names of files beside the card.
     """
     evaluations = [entry for entry in log_history if "eval_images" in entry]
     of_ema = [entry for entry in log_history if "ema_images" in entry]
-    values = {key: evaluations[-1][f"eval_{key}"] for key in metric_names}
+    values = {key: evaluations[-1][f"eval_{key}"] for key in metric_names if f"eval_{key}" in evaluations[-1]}
     metadata = _metadata(facts, config, values, metric_names)
     ema = f"\nThe EMA weights (in `ema`) reach {_percentages(of_ema[-1], 'ema', metric_names)}.\n" if of_ema else ""
     shown = "\n\n".join(f"![{Path(picture).stem}]({picture})" for picture in pictures)
@@ -239,7 +239,6 @@ def _metadata(
             metric_value=value,
         )
         for key, value in values.items()
-        if value >= 0  # COCO has -1 where there are no objects: that was not measured
     ]
     return ModelCardData(
         model_name=escape_control(facts.name),
@@ -259,7 +258,7 @@ def _history_table(evaluations: LogHistory, metric_names: dict[str, str]) -> str
     by_epoch = {row["epoch"]: row for row in reversed(evaluations[:-1] or evaluations)}
     columns = ["eval_loss", *(f"eval_{key}" for key in metric_names)]
     rows = [
-        (f"{row['epoch']:g}", *(f"{row.get(column, math.nan):.4f}" for column in columns))
+        (f"{row['epoch']:g}", *(f"{row[column]:.4f}" if column in row else "" for column in columns))
         for row in reversed(by_epoch.values())
     ]
     return _table(("epoch", "validation loss", *metric_names.values()), rows)
@@ -272,9 +271,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _percentages(metrics: dict[str, float], prefix: str, metric_names: dict[str, str]) -> str:
-    values = ((escape_markdown(name), metrics[f"{prefix}_{key}"]) for key, name in metric_names.items())
-    # COCO has -1 where there are no objects.
-    return ", ".join(f"**{100 * value:.2f} %** {name}" if value >= 0 else f"no {name}" for name, value in values)
+    values = ((escape_markdown(name), metrics.get(f"{prefix}_{key}")) for key, name in metric_names.items())
+    return ", ".join(
+        f"no {name}, of which there is no ground truth" if value is None else f"**{100 * value:.2f} %** {name}"
+        for name, value in values
+    )
 
 
 def run_settings(

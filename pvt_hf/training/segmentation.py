@@ -37,7 +37,8 @@ class SegmentationTrainer(DensePredictionTrainer):
     valid pixels at the size of the network's input. IoU, Dice and accuracy of every class are in `eval_classes.csv` of
     `output_dir`. Of two classes the second is the foreground: its Dice and IoU over the pixels of all images are
     `dice_set` and `iou_set`, the means over the images `dice_images` and `iou_images`, where an image in which neither
-    truth nor prediction has foreground counts as 1.
+    truth nor prediction has foreground counts as 1. What there is no ground truth for is not among the metrics, and an
+    empty cell of the table.
 
     On several GPUs batch normalisation is over all processes, as in mmsegmentation (`torch.nn.SyncBatchNorm`, which
     there is for GPUs only). Pixels to ignore are marked so that the loss of an accumulated or distributed batch is the
@@ -176,14 +177,16 @@ class SegmentationTrainer(DensePredictionTrainer):
         if len(self.classes) == 2:
             metrics |= {"dice_set": float(dice[1]), "iou_set": float(iou[1])}
             metrics |= dict(zip(("dice_images", "iou_images"), (score / images for score in scores), strict=True))
-        return metrics | {"loss": loss / max(pixels, 1), "images": round(images)}
+        return metrics | ({"loss": loss / pixels} if pixels else {}) | {"images": round(images)}
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
         """As in `Trainer`; and writes a table of the classes, `{metric_key_prefix}_classes.csv`."""
         metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.is_world_process_zero():
             with self.write_file(f"{metric_key_prefix}_classes.csv") as path, path.open("w", newline="") as file:
-                rows = [(name, *values) for name, values in zip(self._names(), self.classes, strict=True)]
+                # A cell is empty where there is nothing to measure, and the value NaN.
+                cells = ((value if value >= 0 else "" for value in values) for values in self.classes)
+                rows = [(name, *values) for name, values in zip(self._names(), cells, strict=True)]
                 csv.writer(file).writerows([("class", "IoU", "Dice", "accuracy", "pixels"), *rows])
             if warning := self._describe_missing():
                 logger.warning(warning)
@@ -203,11 +206,11 @@ class SegmentationTrainer(DensePredictionTrainer):
 
     def describe_classes(self) -> str:
         """What the last evaluation found of each class, a line each; nothing where they are many."""
-        rows = zip(self._names(), self.classes, strict=True)
-        lines = [
-            f"  {name}: IoU {iou:.4f}, Dice {dice:.4f}, accuracy {accuracy:.4f}, {pixels:,} pixels"
-            for name, (iou, dice, accuracy, pixels) in rows
-        ]
+        lines = []
+        for name, (*values, pixels) in zip(self._names(), self.classes, strict=True):
+            scores = zip(("IoU", "Dice", "accuracy"), values, strict=True)
+            shown = [f"{score} {value:.4f}" for score, value in scores if value >= 0]
+            lines.append(f"  {name}: {', '.join([*shown, f'{pixels:,} pixels' if pixels else 'no ground truth'])}")
         return "\n".join(lines) if len(lines) <= _MAX_PRINTED else ""
 
     @torch.no_grad()

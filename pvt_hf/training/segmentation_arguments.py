@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..recipes import SEGMENTATION_RECIPES
 from .arguments import (
+    ALLOW_MISSING_CLASSES,
     BINARY_MASKS,
     PALETTE,
     REDUCE_LABELS,
@@ -14,6 +15,7 @@ from .arguments import (
     ModelArguments,
     RecipeArguments,
     TrainingOptions,
+    check_folders,
     check_together,
     option,
 )
@@ -53,25 +55,17 @@ class SegmentationDataArguments(DataArguments):
     train_maps: str | None = option(None, "folder of its label maps, PNG, TIFF or BMP (default: none)")
     eval_images: str | None = option(None, "folder of the images of the validation set (default: none)")
     eval_maps: str | None = option(None, "folder of its label maps, PNG, TIFF or BMP (default: none)")
-    train_val_split: float | None = option(
-        None, "part of the training set that becomes the validation set, as 0.1 (default: none)"
-    )
     map_column: str | None = option(None, "column of label maps (default: the only other column of images)")
     image_column: str | None = option(None, "column of images (default: image, or else pixel_values)")
     reduce_labels: bool = option(False, REDUCE_LABELS)
     binary_masks: bool = option(False, BINARY_MASKS)
     palette: str | None = option(None, PALETTE)
-    class_names: str | None = option(
-        None, "JSON, YAML or text file of class names in the order of the labels (default: the checkpoint's)"
-    )
+    allow_missing_classes: bool = option(False, ALLOW_MISSING_CLASSES)
     num_scenes: int = option(1000, "digit scenes that are drawn for training, where no data are given (default: 1000)")
 
     def __post_init__(self) -> None:
-        if self.train_val_split is None:
-            check_together(self, "train_images", "train_maps", "eval_images", "eval_maps")
-        elif self.eval_images or self.eval_maps:
-            raise ValueError("--train_val_split makes the validation set: leave --eval_images and --eval_maps out")
-        check_together(self, "train_images", "train_maps")
+        super().__post_init__()
+        check_folders(self, "images", "maps")
 
 
 @dataclass

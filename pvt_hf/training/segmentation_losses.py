@@ -17,12 +17,13 @@ IGNORED = -100  # what torch, and Trainer where it counts labels, take for "no l
 
 def balance_classes(pixels: Sequence[int]) -> list[float]:
     """Weights with which each class has the same part in a loss: all pixels / (classes x pixels of the class), as
-    scikit-learn's `"balanced"`.
+    scikit-learn's `"balanced"`. A class without pixels is not counted, and has the weight 0.
 
     Args:
-        pixels: Of each class, at least one.
+        pixels: Of each class.
     """
-    return [sum(pixels) / (len(pixels) * count) for count in pixels]
+    classes = sum(count > 0 for count in pixels)
+    return [sum(pixels) / (classes * count) if count else 0.0 for count in pixels]
 
 
 def dice_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -464,10 +464,9 @@ class VisionTrainer(PublishingTrainer):
         self.create_model_card()
         lines = []
         for prefix in ("eval", "ema") if self.ema is not None else ("eval",):
-            found = ((escape_control(name), metrics[f"{prefix}_{key}"]) for key, name in self.metric_names.items())
-            # COCO has -1 where there are no objects.
-            values = (f"{name} {value:.4f}" if value >= 0 else f"no ground truth for {name}" for name, value in found)
-            lines.append(f"{prefix}: {', '.join(values)} on {metrics[f'{prefix}_images']} images")
+            found = ((escape_control(name), metrics.get(f"{prefix}_{key}")) for key, name in self.metric_names.items())
+            shown = (f"no ground truth for {name}" if value is None else f"{name} {value:.4f}" for name, value in found)
+            lines.append(f"{prefix}: {', '.join(shown)} on {metrics[f'{prefix}_images']} images")
         skipped = self.skipped_images()
         if self.args.push_to_hub:
             self._upload()

@@ -3,13 +3,13 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
 
-FORMER = "former"  # in a hidden folder: somebody's, on its way out; it is not cleared
+_FORMER = "former"  # in a hidden folder: somebody's, on its way out; it is not cleared
 _HIDDEN, _LOCK = ".pvt_hf-", "lock"
 # It is another's; or the file system has none, where nothing is cleared.
 _NO_LOCK = (OSError, NotImplementedError)
@@ -29,7 +29,7 @@ def hidden_folder(parent: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(f"{_HIDDEN}*"):
         with suppress(*_NO_LOCK), FileLock(left / _LOCK, timeout=0):
-            if not (left / "new" / FORMER).exists():
+            if not (left / "new" / _FORMER).exists():
                 shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=parent))
     try:
@@ -59,6 +59,48 @@ def atomic_file(file: str | Path) -> Iterator[Path]:
     with hidden_folder(target.parent) as folder:
         yield folder / target.name
         (folder / target.name).replace(target)
+
+
+@contextmanager
+def atomic_folder(folder: str | Path, check: Callable[[], None]) -> Iterator[Path]:
+    """A folder to write to. If all goes well, it takes the place of `folder`, else it disappears.
+
+    Args:
+        folder: To be written.
+        check: Raises an error if what is there in the end must not be replaced: the writing took a while.
+    """
+    target = Path(folder).resolve()  # through links
+    with hidden_folder(target.parent) as hidden:
+        new, former = hidden / "new", hidden / _FORMER
+        new.mkdir()
+        yield new
+        check()
+        try:
+            if target.exists():
+                target.rename(former)
+            new.rename(target)
+        except BaseException:
+            if former.exists():
+                former.rename(target)
+            raise
+
+
+@contextmanager
+def name_what_fails(
+    path: Path, error_class: type[Exception], failures: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Makes of what a writer raises an error that names what was to be written, and says that nothing is left.
+
+    Args:
+        path: To be written.
+        error_class: Of the error.
+        failures: What a writer raises beside an `OSError`.
+    """
+    try:
+        yield
+    except (OSError, *failures) as error:
+        reason = explain_write_error(error, path.parent)
+        raise error_class(f"{path} could not be written: {reason}. Nothing is left there.") from error
 
 
 def why_unwritable(path: str | Path) -> str | None:

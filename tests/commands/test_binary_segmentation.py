@@ -157,6 +157,6 @@ def test_hints_name_options_that_the_programs_have(capsys):
     files = [ROOT / "pvt_hf" / "data" / f"{name}.py" for name in ("segmentation", "label_maps", "segmentation_checks")]
     hints = {hint for file in files for hint in re.findall(r"`(--\w+)`", file.read_text())}
     assert {"--binary_masks", "--palette", "--reduce_labels"} <= hints
-    of_training = {"--class_names"}  # said of a training set only
+    of_training = {"--class_names", "--allow_missing_classes"}  # said of a training set only
     assert all(re.search(rf"{hint}\b", helps["train-segmentation"]) for hint in hints)
     assert all(re.search(rf"{hint}\b", helps["evaluate"]) for hint in hints - of_training)

@@ -1,6 +1,7 @@
 """`pvt-hf evaluate`: what it measures of checkpoints of each task, and what it compares that with."""
 
 import json
+import re
 import shutil
 
 import datasets
@@ -89,6 +90,22 @@ def test_own_data_measure_as_the_bundled_ones(checkpoints, monkeypatch, tmp_path
     assert found[str(detector[0])] == bundled[str(detector[0])]
     found = run(monkeypatch, tmp_path, *arguments, "--maps", data / "maps", "--model_name_or_path", detector[1])
     assert found[str(detector[1])] == bundled[str(detector[1])]
+
+
+def test_what_is_left_out_and_what_has_no_ground_truth_is_listed(checkpoints, scenes, monkeypatch, tmp_path, capsys):
+    """Of segmenters and detectors alike. No digit is large."""
+    shutil.copytree(scenes, tmp_path / "scenes")
+    first, *_ = sorted((tmp_path / "scenes" / "images").iterdir())
+    first.write_bytes(first.read_bytes()[:-500])  # which only its pixels tell
+    for name, truth in (("segmenter", "maps"), ("detector", "annotations.json")):
+        arguments = ["--model_name_or_path", checkpoints / name, "--images", tmp_path / "scenes" / "images"]
+        arguments += [f"--{truth.split('.')[0]}", tmp_path / "scenes" / truth]
+        results = run(monkeypatch, tmp_path, *arguments, "--skip_corrupt")[str(checkpoints / name)]
+        printed = capsys.readouterr().out
+        assert results["images"] == 3
+        assert re.search(rf"1 corrupt images are left out:\n  .*{first.name} .*cannot be read", printed)
+    assert f"{checkpoints / name}: no ground truth for AP_large, AR_large" in printed
+    assert not {"AP_large", "AR_large"} & results.keys() and min(results.values()) >= 0
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,25 @@
 
 import io
 import json
+import pickle
 import re
 
+import datasets
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_token
 from PIL import Image
 from transformers import AutoModelForImageClassification, ResNetConfig
 
 from pvt_hf import build_config
-from pvt_hf.commands.train_classification import check_splits, load_splits, main, match_labels, parse
+from pvt_hf.commands.train_classification import (
+    build_training_set,
+    check_splits,
+    load_splits,
+    main,
+    match_labels,
+    name_classes,
+    parse,
+)
 from pvt_hf.data.classification import find_labels
 from pvt_hf.data.images import ImageError
 from pvt_hf.recipes import imagenet_recipe
@@ -132,6 +142,49 @@ def test_classes_of_the_validation_set_are_matched_by_name(tmp_path, capsys):
     (tmp_path / "validation" / "bee" / "a.png").write_text("x")
     with pytest.raises(ImageError, match="(?s)1 of 2 images of the validation set.*bee/a.png"):
         load("validation")
+
+
+def test_a_token_of_the_command_line_is_used_and_not_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "another")
+    *_, args = parse(["--output_dir", str(tmp_path), "--hub_token", "hf_secret"])
+    assert get_token() == "hf_secret" and b"hf_secret" not in pickle.dumps(args)
+
+
+def test_class_names_order_and_name_the_labels(tmp_path, capsys):
+    """Those of a folder are put in their order, and numbers get them; the data may lack some, and have no others."""
+    for name in ("bee", "ant"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / "train" / name / "a.png")
+    rows = datasets.Dataset.from_dict({"image": [{"path": None, "bytes": b"x"}] * 3, "label": [0, 1, 1]})
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    rows.to_parquet(str(tmp_path / "numbers.parquet"))
+
+    def load(names, *arguments):
+        (tmp_path / "names.txt").write_text("\n".join(names))
+        arguments = [*arguments, "--class_names", str(tmp_path / "names.txt"), "--output_dir", str(tmp_path / "run")]
+        (_, data_args, *_), _, args = parse([*arguments, "--eval_split", "train"])
+        train, validation = load_splits(data_args, args)
+        (column, names), (_, places) = name_classes(train, data_args, args)
+        items = build_training_set(train, column, places, lambda image: image, data_args, args)
+        return items, names, match_labels(validation, (column, names))[1]
+
+    folder = ["--dataset_name", str(tmp_path / "data")]
+    items, names, places = load(["bee", "cat", "ant"], *folder)
+    assert names == ["bee", "cat", "ant"] and places == [2, 0]
+    assert [items[index, 0]["labels"] for index in range(2)] == [2, 0]
+    assert "the training set has none of the classes ['cat']" in capsys.readouterr().out
+    streamed, *_ = load(["bee", "cat", "ant"], *folder, "--streaming", "--samples_per_epoch", "2")
+    assert sorted(row["labels"] for row in streamed) == [0, 2]
+    with pytest.raises(ValueError, match=r"names.txt has the classes \['bee'\], the training set \['ant', 'bee'\]"):
+        load(["bee"], *folder)
+
+    numbers = str(tmp_path / "numbers.parquet")
+    options = ["--dataset_name", numbers, "--eval_dataset_name", numbers]
+    for arguments in (options, [*options, "--streaming", "--samples_per_epoch", "2"]):
+        _, names, places = load(["cat", "dog"], *arguments)
+        assert names == ["cat", "dog"] and places == [0, 1]
+    with pytest.raises(ValueError, match="`num_labels` is 3, but there are 2 names"):
+        load(["cat", "dog"], *options, "--num_labels", "3")
 
 
 def test_stream_is_an_epoch_of_all_images(checkpoint, tmp_path, capsys):

@@ -83,6 +83,7 @@ def test_smoke_run_and_fine_tuning_of_its_result(data, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--dataset_name", "me/maps"], "--class_names is missing"),
+        (["--with_code", "--head", "upernet"], "--with_code cannot be used for a model of type upernet: its class is"),
         (["--backbone_checkpoint", "classifier", "--variant", "pvt_tiny"], "classifier is not a pvt_tiny"),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, metadata_load
 from transformers import AutoConfig, AutoImageProcessor
 
 import pvt_hf
@@ -264,10 +264,13 @@ def test_other_backbones_have_no_official_names(tmp_path, capsys):
 def test_model_card_runs_and_names_the_architecture(architecture, version, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(small_weights(architecture, version), tmp_path / "a.pth")
-    done = convert.convert("a.pth", tmp_path / "out", card_name="out")
+    with_code = not architecture.is_native
+    done = convert.convert("a.pth", tmp_path / "out", card_name="out", with_code=with_code)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     metadata = card.data.to_dict()
+    assert metadata == metadata_load(tmp_path / "out" / "README.md")
     assert metadata["pipeline_tag"] == architecture.pipeline_tag
+    assert ("`trust_remote_code=True`" in card.content) == with_code == (tmp_path / "out" / "layers.py").exists()
     assert f"# PVT {version} + {architecture.name}\n" in card.content
     assert metadata["conversion"]["max_abs_difference_float64"] == done.difference
     assert "license" not in metadata and "paper's" not in card.content

@@ -166,6 +166,26 @@ def test_own_subclass_is_saved_as_everywhere(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {"AutoModel": "my_pvt.MyPvt"}
 
 
+def test_hf_of_the_command_line_uploads_downloads_and_resumes(python, hub, converted, tmp_path):
+    """What `hf upload`, of which a failed upload speaks, leaves is what was converted, and `hf download` brings it."""
+
+    def hf(*arguments):
+        result = python("-m", "huggingface_hub.cli.hf", *arguments)
+        assert result.returncode == 0, result.stderr
+
+    hf("upload", "me/pvt", converted / "saved")
+    files = {file.name: file.read_bytes() for file in (converted / "saved").iterdir()}
+    assert {name: data for name, data in hub.repos["me/pvt"].items() if name != ".gitattributes"} == files
+    hub.repos["me/pvt"]["model.safetensors"] = files["model.safetensors"] = (
+        bytes(range(256)) * 100_000
+    )  # more than its chunks of 10 MiB
+    hub.fault = {"/model.safetensors": "half"}
+    hf("download", "me/pvt", "--local-dir", "downloaded")
+    assert not hub.fault and len(hub.ranges) == 1 and int(hub.ranges[0][6:-1]) > 0
+    found = (file for file in (tmp_path / "downloaded").iterdir() if file.is_file())
+    assert {file.name: file.read_bytes() for file in found} == files
+
+
 def test_repositories_of_the_hub_are_sources(online, tmp_path, capsys):
     """timm's files from the Hub, and a repository of transformers, private and with the labels of its config."""
     weights = official_weights(TINY["v2"])

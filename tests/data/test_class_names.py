@@ -18,6 +18,8 @@ FORMS = {
     "keys.yml": "names:\n  0: cat\n  1: dog\n  2: emu\n",
     "classes.txt": "\ufeffcat\r\ndog \r\nemu\r\n\r\n",
     "bare": "cat\ndog\nemu",
+    "class_dict.csv": '\ufeffr, g, b, Name\n64,128,64,cat\n192,0,128,"dog"\n\n0,128,192, emu\n',
+    "column.csv": "cat\ndog\nemu\n",
 }
 WRONG = {
     "gap.json": (json.dumps({"0": "cat", "2": "dog"}), "from 0 or from 1 without gaps, got 2 numbers from 0 to 2"),
@@ -38,6 +40,9 @@ WRONG = {
     "truth.yaml": ("names: !!bool cat", "cannot be read"),
     "escape.json": (json.dumps(["\x1b[2J"] * 2), r"class names twice: \['\\x1b\[2J'\]"),
     "empty.txt": ("", "has no class names"),
+    "columns.csv": ("cat,1\ndog,2\n", r"none of its columns \['cat', '1'\] is called name"),
+    "short.csv": ("r,name\n1,cat\n2\n", "must be a string in UTF-8 that is not empty, got ''"),
+    "quote.csv": ('name\n"cat', "cannot be read"),
 }
 
 
@@ -79,3 +84,7 @@ def test_classes_in_another_order_are_matched_by_name():
             match_class_names(NAMES, found, owners)
     with pytest.raises(ClassNameError, match=r"only the first has \['dog', 'emu'\], only the second \['cow'\]"):
         match_class_names(NAMES, ["cow", "cat"], owners, subset=True)
+    for found, is_told in ((["emu"], True), (["emu", "cow"], False)):
+        with pytest.raises(ClassNameError) as error:
+            match_class_names(NAMES, found, owners, advice="Allow it.")
+        assert str(error.value).endswith(" Allow it.") == is_told

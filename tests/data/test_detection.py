@@ -1,6 +1,7 @@
 """Where the objects of images come from, how bad files are told, and batches of them."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -246,10 +247,17 @@ def update_annotations(**fields):
         (lambda content: content["annotations"].clear(), "No image of 2 is left to train on"),
     ],
 )  # fmt: skip
-def test_training_on_nothing_is_an_error(coco_json, change, message):
-    """Also of one class: what is left out is counted by class and reason."""
-    with pytest.raises(AnnotationError, match=message):
-        read_coco(*coco_json(change)).for_training()
+def test_training_on_nothing_is_an_error(coco_json, change, message, caplog):
+    """Also of one class, unless that is allowed: what is left out is counted by class and reason."""
+    data = read_coco(*coco_json(change))
+    with pytest.raises(AnnotationError, match=message) as error:
+        data.for_training()
+    if "--allow_missing_classes" in str(error.value):  # what is left is trained on
+        assert data.for_training(allow_missing=True).label_names == ["dog", "emu", "cat"]
+        assert re.search(message, caplog.text)
+    else:
+        with pytest.raises(AnnotationError, match=message):
+            data.for_training(allow_missing=True)
 
 
 def test_evaluation_without_objects_is_an_error(coco_json, caplog):
@@ -389,6 +397,35 @@ def test_classes_are_put_in_the_order_of_others(coco_json):
     assert [annotation["category_id"] for annotation in data.ground_truth()["annotations"]] == [4, 11, 90]
     with pytest.raises(ClassNameError, match=r"The model has the classes \['cat'\], the data \['cat', 'dog', 'emu'\]"):
         data.reorder(["cat"], ("The model", "the data"))
+
+
+def test_classes_that_data_lack_have_ids_of_their_own(coco_json):
+    """COCO's numbers leave them out, and so does a card."""
+    names, owners = ["yak", "cat", "dog", "owl", "emu"], ("The training set", "the validation set")
+    data = read_coco(*coco_json())
+    with pytest.raises(ClassNameError, match=r"only the first has \['yak', 'owl'\], only the second \[\]. Allow it."):
+        data.reorder(names, owners, advice="Allow it.")
+    larger = data.reorder(names, owners, subset=True)
+    assert larger.label_names == names and larger.category_ids == [91, 90, 4, 92, 11]
+    truth, expected = larger.ground_truth(), data.ground_truth()
+    assert [entry["category_id"] for entry in truth["annotations"]] == [
+        entry["category_id"] for entry in expected["annotations"]
+    ]
+    results = {7: [], 3: [{"image_id": 3, "category_id": 90, "bbox": [1, 2, 30, 40], "score": 0.9}]}
+    assert coco_metrics(results, truth) == coco_metrics(results, expected)
+    assert data.reorder([*data.label_names, "owl"], owners, subset=True).category_ids == [4, 11, 90, 91]
+
+
+def test_part_of_the_training_set_is_the_validation_set(scenes):
+    """By the seed, no image in both; what was left out is listed once."""
+    data = dataclasses.replace(read_coco(scenes / "annotations.json", scenes / "images"), left_out=["gone"])
+    train, validation = data.split(0.25, seed=1)
+    names = [{record.image_id for record in part.records} for part in (train, validation, data)]
+    assert len(validation) == 6 and not names[0] & names[1] and names[0] | names[1] == names[2]
+    assert data.split(0.25, seed=1) == (train, validation) and data.split(0.25, seed=2)[1] != validation
+    assert (train.left_out, validation.left_out) == (["gone"], [])
+    with pytest.raises(ValueError, match="A share of 0.99 of 24 images leaves none of them"):
+        data.split(0.99, seed=1)
 
 
 def test_data_set_of_the_hub_equals_coco_json(scenes):

@@ -113,8 +113,12 @@ def test_classes_that_are_nowhere_are_told_with_all_counts(tmp_path, caplog):
     counts = r"background 2,240 pixels in 1 maps; polyp 0 pixels in 0 maps; 0 pixels are ignored"
     with pytest.raises(ValueError, match=rf"training set has the classes \['polyp'\]: {counts}"):
         check_classes(background, full, NAMES)
-    check_classes(full, full, NAMES)
+    check_classes(full, full, NAMES, allow_missing=True)
     assert not caplog.records
+    check_classes(background, full, NAMES, allow_missing=True)
+    assert "No label map of the training set has the classes ['polyp']: background 2,240 pixels" in caplog.text
+    with pytest.raises(ValueError, match=r"the classes \['background', 'polyp'\]"):
+        check_classes(replace(full, pixels=[0, 0], maps=[0, 0]), full, NAMES, allow_missing=True)
     of_ones = survey((tmp_path / "full" / "images", tmp_path / "full" / "masks"), binary_masks=True)
     with pytest.raises(ValueError, match="masks of 0 and 1 are labels as they are, without `binary_masks`"):
         check_classes(of_ones, full, NAMES)
@@ -184,13 +188,18 @@ def test_survey_of_a_data_set_of_the_hub_is_that_of_the_folders(tmp_path):
         [[0, 0, 0], [128, 64, 0], [1, 2, 3]],
         {"a": "#000000", "b": "128,64,0", "c": [1, 2, 3]},
         {"0,0,0": 0, "#804000": 1, "1, 2, 3": "c", "255,255,255": 255},
+        "name,r,g,b\na,0,0,0\nb,128,64,0\nc,1,2,3\n",
+        "\ufeffB, R, G, Name\r\n0, 0, 0, a\r\n0, 128, 64, 1\r\n\r\n3, 1, 2, c\r\n7, 7, 7, 255\r\n",
+        "c,1,2,3\nb,128,64,0\na,0,0,0",
     ],
 )
 def test_palettes_in_every_form(content, tmp_path):
     """Colours are labels, and one that is not in the palette is an error before the first step."""
-    (tmp_path / "colors.json").write_text(json.dumps(content))
-    palette = read_palette(tmp_path / "colors.json", ["a", "b", "c"])
-    assert {(0, 0, 0): 0, (128, 64, 0): 1, (1, 2, 3): 2}.items() <= palette.items() and len(palette) == len(content)
+    file = tmp_path / ("colors.csv" if isinstance(content, str) else "colors.json")
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    palette = read_palette(file, ["a", "b", "c"])
+    assert {(0, 0, 0): 0, (128, 64, 0): 1, (1, 2, 3): 2}.items() <= palette.items()
+    assert len(palette) == (4 if "255" in file.read_text() else 3)
     labels = np.random.default_rng(0).integers(0, 3, (40, 56))
     colors = np.array([[0, 0, 0], [128, 64, 0], [1, 2, 3]], dtype=np.uint8)[labels]
     folders = write(tmp_path, [colors, Image.fromarray(colors).quantize(8)])
@@ -220,14 +229,28 @@ def test_palettes_in_every_form(content, tmp_path):
         ({"0,0,0": 2}, "the class 2; the classes are"),
         ([], "is empty"),
         (3, "must be a list or an object, got int"),
+        ("name,r,g\npolyp,0,0\n", r"must have the columns name, r, g, b, got the row \['name', 'r', 'g'\]"),
+        ("class,red,green,blue\npolyp,0,0,0\n", "'red,green,blue' where a colour should be"),
+        ("polyp,0,0,256", r"\[0, 0, 256\] where a colour should be"),
+        ("sky,0,0,0", "the class 'sky'; the classes are"),
+        ("name,r,g,b\n", "is empty"),
+        ("", "is empty"),
+        ('"polyp,0,0,0', "cannot be read"),
     ],
 )
 def test_palette_that_is_none_is_an_error(content, message, tmp_path):
-    (tmp_path / "colors.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        read_palette(tmp_path / "colors.json", NAMES)
+    file = tmp_path / ("colors.csv" if isinstance(content, str) else "colors.json")
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=rf"The palette .*{file.name} .*{message}"):
+        read_palette(file, NAMES)
     with pytest.raises(ValueError, match="cannot be read"):
         read_palette(tmp_path / "none.json", NAMES)
+
+
+def test_names_of_digits_in_csv_are_names_before_they_are_labels(tmp_path):
+    (tmp_path / "colors.csv").write_text("1,9,9,9\n0,8,8,8\n")
+    assert read_palette(tmp_path / "colors.csv", ["1", "x"]) == {(9, 9, 9): 0, (8, 8, 8): 0}
+    assert read_palette(tmp_path / "colors.csv", ["x", "y"]) == {(9, 9, 9): 1, (8, 8, 8): 0}
 
 
 def test_settings_that_contradict_each_other_are_an_error():

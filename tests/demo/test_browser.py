@@ -74,7 +74,7 @@ def test_a_bad_file_is_a_message_on_the_page(browser, address, photo, tmp_path):
     page.set_input_files("input[type=file]", {"name": "bad.png", "mimeType": "image/png", "buffer": b"no image"})
     page.get_by_text("This image cannot be used.").wait_for()
     page.screenshot(path=tmp_path / "bad-file.png", full_page=True)
-    page.get_by_role("button", name="Clear").first.click()
+    page.get_by_role("button", name="Remove Image").first.click()
     page.get_by_text("This image cannot be used.").wait_for(state="hidden")
     page.set_input_files("input[type=file]", photo)  # the next one works
     page.get_by_test_id("cat (0)-confidence-set").wait_for()

@@ -9,7 +9,14 @@ from PIL import Image
 
 from pvt_hf.data.detection import DetectionData, ImageRecord
 from pvt_hf.evaluation.metrics import coco_results
-from pvt_hf.evaluation.visualization import draw_detections, draw_objects, draw_overlays, overlay, pick_color
+from pvt_hf.evaluation.visualization import (
+    draw_classes,
+    draw_detections,
+    draw_objects,
+    draw_overlays,
+    overlay,
+    pick_color,
+)
 from pvt_hf.models.annotations import encode_mask
 from pvt_hf.training.report import plot_curves
 
@@ -140,3 +147,23 @@ def test_names_are_drawn_as_they_are(tmp_path, monkeypatch):
         FigureCanvasAgg(figure).draw()  # which fails at \\frac unless it is text
     drawn = [pixels(draw_objects(GREY, BOX, [0], [name])) for name in ("a\nb", r"a\nb", "x" * 300)]
     assert (drawn[0] == drawn[1]).all()
+
+
+def test_classes_stand_below_their_images():
+    """Eight beside each other; a class that is right is green, and another red; long names fit."""
+    images = [Image.new("RGB", (40, 20), (0, 0, 200)), Image.new("L", (20, 40), 77)]
+    samples = [(images[0], "cat", "cat", 0.5)] * 8 + [(images[1], "cat", "$dog_" * 20, 1.0)]
+    drawn = pixels(draw_classes(samples))
+    height, width = drawn.shape[0] // 2, drawn.shape[1] // 8
+    assert (drawn[height // 2, width // 2] == (0, 0, 200)).all() and (
+        drawn[height // 2, -width // 2] == (0, 0, 200)
+    ).all()
+    assert (drawn[height + height // 2, width // 2] == 77).all() and (
+        drawn[height + height // 2, width * 2 :] == 255
+    ).all()
+    lines = drawn[height - 20 : height, :width], drawn[2 * height - 20 : 2 * height]
+    right, wrong = (line.astype(int) for line in lines)
+    assert ((right[..., 1] > right[..., 0] + 50).any()) and not (right[..., 0] > right[..., 1] + 50).any()
+    columns = np.flatnonzero((wrong[..., 0] > wrong[..., 1] + 50).any(0))
+    assert len(columns) and columns.max() < width
+    assert draw_classes(samples[:3]).width == 3 * (draw_classes(samples).width - 4) // 8 + 4

@@ -1,5 +1,6 @@
 """What traces, transforms and exports the models: every class, with outputs for other sizes than the traced one."""
 
+import time
 import warnings
 
 import pytest
@@ -185,3 +186,33 @@ def test_onnx_programs_have_named_outputs_and_take_any_size(version, kind, dynam
         outputs = outputs_of_onnx(path, pixels)
         assert list(outputs) == names
         assert_same(outputs, model(pixels), atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_a_released_variant_with_linear_attention(tmp_path):
+    """At full size, traced at a size at which its pooling has other windows than at those where it is run."""
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = pvt_hf.PvtV2ForImageClassification(pvt_hf.build_config("pvt_v2_b2_li")).eval()
+    path, start = str(tmp_path / "model.onnx"), time.perf_counter()
+    sides = {"height": Dim("height", min=64, max=4096), "width": Dim("width", min=64, max=4096)}
+    torch.onnx.export(
+        model,
+        (images(2, 160, 192).float(),),
+        path,
+        input_names=["pixel_values"],
+        output_names=["logits"],
+        dynamic_shapes={"pixel_values": {0: Dim("batch"), 2: sides["height"], 3: sides["width"]}},
+        dynamo=True,
+        verbose=False,
+    )
+    print(f"exported in {time.perf_counter() - start:.0f} s")
+    for size in ((2, 160, 192), (1, 256, 320), (3, 64, 64)):
+        pixels, start = images(*size).float(), time.perf_counter()
+        found, expected = outputs_of_onnx(path, pixels)["logits"], model(pixels).logits
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        print(f"{size}: relative difference {difference:.1e}, {time.perf_counter() - start:.1f} s")
+        assert difference < 1e-4

@@ -21,7 +21,9 @@ class LocalHub:
         requests: Method and path of all that was asked.
         etags: What it states as the hash of a file, if not its sha256.
         fault: `{part of a path: status}` to answer with, perhaps with more headers `(status, {name: value})`, or
-            `"cut"` to close the connection while a body arrives.
+            `"cut"` to close the connection while a body arrives, or `"half"` to close it, once, after a half of the
+            answer to a GET.
+        ranges: The `Range` of every request that has one.
     """
 
     def __init__(self):
@@ -31,6 +33,7 @@ class LocalHub:
         self.requests: list[str] = []
         self.etags: dict[str, str] = {}
         self.fault: dict[str, int | str | tuple[int, dict[str, str]]] = {}
+        self.ranges: list[str] = []
 
     def __enter__(self):
         hub = self
@@ -52,6 +55,7 @@ class LocalHub:
 class _Handler(BaseHTTPRequestHandler):
     hub: LocalHub
     protocol_version = "HTTP/1.1"
+    is_halved = False
 
     def log_message(self, *_):
         pass
@@ -63,14 +67,20 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.is_halved:
+            self.wfile.write(body[: len(body) // 2])
+            self.is_halved, self.close_connection = False, True
+        elif self.command != "HEAD":
             self.wfile.write(body)
 
     def handle_any(self) -> None:
         path = unquote(self.path.split("?")[0])
         self.hub.requests.append(f"{self.command} {path}")
-        for part, fault in self.hub.fault.items():
-            if part in f"{self.command} {path}":
+        for part, fault in list(self.hub.fault.items()):
+            if fault == "half" and self.command == "GET" and part in path:
+                self.is_halved = True
+                del self.hub.fault[part]
+            elif fault != "half" and part in f"{self.command} {path}":
                 if fault == "cut":
                     self.rfile.read(min(10, int(self.headers.get("Content-Length", 0))))
                     self.close_connection = True
@@ -110,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         fields = yaml.safe_load(header)
         if json.loads(body)["repoType"] == "space":
             return self.reply({"errors": [] if fields.get("sdk") else [{"message": "sdk"}], "warnings": []})
-        known = {"image-classification", "image-feature-extraction"}
+        known = {"image-classification", "image-feature-extraction", "image-segmentation", "object-detection"}
         errors = [] if fields.get("pipeline_tag") in known else [{"message": "pipeline_tag"}]
         errors += [] if isinstance(fields.get("tags"), list) else [{"message": "tags"}]
         self.reply({"errors": errors, "warnings": []}, 400 if errors else 200)
@@ -174,6 +184,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", **commit)
         content = self.hub.repos[repo][file]
         etag = self.hub.etags.get(file, hashlib.sha256(content).hexdigest())
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            self.hub.ranges.append(match[0])
+            start, end = int(match[1]), len(content)
+            commit["Content_Range"] = f"bytes {start}-{end - 1}/{end}"
+            return self.reply(content[start:], 206, ETag=f'"{etag}"', **commit)
         self.reply(content, ETag=f'"{etag}"', **commit)
 
     def tree(self, body, repo: str) -> None:

@@ -1,6 +1,7 @@
 """Segmenters of a foreground: Dice and IoU, losses against libraries and slow loops, and a recipe for small sets."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -91,9 +92,30 @@ def test_class_without_validation_pixels_is_a_warning_beside_miou(polyps, tmp_pa
     trainer.evaluate()
     message = "mIoU says nothing about ['polyp']: no pixel of the validation set has them."
     assert message in caplog.text and trainer._describe_missing() == message
+    *_, last = trainer.describe_classes().split("\n")
+    assert re.fullmatch(r"  polyp: (IoU 0.0000, Dice 0.0000, )?no ground truth", last)
+    *_, row = (tmp_path / "eval_classes.csv").read_text().splitlines()
+    assert re.fullmatch(r"polyp,(0.0)?,(0.0)?,,0", row)
     truth[0, 0] = 1
     trainer.evaluate()
     assert not trainer._describe_missing()
+
+
+def test_metrics_of_a_foreground_that_is_nowhere_are_left_out(polyps, tmp_path, monkeypatch):
+    """Neither NaN nor a loss of 0 is logged; images without it are right where it is not predicted."""
+    trainer = build(tmp_path, polyps)
+    truth = torch.zeros(48, 48, dtype=torch.int64)
+    monkeypatch.setattr(
+        EvaluationMaps, "__getitem__", lambda *_: {"pixel_values": torch.zeros(3, 64, 64), "labels": truth}
+    )
+    trainer.predictor = lambda model, views, size: (torch.zeros_like(truth), torch.zeros(1, 2, 16, 16))
+    metrics = trainer.evaluate()
+    assert trainer.unmeasured == ["dice_set", "iou_set"] and metrics["eval_dice_images"] == 1
+    assert trainer.describe_classes().endswith("\n  polyp: no ground truth")
+    truth.fill_(255)
+    metrics = trainer.evaluate()
+    assert not {"eval_loss", "eval_mIoU", "eval_aAcc"} & metrics.keys()
+    assert all(value == value for entry in trainer.state.log_history for value in entry.values())
 
 
 def pixels(seed=0, classes=3, ignored=0.2):
@@ -154,6 +176,7 @@ def test_balanced_weights_are_scikit_learns():
     labels = np.repeat([0, 1, 2], [70, 20, 10])
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
     assert balance_classes([70, 20, 10]) == pytest.approx(expected)
+    assert balance_classes([70, 0, 20, 10]) == pytest.approx([expected[0], 0, *expected[1:]])
 
 
 def test_parts_of_an_accumulated_batch_add_up_to_its_loss():

@@ -43,7 +43,12 @@ def test_run_follows_its_recipe(recipe, scenes, tmp_path):
     assert logged == pytest.approx([base * multiplier for multiplier in multipliers]) and len(set(logged)) > 1
     metrics = trainer.evaluate()
     parts = ("", "mask_") if "mask_rcnn" in recipe else ("",)
-    assert {f"eval_{part}{name}" for part in parts for name in COCO_METRICS} | {"eval_loss"} <= metrics.keys()
+    # No digit is large: COCO's -1 is not taken for a number.
+    assert trainer.unmeasured == [f"{part}{name}" for part in parts for name in ("AP_large", "AR_large")]
+    names = {f"{part}{name}" for part in parts for name in COCO_METRICS} - {*trainer.unmeasured}
+    assert {f"eval_{name}" for name in names} | {"eval_loss"} <= metrics.keys()
+    logged = [value for entry in trainer.state.log_history for key, value in entry.items() if "eval_" in key]
+    assert min(logged) >= 0
     assert metrics["eval_images"] == 5 and metrics == metrics | {
         key: value for key, value in trainer.evaluate().items() if key.startswith(("eval_A", "eval_mask", "eval_l"))
     }

@@ -71,6 +71,19 @@ def test_what_is_known_is_in_the_metadata():
         build_card(license="Apache 2")
 
 
+def test_metrics_without_ground_truth_are_not_numbers():
+    """They are not in the log, and the card says why."""
+    log = [{"epoch": epoch, "eval_images": 7, "eval_loss": 1.0} for epoch in (1.0, 2.0)]
+    log[0]["eval_AP"] = 0.25
+    facts = RunFacts("run", "object-detection")
+    card = training_card(facts, small_config("v2"), log, {"AP": "AP"})
+    assert "reaches no AP, of which there is no ground truth." in card.content.replace("\n", " ")
+    assert "eval_results" not in card.data.to_dict() and "| 1 | 1.0000 | 0.2500 |" in card.content
+    assert "nan" not in card.content
+    log.append(log[1])
+    assert "| 2 | 1.0000 |  |" in training_card(facts, small_config("v2"), log, {"AP": "AP"}).content
+
+
 def settings_of(recipe, recipe_schedule=True, **arguments):
     args = TrainingArguments(output_dir="x", learning_rate=1e-3, use_cpu=True, **{"weight_decay": 0.05} | arguments)
     config, state = small_config("v2", drop_path_rate=0.3), TrainerState(epoch=0.5, global_step=60)

@@ -140,7 +140,10 @@ def test_detections_of_two_processes_are_those_of_one(folder, tmp_path):
     alone = detection_run.build(tmp_path, scenes, recipe="mask_rcnn_1x", per_device_eval_batch_size=1)
     alone.model.load_state_dict(AutoModelForObjectDetection.from_pretrained(run).state_dict())
     expected = alone.evaluate()
-    for key in [f"eval_{part}{name}" for part in ("", "mask_") for name in COCO_METRICS]:
+    names = {f"eval_{part}{name}" for part in ("", "mask_") for name in COCO_METRICS}
+    measured = names & expected.keys()
+    assert len(measured) == 20 and measured == names & first["metrics"].keys()  # no digit is large
+    for key in measured:
         assert first["metrics"][key] == second["metrics"][key] == pytest.approx(expected[key], abs=1e-6), key
     together, single = (json.loads((path / "predictions.json").read_text()) for path in (run, tmp_path))
     assert len(single) > 0

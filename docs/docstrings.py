@@ -1,4 +1,7 @@
-"""Links of the API reference: the docstrings' [`name`], as transformers writes them, to where that is documented."""
+"""Docstrings, which are written as transformers' are, as mkdocstrings reads them.
+
+[`name`] becomes a link to where the name is documented, and "`int`, *optional*" plain text.
+"""
 
 import re
 from collections.abc import Iterator
@@ -6,6 +9,7 @@ from collections.abc import Iterator
 import griffe
 
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
+PARAMETER = re.compile(r"^ +\*{0,2}\w+ \(.*\):$", re.MULTILINE)
 
 
 def walk(obj: griffe.Object) -> Iterator[griffe.Object]:
@@ -27,10 +31,17 @@ def link(match: re.Match[str], obj: griffe.Object) -> str:
     return f'<autoref optional identifier="{path}">`{shown}`</autoref>'
 
 
-class CrossReferences(griffe.Extension):
-    """Rewrites the references of all docstrings of a package, once all its names are known."""
+def clean(match: re.Match[str]) -> str:
+    """The line of a parameter, with its type as it is shown: as code."""
+    name, _, type_name = match[0].partition(" (")
+    return f"{name} ({type_name.replace('`', '').replace('*optional*', 'optional')}"
+
+
+class TransformersDocstrings(griffe.Extension):
+    """Rewrites all docstrings of a package, once all its names are known."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: object) -> None:
         for obj in walk(pkg):
             if obj.docstring:
-                obj.docstring.value = REFERENCE.sub(lambda match, obj=obj: link(match, obj), obj.docstring.value)
+                text = PARAMETER.sub(clean, obj.docstring.value)
+                obj.docstring.value = REFERENCE.sub(lambda match, obj=obj: link(match, obj), text)

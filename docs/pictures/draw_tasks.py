@@ -1,0 +1,85 @@
+"""Draws `docs/pictures/tasks.png`: what models that were trained on the bundled digits see on images they never saw.
+
+pvt-hf quickstart
+pvt-hf train-detection --demo --recipe mask_rcnn_1x --num_train_epochs 3 --backbone_checkpoint runs/quickstart
+pvt-hf train-segmentation --demo --backbone_checkpoint runs/detection
+python docs/pictures/draw_tasks.py
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from pvt_hf.data.digits import load_digits_dataset, write_scenes
+from pvt_hf.prediction.drawing import draw
+from pvt_hf.prediction.loading import load_predictor
+
+SCENES = ("000003.png", "000012.png")  # of the validation set
+WIDTH, HEIGHT, GAP, TITLE = 400, 300, 16, 40  # of a scene and around it, in pixels
+DIGITS, COLUMNS = 12, 3
+
+
+def write(sheet: Image.Image, text: str, middle: tuple[float, float], size: int) -> None:
+    ImageDraw.Draw(sheet).text(middle, text, font=ImageFont.load_default(size), fill=(40, 40, 40), anchor="mm")
+
+
+def draw_digits(folder: str) -> Image.Image:
+    """Digits with the class that a classifier gives them."""
+    predict = load_predictor(folder, device="cpu")
+    images = [row["image"].convert("RGB") for row in load_digits_dataset("validation").select(range(DIGITS))]
+    sheet = Image.new("RGB", (WIDTH, 2 * HEIGHT + GAP), "white")
+    step_x, step_y = sheet.width // COLUMNS, sheet.height // (DIGITS // COLUMNS)
+    for number, (image, prediction) in enumerate(zip(images, predict(images), strict=True)):
+        _, name, score = prediction.list_best()[0]
+        left, top = step_x * (number % COLUMNS), step_y * (number // COLUMNS)
+        sheet.paste(image.resize((112, 112)), (left + (step_x - 112) // 2, top))
+        write(sheet, f"{name}  ({100 * score:.0f} %)", (left + step_x / 2, top + 128), 18)
+    return sheet
+
+
+def draw_scenes(folder: str, scenes: Sequence[Path]) -> Image.Image:
+    """Scenes with what a detector or a segmenter finds, without the legend of the classes."""
+    predict = load_predictor(folder, device="cpu")
+    images = [Image.open(scene).convert("RGB") for scene in scenes]
+    sheet = Image.new("RGB", (WIDTH, 2 * HEIGHT + GAP), "white")
+    for number, (image, prediction) in enumerate(zip(images, predict(images), strict=True)):
+        picture = draw(image, prediction)
+        width = round(picture.height * image.width / image.height)
+        picture = ImageOps.fit(picture.crop((0, 0, width, picture.height)), (WIDTH, HEIGHT))
+        sheet.paste(picture, (0, number * (HEIGHT + GAP)))
+    return sheet
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classifier", default="runs/quickstart", help="default: runs/quickstart")
+    parser.add_argument("--detector", default="runs/detection", help="default: runs/detection")
+    parser.add_argument("--segmenter", default="runs/segmentation", help="default: runs/segmentation")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pictures" / "tasks.png")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        images = write_scenes(Path(folder) / "scenes", images=1) / "validation" / "images"
+        scenes = [images / name for name in SCENES]
+        panels = {
+            "classification": draw_digits(options.classifier),
+            "instance segmentation": draw_scenes(options.detector, scenes),
+            "semantic segmentation": draw_scenes(options.segmenter, scenes),
+        }
+    sheet = Image.new("RGB", (3 * WIDTH + 4 * GAP, 2 * HEIGHT + 3 * GAP + TITLE), "white")
+    for number, (title, panel) in enumerate(panels.items()):
+        left = GAP + number * (WIDTH + GAP)
+        write(sheet, title, (left + WIDTH / 2, (GAP + TITLE) / 2), 24)
+        sheet.paste(panel, (left, GAP + TITLE))
+    sheet.quantize(256).save(options.output, optimize=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
