@@ -438,6 +438,8 @@ def build_training_arguments(options: TrainingOptions, recipe: Any, **recipe_val
     recipe_values |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm}
     if options.output_dir and (reason := why_unwritable(options.output_dir)):
         raise SystemExit(f"--output_dir {options.output_dir} cannot be written: {reason}")
+    if options.bf16 and not torch.accelerator.is_available():
+        given["use_cpu"] = True  # which `TrainingArguments` wants to hear, although there is nothing else
     args = TrainingArguments(**recipe_values | given)
     if args.hub_token:  # `Trainer` would write it to training_args.bin, which is uploaded
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None

@@ -122,6 +122,13 @@ def test_recipe_decides_what_the_command_line_leaves_open(tmp_path):
     assert (recipe.distortion, recipe.scales) == (False, [0.8, 1.5])
 
 
+def test_demo_needs_no_accelerator(tmp_path, monkeypatch):
+    """Its bfloat16 is one of a CPU too, where there is nothing else."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    *_, args = parse(["--demo", "--output_dir", str(tmp_path)])
+    assert args.bf16 and args.use_cpu
+
+
 def test_data_set_of_the_hub_is_as_the_folders(data, tmp_path):
     """It has the columns `image` and `annotation`."""
     for split in ("train", "validation"):
