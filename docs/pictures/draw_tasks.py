@@ -1,9 +1,10 @@
 """Draws `docs/pictures/tasks.png`: what models that were trained on the bundled digits see on images they never saw.
 
-pvt-hf quickstart
-pvt-hf train-detection --demo --recipe mask_rcnn_1x --num_train_epochs 3 --backbone_checkpoint runs/quickstart
-pvt-hf train-segmentation --demo --backbone_checkpoint runs/detection
-python docs/pictures/draw_tasks.py
+The digits are the first of the validation set, the scenes some of those in which at most one digit is missed.
+
+    pvt-hf quickstart
+    pvt-hf train-detection --demo --recipe mask_rcnn_1x --num_train_epochs 3 --backbone_checkpoint runs/quickstart
+    python docs/pictures/draw_tasks.py
 """
 
 import argparse
@@ -21,7 +22,8 @@ from pvt_hf.data.digits import load_digits_dataset, write_scenes
 from pvt_hf.prediction.drawing import draw
 from pvt_hf.prediction.loading import load_predictor
 
-SCENES = ("000003.png", "000012.png")  # of the validation set
+SCENES = ("000095.png", "000126.png", "000079.png", "000157.png")  # of the validation set
+THRESHOLD = 0.5  # of the detector's scores
 WIDTH, HEIGHT, GAP, TITLE = 400, 300, 16, 40  # of a scene and around it, in pixels
 DIGITS, COLUMNS = 12, 3
 
@@ -45,15 +47,13 @@ def draw_digits(folder: str) -> Image.Image:
 
 
 def draw_scenes(folder: str, scenes: Sequence[Path]) -> Image.Image:
-    """Scenes with what a detector or a segmenter finds, without the legend of the classes."""
-    predict = load_predictor(folder, device="cpu")
+    """Scenes with the objects that a detector finds, two in a row."""
+    predict = load_predictor(folder, device="cpu", threshold=THRESHOLD)
     images = [Image.open(scene).convert("RGB") for scene in scenes]
-    sheet = Image.new("RGB", (WIDTH, 2 * HEIGHT + GAP), "white")
+    sheet = Image.new("RGB", (2 * WIDTH + GAP, 2 * HEIGHT + GAP), "white")
     for number, (image, prediction) in enumerate(zip(images, predict(images), strict=True)):
-        picture = draw(image, prediction)
-        width = round(picture.height * image.width / image.height)
-        picture = ImageOps.fit(picture.crop((0, 0, width, picture.height)), (WIDTH, HEIGHT))
-        sheet.paste(picture, (0, number * (HEIGHT + GAP)))
+        picture = ImageOps.pad(draw(image, prediction), (WIDTH, HEIGHT), color="white")
+        sheet.paste(picture, (number % 2 * (WIDTH + GAP), number // 2 * (HEIGHT + GAP)))
     return sheet
 
 
@@ -61,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classifier", default="runs/quickstart", help="default: runs/quickstart")
     parser.add_argument("--detector", default="runs/detection", help="default: runs/detection")
-    parser.add_argument("--segmenter", default="runs/segmentation", help="default: runs/segmentation")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "pictures" / "tasks.png")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -69,14 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         scenes = [images / name for name in SCENES]
         panels = {
             "classification": draw_digits(options.classifier),
-            "instance segmentation": draw_scenes(options.detector, scenes),
-            "semantic segmentation": draw_scenes(options.segmenter, scenes),
+            "detection and instance segmentation": draw_scenes(options.detector, scenes),
         }
     sheet = Image.new("RGB", (3 * WIDTH + 4 * GAP, 2 * HEIGHT + 3 * GAP + TITLE), "white")
-    for number, (title, panel) in enumerate(panels.items()):
-        left = GAP + number * (WIDTH + GAP)
-        write(sheet, title, (left + WIDTH / 2, (GAP + TITLE) / 2), 24)
+    left = GAP
+    for title, panel in panels.items():
+        write(sheet, title, (left + panel.width / 2, (GAP + TITLE) / 2), 24)
         sheet.paste(panel, (left, GAP + TITLE))
+        left += panel.width + GAP
     sheet.quantize(256).save(options.output, optimize=True)
     return 0
 

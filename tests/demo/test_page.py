@@ -14,6 +14,8 @@ from PIL import Image
 
 gradio = pytest.importorskip("gradio", reason="the extra demo is not installed")
 
+from gradio.route_utils import delete_files_created_by_app  # noqa: E402
+
 from pvt_hf.demo import page as demo_page  # noqa: E402 (where there is no gradio, there is no page)
 from pvt_hf.demo.examples import write_examples  # noqa: E402
 from pvt_hf.demo.grad_cam import explain as explain_class  # noqa: E402
@@ -229,6 +231,19 @@ def test_what_was_uploaded_is_gone_with_the_page(models):
         assert Path(path).is_file() and tempfile.gettempdir() in path
         former = os.environ["GRADIO_TEMP_DIR"]
     assert not Path(former).exists() and os.environ.get("GRADIO_TEMP_DIR") != former
+
+
+def test_examples_do_not_grow_too_old(models):
+    """What deletes uploads after an hour, at once."""
+    with serve([str(models / "v2")], "cpu") as page:
+        _, body = upload(page, "photo.png", b"content")
+        (uploaded,) = json.loads(body)
+        examples = list(Path(os.environ["GRADIO_TEMP_DIR"]).glob("*.jpg"))
+        image = next(block for block in page.blocks.values() if getattr(block, "label", None) == "Image")
+        for example in examples:  # as if they were chosen
+            image.move_resource_to_block_cache(example)
+        delete_files_created_by_app(page, None)
+        assert len(examples) == 5 and all(path.is_file() for path in examples) and not Path(uploaded).exists()
 
 
 def test_a_port_that_is_taken_is_an_error(served, models):

@@ -17,8 +17,8 @@ from tests.support.pages import PAGES, find_missing, name_page, read_blocks
 from tests.support.small_models import ROOT
 
 DOCS = ROOT / "docs"
-# What the blocks of a page take is only in the extra `examples`, and long to import or to run.
-HEAVY = {"python fastapi", "python lightning", "python torchao"}
+# What the blocks of a page take is long to import or to run.
+HEAVY = {"python export", "python fastapi", "python lightning", "python torchao"}
 PYTHON_PAGES = [
     pytest.param(page, id=name_page(page), marks=pytest.mark.slow if HEAVY & {block.info for block in blocks} else ())
     for page in PAGES
@@ -140,6 +140,11 @@ def test_links_lead_somewhere(page):
         if anchor and not anchor.startswith("pvt_hf."):
             headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
             assert anchor in map(slug, headings), target
+
+
+def test_pictures_are_small():
+    pictures = {path.name: path.stat().st_size for path in (DOCS / "pictures").glob("*.png")}
+    assert pictures and all(size < 300_000 for size in pictures.values()), pictures
 
 
 def test_api_reference_has_every_public_name():

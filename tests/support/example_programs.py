@@ -117,6 +117,8 @@ def split_by_class(metrics, id2label):
     """torchmetrics' numbers of each class under its name, as the programs report them."""
     classes = metrics.pop("classes").reshape(-1).tolist()
     for name in ("map", "mar_100"):
+        if f"{name}_per_class" not in metrics:  # nothing was found in any image
+            continue
         values = metrics.pop(f"{name}_per_class").reshape(-1).tolist()
         metrics |= {f"{name}_{id2label[label]}": value for label, value in zip(classes, values, strict=True)}
     return {name: round(float(value), 4) for name, value in metrics.items()}
