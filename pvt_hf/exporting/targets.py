@@ -35,6 +35,18 @@ def _configure_onnx(dtype: str, samples: Sequence[Batch]) -> dict[str, Any]:
     return {"quantizer": OnnxRuntimeQuantizer(settings, samples)}
 
 
+def _compute_outputs(graph: Any) -> None:
+    """Makes outputs that are constants results of a node: the conversion to float16 casts those only."""
+    from onnx import helper
+
+    outputs = {output.name for output in graph.output}
+    for constant in [tensor for tensor in graph.initializer if tensor.name in outputs]:
+        name, constant.name = constant.name, f"{constant.name}_constant"
+        for node in graph.node:
+            node.input[:] = [constant.name if given == name else given for given in node.input]
+        graph.node.append(helper.make_node("Identity", [constant.name], [name]))
+
+
 def _save_onnx(exporter: Any, program: Any, file: Path, dtype: str) -> None:
     """In one file. Inputs and outputs are of float32 whatever the weights are."""
     import onnx
@@ -45,6 +57,7 @@ def _save_onnx(exporter: Any, program: Any, file: Path, dtype: str) -> None:
     ClearMetadataAndDocStringPass()(program)  # where each operator is from in the sources
     proto = onnx_ir.to_proto(program)
     if dtype == "fp16":
+        _compute_outputs(proto.graph)
         proto = convert_float_to_float16(proto, keep_io_types=True)
     onnx.save(proto, file)
 

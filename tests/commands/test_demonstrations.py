@@ -59,7 +59,7 @@ def test_mask_rcnn_learns_digits(example, classifier):
 
 @pytest.mark.parametrize("recipe", ["detr_50ep", "sparse_rcnn_3x_ms"])
 def test_validation_loss_of_what_learns_slowly_falls(recipe, example, classifier):
-    """DETR's falls from 14.4 to 13.9."""
+    """DETR's falls from 14.4 to 13.9, Sparse R-CNN's from 12.6 after 120 steps to 11.0 after 241."""
     arguments = ["--demo", "--recipe", recipe, "--backbone_checkpoint", classifier, "--eval_steps", "180"]
     shorter = example("train_detection", "shorter", *arguments, "--max_steps", "180")
     longer = example("train_detection", "longer", *arguments, "--max_steps", "480")
