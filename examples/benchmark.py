@@ -12,8 +12,8 @@ gradients. Detection is RetinaNet: inference with decoding and suppression of 10
 losses of ten objects, beside torchvision's `retinanet_resnet50_fpn_v2`, another model of about the same size.
 
 `--detectors` measures ours beside each other, as a whole and, where all levels share a head, that head alone on maps of
-the same size. The last column is the time for each multiply-add of the step, over that of the first detector: below 1
-it does more of them in a second. (Masks are computed, but not pasted into the image.)
+the same size. The last column is the time of the step for each multiply-add of its forward pass, over that of the first
+detector: below 1 it does more of them in a second. (Masks are computed, but not pasted into the image.)
 """
 
 import argparse
@@ -195,6 +195,8 @@ def measure(
     models: dict[str, torch.nn.Module], pixels: torch.Tensor, training: bool, args: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The median seconds and the peak bytes of a step of each model, one model after the other in each round."""
+    for model in models.values():
+        step(model, pixels, training)
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(args.repeats):
         for name, model in models.items():
@@ -209,8 +211,6 @@ def compare(task: str, name: str, training: bool, args: argparse.Namespace) -> l
     models = {library: model.to(args.device).train(training) for library, model in models.items() if model}
     batch, height, width = WORKLOADS[task]
     pixels = torch.randn(args.batch_size or batch, 3, height, width, device=args.device)
-    for model in models.values():
-        step(model, pixels, training)
     times, peaks = measure(models, pixels, training, args)
     return [
         f"| {name} | {task} {tuple(pixels.shape)} | {'training' if training else 'inference'} | {peer} "
@@ -232,8 +232,9 @@ def compare_detectors(name: str, training: bool, alone: bool, args: argparse.Nam
     pixels = torch.randn(args.batch_size or batch, 3, height, width, device=args.device)
     multiply_adds = {}
     for key, model in models.items():
-        with FlopCounterMode(display=False) as counter:
-            step(model, pixels, training)
+        # (Of the forward pass: in the backward one the counter takes convolutions with groups for dense ones.)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+            model(pixels)
         multiply_adds[key] = counter.get_total_flops() / 2
     times, peaks = measure(models, pixels, training, args)
     rates = {key: times[key] / multiply_adds[key] for key in models}

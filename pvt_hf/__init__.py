@@ -4,7 +4,8 @@
 the detectors and the segmenter.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoBackbone,
@@ -55,6 +56,11 @@ from .models.post_processing import detr_detections
 from .models.sliding_window import sliding_window_logits
 from .variants import VARIANTS, build_config
 
+if TYPE_CHECKING:
+    from .prediction.loading import load_predictor
+    from .prediction.model_info import inspect_model
+    from .prediction.run import predict, predict_to_folder
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -92,10 +98,28 @@ __all__ = [
     "build_detr_config",
     "detr_detections",
     "detr_loss",
+    "inspect_model",
+    "load_predictor",
     "load_pretrained_backbone",
+    "predict",
+    "predict_to_folder",
     "prepare_detr_training",
     "sliding_window_logits",
 ]
+
+# What is imported when it is asked for, by its module: it needs the converter and what draws.
+_LATER = {
+    "inspect_model": "prediction.model_info",
+    "load_predictor": "prediction.loading",
+    "predict": "prediction.run",
+    "predict_to_folder": "prediction.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
 
 
 # Where pipelines look up which classes they support; what is not there they run, but report as an error.

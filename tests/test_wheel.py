@@ -117,7 +117,8 @@ def test_metadata_are_complete_and_shown_as_they_are(distributions):
         metadata = message_from_bytes(wheel.read(name))
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["Description-Content-Type"] == "text/markdown"
     assert metadata["Requires-Python"] == PROJECT["requires-python"] and metadata["Summary"] == PROJECT["description"]
-    assert set(metadata.get_all("Provides-Extra")) == PROJECT["optional-dependencies"].keys()
+    extras = set(metadata.get_all("Provides-Extra"))
+    assert extras == PROJECT["optional-dependencies"].keys() > {"demo", "docs", "examples", "export", "lora"}
     assert {line.split(", ")[0] for line in metadata.get_all("Project-URL")} == PROJECT["urls"].keys()
     assert metadata["Version"] == re.search(r'__version__ = "(.+)"', (ROOT / "pvt_hf/__init__.py").read_text())[1]
 
@@ -160,3 +161,6 @@ def test_every_command_runs_outside_of_the_clone(run, tmp_path):
         run("pvt-hf", "predict", f"runs/{model}", "image.png", "--output_dir", f"found/{model}")
         assert (tmp_path / "found" / model / "predictions.json").is_file()
         assert [path.name for path in (tmp_path / "found" / model / "pictures").iterdir()]
+    run("pvt-hf", "export", "converted/tiny", "exported")
+    assert (tmp_path / "exported" / "onnx" / "model.onnx").is_file()
+    run("pvt-hf", "demo", "--help")

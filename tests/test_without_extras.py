@@ -69,6 +69,22 @@ sys.exit(main(["convert", "tiny.pth", "converted"]))
     assert result.returncode == 0 and (tmp_path / "converted" / "model.safetensors").is_file(), result.stderr
 
 
+def test_predictions_and_information_work(tmp_path):
+    code = """
+import pvt_hf
+from PIL import Image
+from pvt_hf.commands.main import main
+from tests.support.small_models import small_config
+pvt_hf.PvtForImageClassification(small_config("v1")).save_pretrained("model")
+pvt_hf.PvtImageProcessor(crop_size=32).save_pretrained("model")
+Image.new("RGB", (40, 50)).save("a.png")
+sys.exit(main(["predict", "model", "a.png", "--output_dir", "out"]) or main(["info", "model"]))
+"""
+    result = run(code, tmp_path)
+    assert result.returncode == 0 and (tmp_path / "out" / "pictures" / "a.jpg").is_file(), result.stderr
+    assert "at random      none" in result.stdout
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -123,14 +123,14 @@ def draw_attention_maps(model: torch.nn.Module, image: Image.Image) -> None:
 
 
 def draw_detections(folder: str) -> None:
-    """Two rows of three images with the detections on them."""
+    """Four images with the detections on them."""
     recipe = read_recipe("supervision.md")
     model = AutoModelForObjectDetection.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
     rng, rows = np.random.default_rng(0), []
-    for _ in range(2):
-        images = [np.asarray(draw_shapes(rng, list(rng.integers(len(COLORS), size=2)))) for _ in range(3)]
-        rows.append(np.hstack([recipe["draw"](image, recipe["detect"](model, processor, image)) for image in images]))
+    for row in (([0, 1], [2, 0]), ([1, 2], [0, 2])):
+        arrays = [np.asarray(draw_shapes(rng, labels).resize((4 * SIDE, 2 * SIDE))) for labels in row]
+        rows.append(np.hstack([recipe["draw"](array, recipe["detect"](model, processor, array)) for array in arrays]))
     Image.fromarray(np.vstack(rows)).save(FOLDER / "supervision.png")
 
 

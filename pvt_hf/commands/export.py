@@ -73,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         (SIGTERM). Whatever it is, nothing half-written is left.
     """
     options = parse(argv)
+    TARGETS[options.target].import_packages(options.dtype)  # `pvt-hf` says which extra has one that is missing
     disable_progress_bar()  # of transformers
 
     def run() -> int:
         check_output_dir(options.output_dir, options.target, options.dtype)  # before a model is downloaded
-        TARGETS[options.target].check_packages(options.dtype)
         model, image_processor = load_model(options.model)
         report = export_model(
             model,

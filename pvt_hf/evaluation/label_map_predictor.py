@@ -75,35 +75,55 @@ class LabelMapPredictor:
         Returns:
             The class of each pixel, int64 `(height, width)`, and the logits of the first view, without flip.
         """
+        (labels,), first = self.predict_batch(model, views, [size])
+        return labels, first
+
+    def predict_batch(
+        self, model: nn.Module, views: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The same for several images that have one size as the network gets them.
+
+        Args:
+            model: See above.
+            views: Those of all images, put together: `(batch, 3, height, width)` each.
+            sizes: (height, width) of each image.
+
+        Returns:
+            The class of each pixel of each image, int64 `(height, width)`, and the logits of the first views, without
+            flip.
+        """
         first = self._logits(model, views[0])
         if len(views) == 1 and not self.flip:
-            return self._segment(first, views[0].shape[-2], size), first
-        total: torch.Tensor | float = 0.0
+            return self._segment(first, views[0].shape[-2], sizes), first
+        totals: list[torch.Tensor | float] = [0.0] * len(sizes)
         for index, view in enumerate(views):
             logits = first if index == 0 else self._logits(model, view)
-            total = total + _probabilities(logits, tuple(view.shape[-2:]), size)
+            _add_probabilities(totals, logits, view, sizes)
             if self.flip:
-                mirrored = self._logits(model, view.flip(-1)).flip(-1)
-                total = total + _probabilities(mirrored, tuple(view.shape[-2:]), size)
-        return torch.as_tensor(total)[0].argmax(dim=0), first
+                _add_probabilities(totals, self._logits(model, view.flip(-1)).flip(-1), view, sizes)
+        return [torch.as_tensor(total)[0].argmax(dim=0) for total in totals], first
 
     def _logits(self, model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.window is None or self.stride is None:
             return model(pixel_values=pixel_values).logits
         return sliding_window_logits(model, pixel_values, self.window, self.stride)
 
-    def _segment(self, logits: torch.Tensor, height: int, size: tuple[int, int]) -> torch.Tensor:
+    def _segment(self, logits: torch.Tensor, height: int, sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         """As the image processor does, for logits of an input of that height."""
         # It is saved with the stride that the model has; windows that were put together have none.
         image_processor = self.image_processor if self.window is None else copy.copy(self.image_processor)
         image_processor.logits_stride = height // logits.shape[-2]
         outputs = SemanticSegmenterOutput(logits=logits)
-        return image_processor.post_process_semantic_segmentation(outputs, [size])[0]
+        return image_processor.post_process_semantic_segmentation(outputs, list(sizes))
 
 
-def _probabilities(logits: torch.Tensor, *sizes: tuple[int, int]) -> torch.Tensor:
-    """Of logits `(1, classes, height, width)` that are resized to one size after the other."""
-    logits = logits.float()
-    for size in sizes:
-        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-    return logits.softmax(dim=1)
+def _add_probabilities(
+    totals: list[torch.Tensor | float], logits: torch.Tensor, view: torch.Tensor, sizes: Sequence[tuple[int, int]]
+) -> None:
+    """Adds to each image's total the probabilities `(1, classes, height, width)` of a batch of logits, which are
+    resized to the size of the view, and from there to that of the image."""
+    for index, size in enumerate(sizes):
+        scores = logits[index, None].float()  # (1, classes, height, width)
+        for target in (tuple(view.shape[-2:]), size):
+            scores = F.interpolate(scores, target, mode="bilinear", align_corners=False)
+        totals[index] = totals[index] + scores.softmax(dim=1)

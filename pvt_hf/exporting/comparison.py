@@ -40,7 +40,7 @@ def flatten(outputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     Args:
         outputs: Of a model.
     """
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for name, value in outputs.items():
         parts = {f"{name}.{index}": part for index, part in enumerate(value)} if isinstance(value, tuple | list) else {}
         tensors |= parts or {name: value}

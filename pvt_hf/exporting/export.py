@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -65,7 +66,7 @@ def export_model(
     place, weights = runtime.place(dtype), _hash_weights(model)
     check = functools.partial(check_output_dir, output_dir, target, dtype, weights)
     check()
-    runtime.check_packages(dtype)
+    runtime.import_packages(dtype)
     shapes, names = plan_shapes(model, runtime, image_processor), list_inputs(model, runtime)
     samples = Samples(_list_images(calibration_images), image_processor, names, shapes.fixed_size)
     channels = get_backbone_config(model.config).num_channels
@@ -103,6 +104,8 @@ def _check_choices(target: str, dtype: str, tolerance: float | None) -> Target:
     if dtype not in TARGETS[target].dtypes:
         title, dtypes = TARGETS[target].title, TARGETS[target].dtypes
         raise ExportError(f"`dtype` for {title} must be one of {', '.join(dtypes)}, got {dtype!r}.")
+    if importlib.util.find_spec("transformers.exporters") is None:
+        raise ExportError("transformers has exporters from 5.24 on: pip install --upgrade transformers.")
     return TARGETS[target]
 
 

@@ -1,8 +1,7 @@
 """What models are exported to: where the files are, which packages it takes, how a program is written."""
 
 import importlib
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,6 @@ class Target:
         title: As people write it.
         format: As transformers' exporters call it.
         file: Where a file is in the folder of an export, `{}` for the dtype.
-        extra: Of this package, which installs what it takes.
         packages: What it takes, by dtype where only one needs it.
         configure: Settings of transformers' exporter for a dtype, and samples to calibrate with.
         save: Writes a program of an exporter to a file, in a dtype.
@@ -85,8 +83,7 @@ class Target:
     title: str
     format: str
     file: str
-    extra: str
-    packages: dict[str, tuple[str, ...]]
+    packages: Mapping[str, tuple[str, ...]]
     configure: Callable[[str, Sequence[Batch]], dict[str, Any]]
     save: Callable[[Any, Any, Path, str], None] = _save
     dtypes: tuple[str, ...] = tuple(DTYPES)
@@ -98,27 +95,23 @@ class Target:
         """The path of a file of this dtype in the folder of an export."""
         return self.file.format(DTYPES[dtype])
 
-    def check_packages(self, dtype: str) -> None:
-        """Imports what is needed.
+    def import_packages(self, dtype: str) -> None:
+        """Imports what is needed, before any work is done.
 
         Raises:
             ModuleNotFoundError: If a package is missing.
-            ExportError: If transformers is too old.
         """
-        if importlib.util.find_spec("transformers.exporters") is None:
-            raise ExportError("transformers has exporters from 5.24 on: pip install --upgrade transformers.")
         for package in (*self.packages["any"], *self.packages.get(dtype, ())):
             importlib.import_module(package)
 
 
 _ONNX_PACKAGES = {"any": ("onnx", "onnxscript", "onnxruntime")}
 TARGETS = {
-    "onnx": Target("ONNX", "onnx", "onnx/model{}.onnx", "export", _ONNX_PACKAGES, _configure_onnx, _save_onnx),
+    "onnx": Target("ONNX", "onnx", "onnx/model{}.onnx", _ONNX_PACKAGES, _configure_onnx, _save_onnx),
     "openvino": Target(
         "OpenVINO",
         "openvino",
         "openvino/openvino_model{}.xml",
-        "export",
         {"any": ("openvino",), "int8": ("nncf",)},
         _configure_openvino,
         run={"config": {"INFERENCE_PRECISION_HINT": "f32"}},  # it is bf16 where the CPU can
@@ -127,7 +120,6 @@ TARGETS = {
         "ExecuTorch",
         "executorch",
         "executorch/model{}.pte",
-        "executorch",
         {"any": ("executorch",)},
         lambda dtype, samples: {},
         dtypes=("fp32",),
@@ -137,7 +129,6 @@ TARGETS = {
         "transformers.js",
         "onnx",
         "onnx/model{}.onnx",
-        "export",
         _ONNX_PACKAGES,
         _configure_onnx,
         _save_onnx,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoBackbone, AutoConfig, BackboneMixin, PreTrainedConfig
+from transformers import AutoBackbone, AutoConfig, BackboneMixin, PreTrainedConfig, PreTrainedModel
 
 from .configuration_pvt import PvtConfig
 from .configuration_pvt_v2 import PvtV2Config
@@ -15,9 +15,9 @@ from .modeling_pvt_v2 import PvtV2Backbone
 from .pretrained import list_tensors
 
 # Here too, for where this file came with the checkpoint of a detector or segmenter, and pvt_hf is not installed.
-AutoBackbone.register(PvtConfig, PvtBackbone, exist_ok=True)
-AutoBackbone.register(PvtV2Config, PvtV2Backbone, exist_ok=True)
-
+_BACKBONES: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {PvtConfig: PvtBackbone, PvtV2Config: PvtV2Backbone}
+for _config_class, _backbone_class in _BACKBONES.items():
+    AutoBackbone.register(_config_class, _backbone_class, exist_ok=True)
 
 # Fields of a backbone's configuration that change its outputs and that the shapes of its tensors do not show.
 _UNSEEN_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_layer_norm_eps", "linear_attention")
@@ -37,7 +37,17 @@ def build_backbone(config: PreTrainedConfig) -> nn.Module:
         raise ValueError(
             f"`backbone_config` of a {type(config).__name__} must name {num_maps} `out_features`, got {features}."
         )
+    _register_copy(type(config.backbone_config))
     return AutoBackbone.from_config(config.backbone_config)
+
+
+def _register_copy(found: type[PreTrainedConfig]) -> None:
+    """Registers the class of a configuration if it is another copy of one of ours: transformers copies the code of a
+    folder, and imports the files of the configuration and those of the model apart."""
+    is_native = found.__module__.startswith("transformers.")
+    for config_class, backbone_class in _BACKBONES.items():
+        if found.__name__ == config_class.__name__ and found is not config_class and not is_native:
+            AutoBackbone.register(found, backbone_class, exist_ok=True)
 
 
 def load_pretrained_backbone(model: nn.Module, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> int:

@@ -138,7 +138,7 @@ class PretrainedMixin(PreTrainedModel):
             self.config.auto_map = auto_map | _list_auto_classes(type(self), type(self.config))
         else:
             for config in (self.config, getattr(self.config, "backbone_config", None)):
-                vars(config or self.config).pop("auto_map", None)
+                (config or self.config).__dict__.pop("auto_map", None)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 

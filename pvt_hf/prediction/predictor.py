@@ -151,14 +151,8 @@ def _classify(predictor: Predictor, inputs: Inputs, sizes: Sizes) -> list[Predic
 def _label_pixels(predictor: Predictor, views: Inputs, sizes: Sizes) -> list[Prediction]:
     segment = _label_maps_of(predictor)
     first = int(bool(getattr(predictor.image_processor, "do_reduce_labels", False)))
-    return [
-        Segmentation(
-            predictor.label_names,
-            segment(predictor.model, [view[[index]] for view in views.values()], size)[0].cpu(),
-            first,
-        )
-        for index, size in enumerate(sizes)
-    ]
+    maps, _ = segment.predict_batch(predictor.model, list(views.values()), sizes)
+    return [Segmentation(predictor.label_names, labels.cpu(), first) for labels in maps]
 
 
 def _detect(predictor: Predictor, inputs: Inputs, sizes: Sizes) -> list[Prediction]:

@@ -25,7 +25,7 @@ def exporter(monkeypatch):
     fake = Exporter()
     monkeypatch.setattr(export, "write_program", fake)
     monkeypatch.setattr(programs, "_CHECKED", ((1, 64, 64), (2, 64, 96), (3, 96, 64)))
-    monkeypatch.setattr(export.Target, "check_packages", lambda *_: None)
+    monkeypatch.setattr(export.Target, "import_packages", lambda *_: None)
     return fake
 
 

@@ -20,6 +20,10 @@ def test_difference_is_the_largest_share():
     actual["maps"] = (torch.tensor([1.0, 1.5]), torch.tensor([100.0]))
     assert find_difference(actual, expected) == (0.5, "maps.0")
     assert find_difference({"logits": expected["logits"]}, expected)[0] == math.inf
+    infinite = {"logits": torch.tensor([-math.inf, 2.0])}
+    assert find_difference(infinite, infinite)[0] == 0
+    assert find_difference({"logits": torch.tensor([0.0, 2.0])}, infinite)[0] == math.inf
+    assert find_difference({"logits": torch.tensor([-math.inf, 3.0])}, infinite)[0] == 0.5
 
 
 def test_detections_have_one_partner_each():

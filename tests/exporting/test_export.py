@@ -153,6 +153,7 @@ def test_settings_for_the_web_name_classes_that_it_knows(name, expected, exporte
         json.loads((tmp_path / "out" / file).read_text()) for file in ("config.json", "preprocessor_config.json")
     )
     assert (config["model_type"], *config["architectures"], settings["image_processor_type"]) == expected
+    assert settings["resample"] == (1 if name == "v2" else 2)
     assert config["transformers.js_config"] == {"dtype": "q8"} and report.inputs == ("pixel_values",)
     assert set(config["id2label"]) == set(map(str, range(model.config.num_labels)))
     assert f'pipeline("{report_tag(tmp_path / "out")}", folder)' in read_card(tmp_path / "out").text

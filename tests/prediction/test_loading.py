@@ -8,6 +8,7 @@ from PIL import Image
 import pvt_hf
 from pvt_hf.prediction import loading
 from pvt_hf.prediction.loading import ModelError, load_predictor
+from tests.support.checkpoints import TINY, equal, official_weights, save
 from tests.support.small_models import small_config
 
 
@@ -64,18 +65,19 @@ def test_other_things_than_models_are_errors(classifier, tmp_path):
         load_predictor(str(tmp_path))
 
 
-def test_variant_is_converted_once(classifier, tmp_path, monkeypatch):
-    asked = []
-
-    def convert(name, folder):
-        asked.append(name)
-        classifier_files = {file.name: file.read_bytes() for file in classifier.iterdir()}
-        folder.mkdir()
-        for file, content in classifier_files.items():
-            (folder / file).write_bytes(content)
-
+def test_variant_is_converted_once(tmp_path, monkeypatch):
+    """Of the file that the release's address gives, here a file of a small variant that was downloaded before."""
     monkeypatch.setattr(loading, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(loading, "convert", convert)
-    for _ in range(2):
-        load_predictor("pvt_v2_b2")
-    assert asked == ["pvt_v2_b2"]
+    monkeypatch.setitem(pvt_hf.VARIANTS, "tiny_v2", TINY["v2"])
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    save(official_weights(TINY["v2"]), tmp_path / "checkpoints" / "tiny_v2.pth")
+    assert loading.find_converted("tiny_v2") is None
+    first = load_predictor("tiny_v2").model
+    (tmp_path / "checkpoints" / "tiny_v2.pth").unlink()
+    again = load_predictor("tiny_v2").model
+    assert equal(again.state_dict(), first.state_dict()) and first.config.id2label[0] == "tench"
+    (tmp_path / "pvt_hf" / "converted" / "tiny_v2" / "config.json").unlink()
+    (tmp_path / "checkpoints" / "tiny_v2.pth").write_text("<html>")
+    with pytest.raises(ModelError, match="tiny_v2"):
+        load_predictor("tiny_v2")

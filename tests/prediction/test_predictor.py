@@ -61,11 +61,26 @@ def test_instances_and_classes_of_mask2former():
     assert labels.labels.shape == (60, 90)
 
 
-@pytest.mark.parametrize("name", ["v2", "retinanet", "mask_rcnn", "semantic_fpn", "mask2former"])
-def test_batches_give_what_single_images_give(name):
-    predictor = build_predictor(name, threshold=0.05)
-    images = [draw_image(seed=1), draw_image(60, 90, seed=2), draw_image(seed=3)]
-    for image, together in zip(images, predictor(images), strict=True):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name in ("v2", "retinanet", "mask_rcnn", "semantic_fpn", "mask2former")),
+        ("semantic_fpn", {"window": 48, "stride": 32, "tta_scales": (1.5,), "tta_flip": True}),
+    ],
+)
+def test_batches_give_what_single_images_give(name, settings):
+    """Those of two sizes, of which two images of one size are computed together."""
+    predictor = build_predictor(name, threshold=0.05, **settings)
+    images, sizes = [draw_image(seed=1), draw_image(60, 90, seed=2), draw_image(seed=3)], set()
+
+    def note(model, args, kwargs):
+        sizes.add(len(kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]))
+
+    handle = predictor.model.register_forward_pre_hook(note, with_kwargs=True)
+    found = predictor(images)
+    handle.remove()
+    assert max(sizes) == (3 if name in ("v2", "mask2former") else 2)  # which have one size whatever the image's
+    for image, together in zip(images, found, strict=True):
         (alone,) = predictor([image])
         assert type(alone) is type(together)
         for field in ("scores", "boxes", "labels", "masks"):

@@ -12,14 +12,15 @@ _TWO_STAGES = {
     "hidden_sizes": [8, 16],
     "num_attention_heads": [1, 2],
     "mlp_ratios": [2, 2],
-    "sr_ratios": [4, 2],
-    "strides": [4, 2],
-    "patch_sizes": [7, 3],
+}
+TWO_STAGES = {
+    "v1": _TWO_STAGES | {"sequence_reduction_ratios": [4, 1], "strides": [4, 2], "patch_sizes": [4, 2]},
+    "v2": _TWO_STAGES | {"sr_ratios": [4, 2], "strides": [4, 2], "patch_sizes": [7, 3]},
 }
 
 
 def small_classifier(**fields: object) -> pvt_hf.PvtV2ForImageClassification:
-    config = small_config("v2", **_TWO_STAGES, **fields)
+    config = small_config("v2", **TWO_STAGES["v2"], **fields)
     return randomize(pvt_hf.PvtV2ForImageClassification(config), std=0.2).eval()
 
 

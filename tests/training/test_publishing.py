@@ -20,11 +20,13 @@ WITHOUT_PVT_HF = """
 import os, sys
 sys.modules["pvt_hf"] = None  # not installed
 os.chdir(sys.argv[1])
+from transformers import PreTrainedModel
 for program in sys.argv[2:]:
     namespace = {}
     exec(program, namespace)
     loaded = namespace["predict"]
-    for part in (loaded.model, loaded.model.config, loaded.image_processor):
+    parts = [part for part in loaded.model.modules() if isinstance(part, PreTrainedModel)]
+    for part in (*parts, *(part.config for part in parts), loaded.image_processor):
         assert type(part).__module__.startswith("transformers_modules."), type(part)
 """
 
