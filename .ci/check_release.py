@@ -29,8 +29,8 @@ def find_problems(root: Path, tag: str) -> list[str]:
         problems.append(f"CHANGELOG.md has no part `## {version} - YYYY-MM-DD`")
     urls = tomllib.loads((root / "pyproject.toml").read_text())["project"]["urls"]
     problems += [f"pyproject.toml has no address {name!r}" for name in URLS if not _is_address(urls.get(name, ""))]
-    if re.search(r"!\[[^\]]*\]\((?!https://)|<img[^>]*src=\"(?!https://)", (root / "README.md").read_text()):
-        problems.append("README.md has a picture without an address, which PyPI would not show")
+    if re.search(r"\]\((?!https://|#)|<img[^>]*src=\"(?!https://)", (root / "README.md").read_text()):
+        problems.append("README.md has a picture or a link without an address, which PyPI would not find")
     return problems + [
         f"{file} has no address `{key}`"
         for file, key in ADDRESSES

@@ -24,6 +24,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "python" in item.fixturenames:
             item.add_marker(pytest.mark.process)
+        if "slow" in item.keywords and "timeout" not in item.keywords:
+            item.add_marker(pytest.mark.timeout(1800))  # compilers take minutes, and longer where others work too
     if "slow" not in config.option.markexpr:  # whatever else is asked for
         slow = [item for item in items if "slow" in item.keywords]
         config.hook.pytest_deselected(items=slow)

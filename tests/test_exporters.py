@@ -12,7 +12,7 @@ import pvt_hf
 from tests.support.detection_run import small_detector
 from tests.support.small_models import STAGES, randomize, small_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 FORMATS = {  # the exporter, its configuration, the packages that it needs, and what its runner is told
     "onnx": ("OnnxExporter", "OnnxConfig", ("onnx", "onnxscript", "onnxruntime"), {}),

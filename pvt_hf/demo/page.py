@@ -94,14 +94,13 @@ def take_file(given: Mapping[str, Any] | None) -> tuple[str | None, dict[str, An
     Args:
         given: As Gradio gets it, which has seen to it that the path is that of an upload; `None` if it was taken away.
     """
-    path: str | None = given.get("path") if given else None
-    if not path:
-        return None, gr.update(value=None, visible=False)
-    try:
-        decode({"path": path}, Path(path).name)
-    except ImageError as error:
-        reason = str(error).replace(path, Path(path).name)  # where it is here, is nobody's concern
-        return None, gr.update(value=f"**This image cannot be used.** {escape_markdown(reason)}", visible=True)
+    path = str(given["path"]) if given and given.get("path") else None
+    if path is not None:
+        try:
+            decode({"path": path}, Path(path).name)
+        except ImageError as error:
+            reason = str(error).replace(path, Path(path).name)  # where it is here, is nobody's concern
+            return None, gr.update(value=f"**This image cannot be used.** {escape_markdown(reason)}", visible=True)
     return path, gr.update(value=None, visible=False)
 
 

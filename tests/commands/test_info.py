@@ -90,6 +90,7 @@ def test_conversion_is_where_weights_are_from(tmp_path, capsys):
     assert found["parameters"] == model.num_parameters()
 
 
+@pytest.mark.slow
 def test_repository_is_told_from_its_headers(hub, python, tmp_path):
     """No complete file of weights is asked for."""
     pvt_hf.PvtV2ForImageClassification(small_config("v2")).save_pretrained(tmp_path / "saved")

@@ -17,8 +17,8 @@ from tests.support.pages import PAGES, find_missing, name_page, read_blocks
 from tests.support.small_models import ROOT
 
 DOCS = ROOT / "docs"
-# What the blocks of a page take is only in the extra `examples`, and long to import or to run.
-HEAVY = {"python fastapi", "python lightning", "python torchao"}
+# What the blocks of a page take is long to import or to run.
+HEAVY = {"python export", "python fastapi", "python lightning", "python torchao"}
 PYTHON_PAGES = [
     pytest.param(page, id=name_page(page), marks=pytest.mark.slow if HEAVY & {block.info for block in blocks} else ())
     for page in PAGES

@@ -189,7 +189,6 @@ def test_onnx_programs_have_named_outputs_and_take_any_size(version, kind, dynam
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_of_a_released_variant_with_linear_attention(tmp_path):
