@@ -259,6 +259,15 @@ def test_overwriting_deletes_conversions_only(tmp_path, capsys, monkeypatch):
     assert run(source, ".", "--overwrite") == 1 and "a name of its own" in capsys.readouterr().err
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts, also where the tests run in the background of a shell, which ignores it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("occasion", ["while it is verified", "while it takes its place"])
 def test_interrupted_conversion_leaves_the_former_one(occasion, tmp_path, monkeypatch, capsys):
     path, out = save(official_weights(TINY["v2"]), tmp_path / "a.pth"), tmp_path / "out"
