@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from ..data.classification import load_images
 from ..data.detection import read_detection_dataset
@@ -14,6 +14,7 @@ from ..data.detection_records import DetectionData
 from ..data.digits import write_scenes
 from ..data.images import ImageError
 from ..models.backbone import get_backbone_config, load_pretrained_backbone
+from ..prediction.loading import ModelError, read_saved_config
 from ..training.arguments import DetectionDataArguments, EvaluationArguments, TrainingOptions
 from ..training.optimization import SettingError
 from ..training.run_checkpoints import CheckpointError
@@ -32,13 +33,9 @@ def read_config(checkpoint: str) -> PreTrainedConfig:
         SystemExit: If there is none, with what transformers says about it.
     """
     try:
-        return AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise SystemExit(
-            f"{checkpoint} cannot be loaded: it must be a folder with a model's config.json, or a repository of the "
-            f"Hub. {reason}"
-        ) from error
+        return read_saved_config(checkpoint)
+    except ModelError as error:
+        raise SystemExit(str(error)) from error
 
 
 def read_backbone_config(checkpoint: str | None, variant: str | None) -> tuple[PreTrainedConfig, str | None]:

@@ -7,15 +7,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
 
 import gradio
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from ..prediction.loading import find_checkpoint
 from ..writing.files import hidden_folder, why_unwritable
-from ..writing.hub import UploadError, explain_upload_error
+from ..writing.hub import commit_folder
 
 PACKAGE = Path(__file__).parents[1]
 # What the page needs beside Python, as pyproject.toml states it: a Space has no package to ask.
@@ -125,28 +123,12 @@ def push_space(folder: Path, repo: str, private: bool = False) -> str:
     Raises:
         UploadError: If the upload fails, or the repository is public although `private` is set.
     """
-    api = HfApi()
-    try:
-        repo = api.create_repo(
-            repo, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True
-        ).repo_id
-        if private and not api.repo_info(repo, repo_type="space").private:
-            raise UploadError(f"{repo} exists and is public, and it was to be private: nothing was uploaded.")
-        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-        # Code and models of a former upload, which would be mixed with these.
-        former = [
-            name for name in api.list_repo_files(repo, repo_type="space") if name.startswith(("pvt_hf/", "models/"))
-        ]
-        operations += [CommitOperationDelete(name) for name in former if name not in files]
-        commit = api.create_commit(repo, operations, commit_message="Page of pvt-hf demo", repo_type="space")
-        return commit.commit_url
-    except UploadError:
-        raise
-    except Exception as error:  # HTTP errors, cut connections, offline mode: whatever it is, the folder is complete
-        reason, may_have_arrived = explain_upload_error(error)
-        outcome = "Whether the commit arrived is not known" if may_have_arrived else "Nothing was committed there"
-        raise UploadError(
-            f"The upload to {repo} at {api.endpoint} failed: {reason}. {outcome}; everything is in {folder}. To try "
-            f"again: hf upload {repo} {quote(str(folder))} --repo-type space"
-        ) from error
+    return commit_folder(
+        folder,
+        repo,
+        "Page of pvt-hf demo",
+        lambda name: name.startswith(("pvt_hf/", "models/")),
+        private,
+        repo_type="space",
+        space_sdk="gradio",
+    )

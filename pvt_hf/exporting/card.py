@@ -11,14 +11,14 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..models.backbone import get_backbone_config
 from ..writing.text import code_span, escape_markdown
-from .comparison import Task
+from .comparison import Comparison, Results
 from .targets import TARGETS
 
 _LIBRARIES = {"web": "transformers.js"}  # as the Hub calls them, where that is not the target's name
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, kw_only=True)
+class ExportReport(Comparison):
     """What an export wrote, and how near that is to the model.
 
     Attributes:
@@ -30,11 +30,6 @@ class ExportReport:
         outputs: Their names.
         shapes: The batches and sizes of images that it takes, in words.
         tolerance: The largest difference that it may have.
-        difference: The largest difference of two values, as a share of the largest value of their output.
-        output: Where that is.
-        images: Number of images of which the results were compared.
-        agreement: Share of results that are the same, from 0 to 1; `None` without images, or if the model has none.
-        subject: What the results are, in words.
     """
 
     file: str
@@ -45,11 +40,6 @@ class ExportReport:
     outputs: tuple[str, ...]
     shapes: str
     tolerance: float
-    difference: float
-    output: str
-    images: int
-    agreement: float | None
-    subject: str
 
     def describe_agreement(self) -> str:
         """In words."""
@@ -90,7 +80,7 @@ def read_reports(folder: Path) -> list[ExportReport]:
 
 def render(
     model: PreTrainedModel,
-    task: Task,
+    results: Results,
     reports: Sequence[ExportReport],
     weights: str,
     image_processor: BaseImageProcessor | None,
@@ -100,7 +90,7 @@ def render(
 
     Args:
         model: That was exported.
-        task: Of the model.
+        results: What those of the model are.
         reports: Of all files of the folder.
         weights: The SHA-256 of the model's weights.
         image_processor: Of the model.
@@ -109,7 +99,7 @@ def render(
     latest = reports[-1]
     metadata = ModelCardData(
         library_name=_LIBRARIES.get(latest.target, latest.target),
-        pipeline_tag=task.tag,
+        pipeline_tag=results.tag,
         base_model=name,
         tags=["vision", get_backbone_config(model.config).model_type],
         export={"weights_sha256": weights, "files": [_to_plain(report) for report in reports]},
@@ -126,7 +116,7 @@ def render(
         code=code_span,
         has_processor=image_processor is not None,
         crops=bool(getattr(image_processor, "do_center_crop", False)),
-        task=task.tag,
+        task=results.tag,
     )
 
 

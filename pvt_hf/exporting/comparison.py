@@ -105,7 +105,7 @@ def _compare_detections(actual: Any, expected: Any, processor: BaseImageProcesso
 
 
 @dataclass(frozen=True)
-class Task:
+class Results:
     """What the results of a model are.
 
     Attributes:
@@ -120,14 +120,14 @@ class Task:
     compare: Callable[[Any, Any, BaseImageProcessor], Agreement] | None = None
 
 
-CLASSIFICATION = Task("image-classification", "the best class of an image", _compare_classes)
-SEGMENTATION = Task("image-segmentation", "the class of a pixel", _compare_label_maps)
-DETECTION = Task("object-detection", f"detections with a score above {_SCORE}", _compare_detections)
-FEATURES = Task("image-feature-extraction")
+CLASSIFICATION = Results("image-classification", "the best class of an image", _compare_classes)
+SEGMENTATION = Results("image-segmentation", "the class of a pixel", _compare_label_maps)
+DETECTION = Results("object-detection", f"detections with a score above {_SCORE}", _compare_detections)
+FEATURES = Results("image-feature-extraction")
 
 
-def find_task(outputs: Mapping[str, Any]) -> Task:
-    """The task of a model, by its outputs.
+def find_results(outputs: Mapping[str, Any]) -> Results:
+    """What the results of a model are, by its outputs.
 
     Args:
         outputs: Of a model in evaluation mode.
@@ -159,12 +159,12 @@ def compare(
     difference, output = max(find_difference(run(batch), model(**batch)) for batch in batches)
     pairs: Iterator[tuple[Any, Any]] = ((run(sample), model(**sample)) for sample in samples)
     same = total = 0
-    task = FEATURES
+    results = FEATURES
     for actual, expected in pairs:
-        task = find_task(expected)
-        if task.compare is None:
+        results = find_results(expected)
+        if results.compare is None:
             difference, output = max((difference, output), find_difference(actual, expected))
             continue
-        counted = task.compare(actual, expected, image_processor)
+        counted = results.compare(actual, expected, image_processor)
         same, total = same + counted[0], total + counted[1]
-    return Comparison(difference, output, len(samples), same / total if total else None, task.subject)
+    return Comparison(difference, output, len(samples), same / total if total else None, results.subject)

@@ -19,7 +19,7 @@ from ..models.backbone import get_backbone_config
 from ..prediction.sources import find_images
 from ..writing.files import atomic_folder, name_what_fails
 from .card import ExportReport, read_reports, render
-from .comparison import compare, find_task, flatten
+from .comparison import compare, find_results, flatten
 from .images import Samples
 from .output_folder import check_output_dir
 from .programs import list_inputs, make_batch, plan_shapes, write_program
@@ -73,7 +73,8 @@ def export_model(
     batches = [make_batch(names, shape, channels, samples, seed) for seed, shape in enumerate(shapes.checked, 1)]
     with torch.no_grad():
         outputs = model(**batches[0])
-    settings = describe_model(model, image_processor, find_task(outputs), target, dtype)
+    results = find_results(outputs)
+    settings = describe_model(model, image_processor, results, target, dtype)
     with name_what_fails(output_dir, ExportError), atomic_folder(output_dir, check) as folder:
         former = _take_over(output_dir, folder)
         run = write_program(model, runtime, shapes, dtype, samples, folder / place)
@@ -91,7 +92,7 @@ def export_model(
         _refuse_distant(report)
         for file, content in {} if former else settings.items():
             (folder / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        render(model, find_task(outputs), [*former, report], weights, image_processor, name).save(folder / "README.md")
+        render(model, results, [*former, report], weights, image_processor, name).save(folder / "README.md")
     return report
 
 

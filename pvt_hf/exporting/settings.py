@@ -10,10 +10,10 @@ from typing import Any
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
-from .comparison import CLASSIFICATION, FEATURES, SEGMENTATION, Task
+from .comparison import CLASSIFICATION, FEATURES, SEGMENTATION, Results
 from .targets import ExportError
 
-# Of transformers.js, by task: the model type, the class, and the class of the image processor.
+# Of transformers.js, by what the results are: the model type, the class, and the class of the image processor.
 _CLASSES = {
     CLASSIFICATION: ("pvt", "PvtForImageClassification", "PvtImageProcessor"),
     FEATURES: ("pvt", "PvtModel", "PvtImageProcessor"),
@@ -27,14 +27,14 @@ _DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}  # as it calls them
 
 
 def describe_model(
-    model: PreTrainedModel, image_processor: BaseImageProcessor | None, task: Task, target: str, dtype: str
+    model: PreTrainedModel, image_processor: BaseImageProcessor | None, results: Results, target: str, dtype: str
 ) -> dict[str, dict[str, Any]]:
     """The contents of config.json and, if there is an image processor, of preprocessor_config.json.
 
     Args:
         model: Of any class.
         image_processor: Of the model, if it has one.
-        task: Of the model.
+        results: What those of the model are.
         target: Of the program. For `"web"` they are those of transformers.js, which loads the program of this dtype
             where its caller names none.
         dtype: Of the program.
@@ -47,7 +47,7 @@ def describe_model(
     if image_processor is not None:
         settings["preprocessor_config.json"] = json.loads(image_processor.to_json_string())
     if target == "web":
-        model_type, model_class, processor_class = _find_classes(model, task)
+        model_type, model_class, processor_class = _find_classes(model, results)
         config |= {"model_type": model_type, "architectures": [model_class]}
         config["transformers.js_config"] = {"dtype": _DTYPES[dtype]}
         if prepared := settings.get("preprocessor_config.json"):
@@ -56,12 +56,12 @@ def describe_model(
     return settings
 
 
-def _find_classes(model: PreTrainedModel, task: Task) -> tuple[str, str, str]:
+def _find_classes(model: PreTrainedModel, results: Results) -> tuple[str, str, str]:
     if model.config.model_type == "detr":
         return _DETR
-    if task not in _CLASSES:
+    if results not in _CLASSES:
         raise ExportError(
             f"transformers.js makes no boxes of the outputs of {type(model).__name__}; of detectors it knows DETR. "
             "Programs of --target onnx run in onnxruntime-web."
         )
-    return _CLASSES[task]
+    return _CLASSES[results]

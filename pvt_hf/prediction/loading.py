@@ -81,14 +81,28 @@ def read_config(name: str) -> PreTrainedConfig:
             f"{name} is a file: the model must be a folder with a config.json, a repository of the Hub or one of "
             f"{', '.join(VARIANTS)}. `pvt-hf convert` makes a folder of a checkpoint's file."
         )
+    return read_saved_config(
+        name, "a folder with a model's config.json, a repository of the Hub, or the name of a released variant"
+    )
+
+
+def read_saved_config(
+    checkpoint: str, wanted: str = "a folder with a model's config.json, or a repository of the Hub"
+) -> PreTrainedConfig:
+    """The configuration of a checkpoint, which is no variant's name.
+
+    Args:
+        checkpoint: A folder, or a repository of the Hub.
+        wanted: What it must be, for the error.
+
+    Raises:
+        ModelError: If there is none, with what transformers says about it.
+    """
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"{name} cannot be loaded: it must be a folder with a model's config.json, a repository of the Hub, or the "
-            f"name of a released variant. {reason}"
-        ) from error
+        raise ModelError(f"{checkpoint} cannot be loaded: it must be {wanted}. {reason}") from error
 
 
 def read_task(name: str) -> tuple[PreTrainedConfig, Task]:

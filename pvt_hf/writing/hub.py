@@ -1,11 +1,13 @@
 """For the Hub: code that is saved with a model, and what refusals mean, in words for the one who uploads."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from huggingface_hub import get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
 _LOG_IN = "run `hf auth login`, or set HF_TOKEN"
@@ -52,6 +54,50 @@ def register_code(classes: Mapping[str, type[Any]]) -> Iterator[None]:
 
 class UploadError(RuntimeError):
     """An upload that failed. The message says why, and where everything still is."""
+
+
+def commit_folder(
+    folder: Path, repo: str, message: str, is_former: Callable[[str], bool], private: bool, **settings: Any
+) -> str:
+    """Uploads the files of a folder in one commit: the repository has all of them or none.
+
+    Args:
+        folder: It is only read.
+        repo: `owner/name`, or `name` in one's own namespace. Created unless it exists. The Hub is that of
+            `HF_ENDPOINT`.
+        message: Of the commit.
+        is_former: Whether a file of the repository, by its name, is deleted unless the folder has it: what a former
+            upload left would be mixed with these.
+        private: Whether the repository must be private.
+        **settings: Of `HfApi.create_repo`, such as `repo_type`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UploadError: If the upload fails, or the repository exists and is public although `private` is set.
+    """
+    api, repo_type = HfApi(), settings.get("repo_type")
+    try:
+        repo = api.create_repo(repo, private=private or None, exist_ok=True, **settings).repo_id
+        if private and not api.repo_info(repo, repo_type=repo_type).private:
+            raise UploadError(f"{repo} exists and is public, and `--private` is set: nothing was uploaded.")
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        # By hand, as `upload_folder` makes several commits where hf_xet is installed: a failure would leave a part.
+        operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
+        known = api.list_repo_files(repo, repo_type=repo_type)
+        operations += [CommitOperationDelete(name) for name in known if is_former(name) and name not in files]
+        return api.create_commit(repo, operations, commit_message=message, repo_type=repo_type).commit_url
+    except UploadError:
+        raise
+    except Exception as error:  # HTTP errors, cut connections, offline mode: whatever it is, the folder is complete
+        reason, may_have_arrived = explain_upload_error(error)
+        outcome = "Whether the commit arrived is not known" if may_have_arrived else "Nothing was committed there"
+        again = f"hf upload {repo} {quote(str(folder))}" + (f" --repo-type {repo_type}" if repo_type else "")
+        raise UploadError(
+            f"The upload to {repo} at {api.endpoint} failed: {reason}. {outcome}; everything is in {folder}. To try "
+            f"again: {again}"
+        ) from error
 
 
 def explain_upload_error(error: Exception) -> tuple[str, bool]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pvt_hf
-from pvt_hf.exporting.comparison import CLASSIFICATION, DETECTION, FEATURES, SEGMENTATION, find_difference, find_task
+from pvt_hf.exporting.comparison import CLASSIFICATION, DETECTION, FEATURES, SEGMENTATION, find_difference, find_results
 from pvt_hf.exporting.programs import find_size, list_inputs, make_batch, plan_shapes
 from pvt_hf.exporting.targets import TARGETS
 from tests.support.dense_models import build_dense_model
@@ -58,7 +58,7 @@ def test_task_is_read_from_the_outputs():
     pixels = torch.randn(1, 3, 64, 64)
     models = {CLASSIFICATION: small_classifier(), SEGMENTATION: build_dense_model("semantic_fpn")}
     models |= {DETECTION: build_dense_model("detr"), FEATURES: small_classifier().base_model}
-    assert all(find_task(model(pixels)) is task for task, model in models.items())
+    assert all(find_results(model(pixels)) is task for task, model in models.items())
 
 
 SIZES = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pvt_hf
-from pvt_hf.exporting.comparison import find_task
+from pvt_hf.exporting.comparison import find_results
 from pvt_hf.exporting.export import export_model
 from pvt_hf.exporting.programs import list_inputs, plan_shapes
 from pvt_hf.exporting.settings import describe_model
@@ -67,7 +67,7 @@ def test_row_says_what_a_program_takes(name):
     assert (row["batch"], row["sides from"]) == ("any" if shapes.any_batch else "1", str(shapes.least_side))
     is_detector = name in DENSE and DENSE[name] != "semantic_fpn"
     assert list_inputs(model, TARGETS["onnx"]) == ["pixel_values", "pixel_mask"][: 1 + is_detector]
-    task = find_task(model(torch.randn(1, 3, 64, 64)))
+    task = find_results(model(torch.randn(1, 3, 64, 64)))
     try:
         describe_model(model, processor, task, "web", "fp32")
         known = "yes"

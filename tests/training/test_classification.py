@@ -311,6 +311,20 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert all(name in str(error.value) for name in steps[3]) and "checkpoint-2" in str(error.value)
 
 
+def test_loss_of_an_accelerator_is_checked_before_anything_is_saved(tmp_path):
+    """It is asked for a step later, but no checkpoint and no evaluation comes in between."""
+    trainer = build(tmp_path, save_strategy="steps", save_steps=2)
+    for act in (
+        lambda: trainer._save_checkpoint(trainer.model, None),
+        lambda: trainer._evaluate(None, None),
+        lambda: trainer.train(),
+    ):
+        trainer._unchecked = (torch.tensor(float("inf")), 7, 0.5, ["a.png"])
+        with pytest.raises(FloatingPointError, match=r"The loss is inf at step 7 .* learning rate of 0.5 .* a\.png"):
+            act()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_every_step_has_the_rate_of_its_epoch(tmp_path):
     """Each step of an epoch has the epoch's rate, with layer-wise decay on top of it."""
     settings = {"recipe": {"warmup_epochs": 1}, "trainer": {"layer_decay": 0.5}, "num_train_epochs": 4}
