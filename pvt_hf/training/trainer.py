@@ -42,6 +42,7 @@ from .run_checkpoints import (
     mark_incomplete,
     read_run,
 )
+from .waits import QueueingTrainer, start_reading
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +74,7 @@ class _Steps(TrainerCallback):
             self.trainer.ema.update(self.trainer.model)
 
 
-class VisionTrainer(PublishingTrainer):
+class VisionTrainer(QueueingTrainer, PublishingTrainer):
     """What every training here has in common, on one process or many.
 
     A subclass says what it trains for: `task` (as the Hub calls it), `metric_names` (the keys of the metrics with
@@ -143,7 +144,7 @@ class VisionTrainer(PublishingTrainer):
         self.ema_decay, self.channels_last = ema_decay, channels_last
         self.left_out, self._saved_step = list(left_out), -1
         self.ema, self.skipped, self.skipped_before = None, 0, 0
-        self._unchecked: tuple[torch.Tensor, int, float, list[str]] | None = None
+        self._unchecked: tuple[Callable[[], float], int, float, list[str]] | None = None
         self._check_arguments()
         self.args.remove_unused_columns = False
         self.args.logging_nan_inf_filter = False  # it waits for the device in every step, and such a loss is an error
@@ -254,7 +255,7 @@ class VisionTrainer(PublishingTrainer):
         inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=memory_format)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._check_loss()
-        self._unchecked = (loss.detach(), self.state.global_step + 1, self._get_learning_rate(), names)
+        self._unchecked = (start_reading(loss), self.state.global_step + 1, self._get_learning_rate(), names)
         if loss.device.type == "cpu":
             self._check_loss()
         return loss
@@ -264,11 +265,11 @@ class VisionTrainer(PublishingTrainer):
         waited for, but before anything is saved or evaluated."""
         if self._unchecked is None:
             return
-        loss, step, learning_rate, names = self._unchecked
+        read_loss, step, learning_rate, names = self._unchecked
         self._unchecked = None
-        if not torch.isfinite(loss):
+        if not math.isfinite(loss := read_loss()):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {step} (process {self.args.process_index}), with a learning rate "
+                f"The loss is {loss} at step {step} (process {self.args.process_index}), with a learning rate "
                 f"of {learning_rate:.3g} and the images {escape_control(', '.join(names))}. Training stops; the last "
                 f"good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
             )
