@@ -28,8 +28,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.timeout(1800))  # compilers take minutes, and longer where others work too
     for marker in ("slow", "gpu"):
         if marker not in config.option.markexpr:  # whatever else is asked for
-            config.hook.pytest_deselected(items=[item for item in items if marker in item.keywords])
-            items[:] = [item for item in items if marker not in item.keywords]
+            # (Names of folders are keywords too.)
+            config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(marker)])
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
     # What takes longest comes first, so that no worker is left alone with it in the end.
     items.sort(key=lambda item: "timeout" not in item.keywords)
 
