@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import DefaultFlowCallback, TrainerControl
 from transformers.trainer_utils import rotate_checkpoints
@@ -21,6 +22,8 @@ from ..untrusted import UntrustedFileError
 from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import register_code
 from ..writing.text import escape_control
+from .changes import METRIC_SCHEDULES, find_changes
+from .optimization import set_schedule
 from .publishing import PublishingTrainer
 from .run_checkpoints import (
     CheckpointError,
@@ -36,7 +39,6 @@ from .run_checkpoints import (
 logger = logging.get_logger(__name__)
 
 _EMA_WEIGHTS = "ema.safetensors"
-_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 class ResumableTrainer(PublishingTrainer):
@@ -57,8 +59,14 @@ class ResumableTrainer(PublishingTrainer):
         super().__init__(*args, **kwargs)
         self.ema_decay, self.ema = ema_decay, None
         self.skipped, self.skipped_before, self._saved_step = 0, 0, -1
+        self.run: dict[str, Any] = {}
         self.resumed_from: str | None = None
         self._unchecked: tuple[Callable[[], float], int, float, list[str]] | None = None
+
+    def describe_run(self) -> dict[str, Any]:
+        """What a run is, by names of arguments, as JSON has it: see [`~pvt_hf.training.changes.find_changes`]. Nothing,
+        unless a subclass says so."""
+        return {}
 
     def _check_loss(self) -> None:
         """Ends training if the last loss is not finite. An accelerator is asked a step later, so that it need not be
@@ -137,7 +145,7 @@ class ResumableTrainer(PublishingTrainer):
         folder, limit = Path(run_dir) / f"checkpoint-{self.state.global_step}", args.save_total_limit
         self._check_loss()
         # A schedule that follows the metrics has taken its step since.
-        if self._saved_step == self.state.global_step and args.lr_scheduler_type not in _METRIC_SCHEDULES:
+        if self._saved_step == self.state.global_step and args.lr_scheduler_type not in METRIC_SCHEDULES:
             return self._add_metrics(folder)
         skipped = self.skipped_images()
         # Older checkpoints go, and the Hub gets this one, when it is complete.
@@ -152,7 +160,7 @@ class ResumableTrainer(PublishingTrainer):
                     save_file(weights, folder / _EMA_WEIGHTS)
                 self.accelerator.wait_for_everyone()
                 if args.should_save:
-                    mark_complete(folder, {"layout": self._layout(), "skipped": skipped})
+                    mark_complete(folder, {"layout": self._layout(), "skipped": skipped, "run": self.run})
         except CheckpointError:
             shutil.rmtree(folder, ignore_errors=True)  # of no use, and the disk may be full
             raise
@@ -183,6 +191,11 @@ class ResumableTrainer(PublishingTrainer):
         state.compute_steps(args, state.max_steps)  # those of this program, not of the one that wrote the checkpoint
         if self.resumed_from is None:
             return
+        if state.global_step > state.max_steps:
+            raise CheckpointError(
+                f"{self.resumed_from} has {state.global_step} steps, more than the {state.max_steps} of this run "
+                "(`max_steps`, `num_train_epochs`)."
+            )
         self._find_best()
         if args.load_best_model_at_end and state.best_global_step and state.best_model_checkpoint is None:
             best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
@@ -191,7 +204,7 @@ class ResumableTrainer(PublishingTrainer):
             self._determine_best_metric(self._evaluate(None, None), None)
             folder = Path(self._get_output_dir(None)) / f"checkpoint-{state.global_step}"
             is_own = folder.is_dir() and folder.samefile(self.resumed_from)
-            if is_own and args.lr_scheduler_type not in _METRIC_SCHEDULES:
+            if is_own and args.lr_scheduler_type not in METRIC_SCHEDULES:
                 self._add_metrics(folder)
 
     def _lacks_evaluation(self) -> bool:
@@ -234,6 +247,7 @@ class ResumableTrainer(PublishingTrainer):
         Raises:
             CheckpointError: If the given checkpoint is not complete, of another run, or not what a run wrote.
         """
+        self.run = self.describe_run()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             logger.warning(
@@ -247,8 +261,12 @@ class ResumableTrainer(PublishingTrainer):
             saved, now = read_run(resume_from_checkpoint), self._layout()
             check_states(resume_from_checkpoint)
             layout = saved["layout"]
-            if changed := [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]:
+            changed = [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]
+            refused, said = find_changes(saved["run"], self.run)
+            if changed := [*changed, *refused]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
+            for change in said if self.is_world_process_zero() else ():
+                logger.warning(f"As this run resumes, {change}")
             self.skipped_before = saved["skipped"]
         self.resumed_from = resume_from_checkpoint or None
         result = super().train(self.resumed_from, *args, **kwargs)
@@ -272,8 +290,20 @@ class ResumableTrainer(PublishingTrainer):
         return layout
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.ema is not None:
+        """As in `Trainer`, and then learning rates and weight decay are those of this program at the same step."""
+        if checkpoint is None:
+            return
+        fresh, base_rates = self.optimizer.param_groups, getattr(self.lr_scheduler, "base_lrs", [])
+        decays = [{key: group[key] for key in ("weight_decay",) if key in group} for group in fresh]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # of torch, in a line
+            raise CheckpointError(f"The optimiser cannot have the state of {checkpoint}: {error}.") from error
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group.update(decay)
+        if isinstance(self.lr_scheduler, LambdaLR):
+            set_schedule(self.lr_scheduler, base_rates, self.lr_scheduler.last_epoch)
+        if self.ema is not None:
             self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
 
     def skipped_images(self) -> int:
