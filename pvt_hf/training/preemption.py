@@ -1,0 +1,159 @@
+"""Runs that a scheduler, a spot machine or a user ends, by SIGTERM or SIGUSR1: with a complete checkpoint at the next
+step, in all processes at the same one, and an exit code that says so."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..writing.signals import EndSignals, ignore_signals
+from .publishing import PublishingTrainer
+
+logger = logging.get_logger(__name__)
+
+PREEMPTED = 75  # the EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
+# Windows has the first only.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+class Preempted(SystemExit):
+    """A run was asked to end, and resumes from its last checkpoint. If nobody catches it, the exit code is 75."""
+
+    def __init__(self) -> None:
+        super().__init__(PREEMPTED)
+
+
+class _EndTogether(TrainerCallback):
+    """Asks between steps, and between the batches of an evaluation, whether the run shall end.
+
+    The last step of an epoch or of the run is not over before what `Trainer` does at its end.
+    """
+
+    def __init__(self, trainer: "PreemptibleTrainer"):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        if state.global_step == trainer._initial_global_step and trainer.shall_end(wait=True):  # nothing to be saved
+            raise Preempted
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.shall_end() and not self._is_last_step(state, control):
+            control.should_save = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._is_epoch_over = True
+        if self.trainer.is_ending:
+            control.should_save = True
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._is_epoch_over = False
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.trainer.shall_end() and (self._is_epoch_over or not self._is_last_step(state, control)):
+            raise Preempted
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.trainer.is_preemptible and self.trainer.shall_end():
+            raise Preempted
+
+    def _is_last_step(self, state, control) -> bool:
+        return control.should_training_stop or self.trainer.is_epoch_end(state)
+
+
+class PreemptibleTrainer(PublishingTrainer):
+    """Ends `train` and `finish` when SIGTERM or SIGUSR1 asks one of its processes to.
+
+    A signal for which the program has a handler of its own is left to that.
+
+    Attributes:
+        is_ending: Whether all processes know that the run ends.
+        is_preemptible: Whether it is in what can be ended.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.enable_jit_checkpoint:
+            raise ValueError("`enable_jit_checkpoint` is not needed: SIGTERM ends a run with a checkpoint as it is.")
+        self.signals = EndSignals(*SIGNALS, postpone=True)
+        self.is_ending = self.is_preemptible = False
+        self._answer: Callable[[], bool] | None = None
+        self.add_callback(_EndTogether(self))
+
+    def shall_end(self, wait: bool = False) -> bool:
+        """Whether a process was asked to end. Called by all of them, in which it is the same.
+
+        Args:
+            wait: Whether to wait for an accelerator; it is asked one call later by default (`False`), when it has the
+                answer.
+        """
+        received = self.signals.received is not None
+        if self.args.world_size == 1:
+            self.is_ending |= received
+            return self.is_ending
+        flag = torch.tensor(int(received), device=self.args.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        former, self._answer = self._answer, _copy_later(flag)
+        answer = self._answer if wait or flag.device.type == "cpu" else former
+        self.is_ending |= answer is not None and answer()
+        return self.is_ending
+
+    def is_epoch_end(self, state) -> bool:
+        """Whether the step that was taken is the last one of an epoch."""
+        raise NotImplementedError
+
+    @contextmanager
+    def end_together(self) -> Iterator[None]:
+        """While it lasts, a signal ends the run where all processes can: with [`Preempted`], and a checkpoint of the
+        last step."""
+        self.is_preemptible = True
+        try:
+            with self.signals:
+                try:
+                    yield
+                except Preempted:
+                    self._save_last_step()
+                    raise
+        finally:
+            self.is_preemptible = False
+
+    def _save_last_step(self) -> None:
+        raise NotImplementedError
+
+    def train(self, *args, **kwargs):
+        """As in `Trainer`, and ended by SIGTERM and SIGUSR1."""
+        with self.end_together():
+            result = super().train(*args, **kwargs)
+            if self.shall_end(wait=True):
+                raise Preempted
+            return result
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        """As in `Trainer`; a signal for all processes does not end the loader's."""
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        loader.worker_init_fn = start_worker
+        return loader
+
+
+def _copy_later(flag: torch.Tensor) -> Callable[[], bool]:
+    """What tells whether a flag is set, without waiting for what an accelerator is given to do after it."""
+    if flag.device.type == "cpu":
+        return partial(bool, flag)
+    copy = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
+    event = torch.Event(flag.device)
+    event.record()
+    return lambda: (event.synchronize(), bool(copy))[1]
+
+
+def start_worker(worker_id: int) -> None:
+    """In a process of a loader: signals to end are for the process that trains, which ends its loaders.
+
+    Args:
+        worker_id: Its number.
+    """
+    ignore_signals(*SIGNALS)
