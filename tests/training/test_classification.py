@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from pvt_hf.data.images import ImageError
-from pvt_hf.training import trainer as training
+from pvt_hf.training import resumable
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
 from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint, mark_complete
 from pvt_hf.writing.hub import UploadError
@@ -230,8 +230,8 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
         *(full_disk(room) for room in no_room),
         mock.patch.object(trainer, "_save_rng_state", full),
         mock.patch.object(transformers.TrainerState, "save_to_json", full),
-        mock.patch.object(training, "save_file", full),  # of the EMA weights
-        mock.patch.object(training, "mark_complete", full),
+        mock.patch.object(resumable, "save_file", full),  # of the EMA weights
+        mock.patch.object(resumable, "mark_complete", full),
     ]
     for place in places:
         with place, pytest.raises(CheckpointError) as raised:
