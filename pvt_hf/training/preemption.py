@@ -9,10 +9,12 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..writing.signals import EndSignals, ignore_signals
-from .publishing import PublishingTrainer
+from .resumable import ResumableTrainer
+from .run_checkpoints import last_complete_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +38,11 @@ class _EndTogether(TrainerCallback):
 
     def __init__(self, trainer: "PreemptibleTrainer"):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get("TrainerControl", {})
+        if state.global_step and saved.get("args", {}).get("should_evaluate"):
+            self.trainer._evaluate_again()
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
@@ -63,18 +70,21 @@ class _EndTogether(TrainerCallback):
             raise Preempted
 
     def _is_last_step(self, state, control) -> bool:
-        return control.should_training_stop or self.trainer.is_epoch_end(state)
+        return control.should_training_stop or state.global_step % self.trainer.steps_per_epoch == 0
 
 
-class PreemptibleTrainer(PublishingTrainer):
+class PreemptibleTrainer(ResumableTrainer):
     """Ends `train` and `finish` when SIGTERM or SIGUSR1 asks one of its processes to.
 
     A signal for which the program has a handler of its own is left to that.
 
     Attributes:
+        steps_per_epoch: Which a subclass knows when it has a loader.
         is_ending: Whether all processes know that the run ends.
         is_preemptible: Whether it is in what can be ended.
     """
+
+    steps_per_epoch: int
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -83,6 +93,7 @@ class PreemptibleTrainer(PublishingTrainer):
         self.signals = EndSignals(*SIGNALS, postpone=True)
         self.is_ending = self.is_preemptible = False
         self._answer: Callable[[], bool] | None = None
+        self._initial_global_step, self._finished = 0, None  # the model, when `train` is over
         self.add_callback(_EndTogether(self))
 
     def shall_end(self, wait: bool = False) -> bool:
@@ -103,35 +114,57 @@ class PreemptibleTrainer(PublishingTrainer):
         self.is_ending |= answer is not None and answer()
         return self.is_ending
 
-    def is_epoch_end(self, state) -> bool:
-        """Whether the step that was taken is the last one of an epoch."""
-        raise NotImplementedError
-
     @contextmanager
     def end_together(self) -> Iterator[None]:
-        """While it lasts, a signal ends the run where all processes can: with [`Preempted`], and a checkpoint of the
+        """While it lasts, a signal ends the run where all processes can: with [`Preempted`], after a checkpoint of the
         last step."""
-        self.is_preemptible = True
+        self.is_preemptible, self.is_ending = True, False
         try:
             with self.signals:
-                try:
-                    yield
-                except Preempted:
-                    self._save_last_step()
-                    raise
+                yield
+        except Preempted:
+            self._save_last_step()
+            raise
         finally:
             self.is_preemptible = False
 
     def _save_last_step(self) -> None:
-        raise NotImplementedError
+        """Unless it is saved, or the model has become another one since."""
+        step, args = self.state.global_step, self.args
+        is_same = self._finished is None or (self.model is self._finished and not args.load_best_model_at_end)
+        if is_same and step not in (self._initial_global_step, self._saved_step):
+            self._save_checkpoint(self.model, None)
+        if self._finished is None:
+            self.callback_handler.on_train_end(args, self.state, self.control)  # so that others write what they have
+        if self.is_world_process_zero():
+            last = last_complete_checkpoint(args.output_dir)
+            logger.warning(
+                f"The run was asked to end, and does after step {step} of {self.state.max_steps}. "
+                f"{f'{last} is complete' if last else 'There is no checkpoint yet'}; the same command with "
+                f"`--resume_from_checkpoint true` continues. The exit code is {PREEMPTED}."
+            )
 
     def train(self, *args, **kwargs):
         """As in `Trainer`, and ended by SIGTERM and SIGUSR1."""
+        self._finished = None
         with self.end_together():
             result = super().train(*args, **kwargs)
+            self._finished = self.model
             if self.shall_end(wait=True):
                 raise Preempted
             return result
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As in `Trainer`. What a signal leaves out, the resumed run does first."""
+        if self.is_preemptible and self.shall_end():
+            raise Preempted
+        return super().evaluate(*args, **kwargs)
+
+    def _evaluate_again(self) -> None:
+        """The evaluation that was due when the checkpoint was written from which a run resumes."""
+        is_best = self._determine_best_metric(self._evaluate(None, None), None)
+        if is_best and self.args.save_strategy == SaveStrategy.BEST:
+            self._save_checkpoint(self.model, None)
 
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
         """As in `Trainer`; a signal for all processes does not end the loader's."""

@@ -124,6 +124,7 @@ class ResumableTrainer(PublishingTrainer):
         if self.args.should_save:
             run, state = read_run(folder), folder / f"{TRAINER_STATE_NAME}.partial"
             with self._name_last_checkpoint(folder):
+                self.state.stateful_callbacks["TrainerControl"] = self.control.state()  # no evaluation is due any more
                 self.state.save_to_json(str(state))
                 mark_incomplete(folder)
                 state.replace(folder / TRAINER_STATE_NAME)

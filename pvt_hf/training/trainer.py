@@ -23,8 +23,8 @@ from ..data.images import keep_random_state
 from ..data.samplers import EpochSampler
 from ..writing.text import escape_control
 from .optimization import SettingError
+from .preemption import PreemptibleTrainer, start_worker
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
-from .resumable import ResumableTrainer
 
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
 Schedule = Callable[[int, int, int], float]
@@ -52,7 +52,7 @@ class _Steps(TrainerCallback):
             self.trainer.ema.update(self.trainer.model)
 
 
-class VisionTrainer(ResumableTrainer):
+class VisionTrainer(PreemptibleTrainer):
     """What every training here has in common, on one process or many.
 
     A subclass says what it trains for: `task` (as the Hub calls it), `metric_names` (the keys of the metrics with
@@ -172,6 +172,7 @@ class VisionTrainer(ResumableTrainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             drop_last=True,
+            worker_init_fn=start_worker,
             **options,
         )
         if not len(loader):
@@ -267,6 +268,10 @@ class VisionTrainer(ResumableTrainer):
         Returns:
             What was reached, in words.
         """
+        with self.end_together():
+            return self._finish()
+
+    def _finish(self) -> str:
         self.save_model(_internal_call=True)  # not pushed yet: the card needs the metrics
         ema: dict[str, float] = self.evaluate_ema() if self.ema is not None else {}
         metrics = ema | self.evaluate()  # whose predictions are the ones that are kept
