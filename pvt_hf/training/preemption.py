@@ -137,7 +137,8 @@ class PreemptibleTrainer(ResumableTrainer):
         if self._finished is None:
             self.callback_handler.on_train_end(args, self.state, self.control)  # so that others write what they have
         if self.is_world_process_zero():
-            last = last_complete_checkpoint(args.output_dir)
+            is_saved = self._saved_step == step
+            last = f"checkpoint-{step}" if is_saved else last_complete_checkpoint(args.output_dir)
             logger.warning(
                 f"The run was asked to end, and does after step {step} of {self.state.max_steps}. "
                 f"{f'{last} is complete' if last else 'There is no checkpoint yet'}; the same command with "

@@ -1,5 +1,7 @@
 """`Trainer` whose checkpoints are complete or not there, and whose runs resume from them exactly."""
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from ..untrusted import UntrustedFileError
 from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import register_code
 from ..writing.text import escape_control
@@ -24,6 +27,7 @@ from .run_checkpoints import (
     mark_complete,
     mark_incomplete,
     read_run,
+    replace_file,
 )
 
 logger = logging.get_logger(__name__)
@@ -73,7 +77,7 @@ class ResumableTrainer(PublishingTrainer):
             yield
         except CheckpointError:
             raise
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them: torch's is the second
+        except (OSError, RuntimeError, SafetensorError, UntrustedFileError) as error:  # a full disk: the first three
             reason, last = explain_write_error(error, what), last_complete_checkpoint(self.args.output_dir)
             rest = f"The last good checkpoint is {last}." if last else "No checkpoint is complete."
             raise CheckpointError(f"{what} could not be written: {reason}. {rest}") from error
@@ -122,13 +126,9 @@ class ResumableTrainer(PublishingTrainer):
         if self.state.best_global_step and best.is_dir():
             self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
-            run, state = read_run(folder), folder / f"{TRAINER_STATE_NAME}.partial"
             with self._name_last_checkpoint(folder):
                 self.state.stateful_callbacks["TrainerControl"] = self.control.state()  # no evaluation is due any more
-                self.state.save_to_json(str(state))
-                mark_incomplete(folder)
-                state.replace(folder / TRAINER_STATE_NAME)
-                mark_complete(folder, run)
+                replace_file(folder, TRAINER_STATE_NAME, json.dumps(dataclasses.asdict(self.state), indent=2))
 
     def _save_checkpoint(self, model, trial) -> None:
         """As in `Trainer`, and in the end a list of the files, without which it is not taken for a good checkpoint."""
