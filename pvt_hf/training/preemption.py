@@ -13,6 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..writing.signals import EndSignals, ignore_signals
+from .optimization import SettingError
 from .resumable import ResumableTrainer
 from .run_checkpoints import last_complete_checkpoint
 
@@ -70,7 +71,7 @@ class _EndTogether(TrainerCallback):
             raise Preempted
 
     def _is_last_step(self, state, control) -> bool:
-        return control.should_training_stop or state.global_step % self.trainer.steps_per_epoch == 0
+        return control.should_training_stop or self.trainer.run_step % self.trainer.steps_per_epoch == 0
 
 
 class PreemptibleTrainer(ResumableTrainer):
@@ -79,17 +80,14 @@ class PreemptibleTrainer(ResumableTrainer):
     A signal for which the program has a handler of its own is left to that.
 
     Attributes:
-        steps_per_epoch: Which a subclass knows when it has a loader.
         is_ending: Whether all processes know that the run ends.
         is_preemptible: Whether it is in what can be ended.
     """
 
-    steps_per_epoch: int
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.enable_jit_checkpoint:
-            raise ValueError("`enable_jit_checkpoint` is not needed: SIGTERM ends a run with a checkpoint as it is.")
+            raise SettingError("`enable_jit_checkpoint` is not needed: SIGTERM ends a run with a checkpoint as it is.")
         self.signals = EndSignals(*SIGNALS, postpone=True)
         self.is_ending = self.is_preemptible = False
         self._answer: Callable[[], bool] | None = None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
@@ -19,6 +20,14 @@ from ..untrusted import UntrustedFileError
 from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import register_code
 from ..writing.text import escape_control
+from .elastic import (
+    STEPS_PER_EPOCH,
+    count_images,
+    find_changes,
+    find_position,
+    seed_of_process,
+    set_schedule,
+)
 from .publishing import PublishingTrainer
 from .run_checkpoints import (
     CheckpointError,
@@ -48,12 +57,20 @@ class ResumableTrainer(PublishingTrainer):
     Raises:
         CheckpointError: If a checkpoint cannot be written, or is of another run.
         FloatingPointError: If a loss is not finite, with step, learning rate and images.
+
+    Attributes:
+        steps_per_epoch: Which a subclass knows when it has a loader.
     """
+
+    steps_per_epoch: int
 
     def __init__(self, *args, ema_decay: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.ema_decay, self.ema = ema_decay, None
         self.skipped, self.skipped_before, self._saved_step = 0, 0, -1
+        # What the checkpoint says of the run that wrote it, and the steps that were taken beyond [`run_step`].
+        self.former: dict[str, Any] = {}
+        self.step_offset = 0
         self._unchecked: tuple[torch.Tensor, int, float, list[str]] | None = None
 
     def _check_loss(self) -> None:
@@ -151,7 +168,8 @@ class ResumableTrainer(PublishingTrainer):
                     save_file(weights, folder / _EMA_WEIGHTS)
                 self.accelerator.wait_for_everyone()
                 if args.should_save:
-                    mark_complete(folder, {"layout": self._layout(), "skipped": skipped})
+                    layout = self._layout() | {STEPS_PER_EPOCH: self.steps_per_epoch}
+                    mark_complete(folder, {"layout": layout, "skipped": skipped, "step offset": self.step_offset})
         except CheckpointError:
             shutil.rmtree(folder, ignore_errors=True)  # of no use, and the disk may be full
             raise
@@ -164,11 +182,22 @@ class ResumableTrainer(PublishingTrainer):
             best = self.state.best_model_checkpoint
             rotate_checkpoints(output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args,
+        allow_batch_change: bool = False,
+        **kwargs,
+    ):
         """As in `Trainer`, also from scratch where there is nothing to resume from.
 
         Args:
             resume_from_checkpoint: A checkpoint, or `True` for the last complete one of `output_dir`.
+            allow_batch_change: Whether a step may have another number of images than in the run that wrote the
+                checkpoint (default: `False`, an error). Then the run is at the same epoch, at the step by which as many
+                of its images have been seen; an image can come again where that is not a whole number of steps.
+                Schedule and end of the run are those of a run with such steps from its beginning, and so are the
+                learning rates.
             *args: As in `Trainer`.
             **kwargs: As in `Trainer`.
 
@@ -187,10 +216,10 @@ class ResumableTrainer(PublishingTrainer):
                 raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")
             saved, now = read_run(resume_from_checkpoint), self._layout()
             check_states(resume_from_checkpoint)
-            layout = saved["layout"]
-            if changed := [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]:
+            if changed := find_changes(saved["layout"], now, self._is_stream(), allow_batch_change):
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
-            self.skipped_before = saved["skipped"]
+            self.skipped_before, self.former = saved["skipped"], saved
+            self.step_offset = saved["step offset"]
         result = super().train(resume_from_checkpoint or None, *args, **kwargs)
         self._check_loss()
         return result
@@ -207,12 +236,50 @@ class ResumableTrainer(PublishingTrainer):
             "seed of the data": args.data_seed,
             "EMA decay": self.ema_decay,
         }
-        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+        if self._is_stream():
             layout["workers of the stream"] = args.dataloader_num_workers
         return layout
 
+    def _is_stream(self) -> bool:
+        return isinstance(self.train_dataset, torch.utils.data.IterableDataset)
+
+    @property
+    def run_step(self) -> int:
+        """The steps of the run, if all had had as many images as they have now."""
+        return self.state.global_step - self.step_offset
+
+    def _has_other_steps(self) -> bool:
+        """Whether a step has another number of images than in the run that wrote the checkpoint."""
+        return bool(self.former) and count_images(self.former["layout"]) != count_images(self._layout())
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """As in `Trainer`, with the position in the run that is the checkpoint's in images."""
+        super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        if self._has_other_steps():
+            images = count_images(self._layout())
+            step = find_position(self.run_step, self.former["layout"], images, steps_per_epoch)
+            logger.warning(
+                f"A step has {images} images now: the run is at step {step} of {max_steps} such steps. The "
+                f"{self.state.global_step} steps that were taken go on to be counted."
+            )
+            self.step_offset = self.state.global_step - step
+        self.state.max_steps += self.step_offset
+        epoch, step = divmod(self.run_step, steps_per_epoch)
+        return epoch, 0 if self.args.ignore_data_skip else step * self.args.gradient_accumulation_steps
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As in `Trainer`. With another number of processes each has random numbers of its own anew."""
+        if not self.former or self.former["layout"]["processes"] == self.args.world_size:
+            return super()._load_rng_state(checkpoint)
+        set_seed(seed_of_process(self.args.seed, self.state.global_step, self.args.process_index))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        base_rates = getattr(self.lr_scheduler, "base_lrs", [])
         super()._load_optimizer_and_scheduler(checkpoint)
+        if self._has_other_steps():
+            set_schedule(self.lr_scheduler, base_rates, self.run_step)
         if checkpoint is not None and self.ema is not None:
             self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
 

@@ -1,5 +1,6 @@
 """A small run of the classifiers' trainer on digits, in this process (`build`) or in others (`main`)."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ def square(image):
     return pixels / 255
 
 
+load_digits = cache(load_images)
+
+
 class Processor:
     def __call__(self, image, return_tensors):
         return type("Features", (), {"pixel_values": square(image)})
@@ -36,7 +40,7 @@ def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, rec
     options = {"drop_path_rate": 0.0, "num_labels": 10} | (model or {})
     network = AutoModelForImageClassification.from_config(small_config(version, **options))
     recipe = ImageNetRecipe(**(PLAIN | (recipe or {})))
-    train, validation = (load_images(None, split) for split in ("train", "validation"))
+    train, validation = (load_digits(None, split) for split in ("train", "validation"))
     arguments = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": 8,

@@ -1,36 +1,17 @@
 """SIGTERM and SIGUSR1 end a run with a complete checkpoint, from which it ends as if it had never been asked to."""
 
-import os
 import signal
 
 import pytest
-import torch
 
-from pvt_hf.data.digits import write_scenes
 from pvt_hf.training.preemption import PREEMPTED, Preempted
 from pvt_hf.training.run_checkpoints import last_complete_checkpoint
-from tests.support import classification_run, detection_run, segmentation_run
+from tests.support import classification_run
+from tests.support.preempted import ask_in, assert_same_results, results
 
 STEPS = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
 EPOCHS = {"save_strategy": "epoch", "eval_strategy": "epoch"}
 RANDOM = {"recipe": {"mixup": 0.8, "random_erasing": 0.25}, "model": {"drop_path_rate": 0.2}}
-
-
-def ask_to_end(number=signal.SIGTERM):
-    os.kill(os.getpid(), number)
-
-
-def ask_in(trainer, name: str, call: int, number=signal.SIGTERM) -> None:
-    """Sends this process a signal in the `call`-th call of a method."""
-    method, calls = getattr(trainer, name), []
-
-    def asked(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            ask_to_end(number)
-        return method(*args, **kwargs)
-
-    setattr(trainer, name, asked)
 
 
 def build_classifier(folder, **settings):
@@ -43,22 +24,6 @@ def run(trainer, resume=None):
     trainer.train(resume)
     trainer.finish()
     return trainer
-
-
-def results(trainer) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """All that was logged and is not a time, and the weights."""
-    logged = [
-        {key: value for key, value in entry.items() if "runtime" not in key and "per_second" not in key}
-        for entry in trainer.state.log_history
-        if "train_runtime" not in entry
-    ]
-    return logged, trainer.model.state_dict()
-
-
-def assert_same_results(trainer, expected) -> None:
-    logged, weights = results(trainer)
-    assert logged == expected[0]
-    assert all(torch.equal(value, expected[1][key]) for key, value in weights.items())
 
 
 @pytest.fixture(scope="module")
