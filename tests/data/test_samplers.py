@@ -56,10 +56,10 @@ def test_the_images_of_a_step_do_not_depend_on_how_they_are_split(kind, length):
 
     expected = list_steps(1, 16, 1)
     assert [len(keys) for keys in expected] == [16] * len(expected) and len({*sum(expected, [])}) == 16 * len(expected)
-    groups = -(-(length - -(-length // 3)) // 4) - -(-(length // 3 + 1) // 4)  # of 4 images, the wide and the others
-    assert (
-        len(expected) == {"plain": length // 16, "repeated": min(length, 256) // 16, "grouped": -(-groups // 4)}[kind]
-    )
+    high = -(-length // 3)
+    groups = -(-(length - high) // 4) + -(-high // 4)  # of 4 images
+    steps = {"plain": length // 16, "repeated": min(length, 256) // 16, "grouped": -(-groups // 4)}
+    assert len(expected) == steps[kind]
     assert all(list_steps(*split) == expected for split in SPLITS)
 
 
