@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..writing.signals import EndSignals, ignore_signals
@@ -39,11 +38,6 @@ class _EndTogether(TrainerCallback):
 
     def __init__(self, trainer: "PreemptibleTrainer"):
         self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        saved = state.stateful_callbacks.get("TrainerControl", {})
-        if state.global_step and saved.get("args", {}).get("should_evaluate"):
-            self.trainer._evaluate_again()
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
@@ -158,12 +152,6 @@ class PreemptibleTrainer(ResumableTrainer):
         if self.is_preemptible and self.shall_end():
             raise Preempted
         return super().evaluate(*args, **kwargs)
-
-    def _evaluate_again(self) -> None:
-        """The evaluation that was due when the checkpoint was written from which a run resumes."""
-        is_best = self._determine_best_metric(self._evaluate(None, None), None)
-        if is_best and self.args.save_strategy == SaveStrategy.BEST:
-            self._save_checkpoint(self.model, None)
 
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
         """As in `Trainer`; a signal for all processes does not end the loader's."""

@@ -39,6 +39,7 @@ class _Steps(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # As in the released code, each process its own. A resumed run then restores what each of them had.
         set_seed(args.seed + args.process_index)
+        self.trainer._begin()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.epochs.set_epoch(self.trainer.run_step // self.trainer.steps_per_epoch)

@@ -1,6 +1,6 @@
 """A small run of the classifiers' trainer on digits, in this process (`build`) or in others (`main`)."""
 
-from functools import cache
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ def square(image):
     return pixels / 255
 
 
-load_digits = cache(load_images)
-
-
 class Processor:
     def __call__(self, image, return_tensors):
         return type("Features", (), {"pixel_values": square(image)})
+
+
+@functools.cache
+def load_split(split: str):
+    """The bundled images, which are encoded for it."""
+    return load_images(None, split)
 
 
 def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, recipe=None, trainer=None, **arguments):
@@ -40,7 +43,7 @@ def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, rec
     options = {"drop_path_rate": 0.0, "num_labels": 10} | (model or {})
     network = AutoModelForImageClassification.from_config(small_config(version, **options))
     recipe = ImageNetRecipe(**(PLAIN | (recipe or {})))
-    train, validation = (load_digits(None, split) for split in ("train", "validation"))
+    train, validation = (load_split(split) for split in ("train", "validation"))
     arguments = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": 8,
