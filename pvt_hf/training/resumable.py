@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,18 +75,18 @@ class ResumableTrainer(PublishingTrainer):
         self.former: dict[str, Any] = {}
         self.step_offset = 0
         self.resumed_from: str | None = None
-        self._unchecked: tuple[torch.Tensor, int, float, list[str]] | None = None
+        self._unchecked: tuple[Callable[[], float], int, float, list[str]] | None = None
 
     def _check_loss(self) -> None:
         """Ends training if the last loss is not finite. An accelerator is asked a step later, so that it need not be
         waited for, but before anything is saved or evaluated."""
         if self._unchecked is None:
             return
-        loss, step, learning_rate, names = self._unchecked
+        read_loss, step, learning_rate, names = self._unchecked
         self._unchecked = None
-        if not torch.isfinite(loss):
+        if not math.isfinite(loss := read_loss()):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {step} (process {self.args.process_index}), with a learning rate "
+                f"The loss is {loss} at step {step} (process {self.args.process_index}), with a learning rate "
                 f"of {learning_rate:.3g} and the images {escape_control(', '.join(names))}. Training stops; the last "
                 f"good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
             )
