@@ -24,8 +24,8 @@ from ..data.samplers import EpochSampler
 from ..writing.text import escape_control
 from .changes import OWN_SCHEDULE, describe_run
 from .optimization import SettingError
+from .preemption import PreemptibleTrainer, start_worker
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
-from .resumable import ResumableTrainer
 from .waits import QueueingTrainer, start_reading
 
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
@@ -44,18 +44,18 @@ class _Steps(TrainerCallback):
         self.trainer._begin()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.epochs.set_epoch(state.global_step // self.trainer.steps_per_epoch)
+        self.trainer.epochs.set_epoch(self.trainer.run_step // self.trainer.steps_per_epoch)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.schedule is not None:
             # Trainer leaves the schedule where it is when fp16 skips a step; those of the recipes go by the step.
-            while self.trainer.lr_scheduler.last_epoch < state.global_step:
+            while self.trainer.lr_scheduler.last_epoch < self.trainer.run_step:
                 self.trainer.lr_scheduler.step()
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.model)
 
 
-class VisionTrainer(QueueingTrainer, ResumableTrainer):
+class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
     """What every training here has in common, on one process or many.
 
     A subclass says what it trains for: `task` (as the Hub calls it), `metric_names` (the keys of the metrics with
@@ -175,12 +175,14 @@ class VisionTrainer(QueueingTrainer, ResumableTrainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             drop_last=True,
+            worker_init_fn=start_worker,
             **options,
         )
         if not len(loader):
             raise SettingError(
-                f"`per_device_train_batch_size` ({self._train_batch_size}) is larger than the {len(self.epochs)} "
-                "images that each process has in an epoch."
+                f"A step has {self._images_per_step()} images ({self._train_batch_size} of "
+                f"`per_device_train_batch_size` x {args.gradient_accumulation_steps} accumulated x {args.world_size} "
+                f"processes), more than the {len(self.train_dataset)} of an epoch."
             )
         self.steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
         return loader
@@ -189,7 +191,11 @@ class VisionTrainer(QueueingTrainer, ResumableTrainer):
         """The order of the images, with `set_epoch`."""
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        return EpochSampler(len(self.train_dataset), seed, args.process_index, args.world_size, self.repeats)
+        images, step = len(self.train_dataset), self._images_per_step()
+        return EpochSampler(images, seed, args.process_index, args.world_size, self.repeats, step)
+
+    def _images_per_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -270,6 +276,10 @@ class VisionTrainer(QueueingTrainer, ResumableTrainer):
         Returns:
             What was reached, in words.
         """
+        with self.end_together():
+            return self._finish()
+
+    def _finish(self) -> str:
         self.save_model(_internal_call=True)  # not pushed yet: the card needs the metrics
         ema: dict[str, float] = self.evaluate_ema() if self.ema is not None else {}
         metrics = ema | self.evaluate()  # whose predictions are the ones that are kept
