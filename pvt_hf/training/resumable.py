@@ -19,7 +19,8 @@ from ..untrusted import UntrustedFileError
 from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import register_code
 from ..writing.text import escape_control
-from .publishing import PublishingTrainer
+from .distributed import DistributedTrainer
+from .machines import agree_on_checkpoint, is_lost_process
 from .run_checkpoints import (
     CheckpointError,
     check_states,
@@ -36,14 +37,14 @@ _EMA_WEIGHTS = "ema.safetensors"
 _METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
-class ResumableTrainer(PublishingTrainer):
+class ResumableTrainer(DistributedTrainer):
     """Writes checkpoints that are complete or not there, and resumes from them.
 
     Args:
         ema_decay: EMA decay of the weights (timm's `ModelEmaV3`), which every checkpoint has too; by default there
             is none.
-        *args: As of [`~pvt_hf.training.publishing.PublishingTrainer`].
-        **kwargs: As of [`~pvt_hf.training.publishing.PublishingTrainer`].
+        *args: As of [`~pvt_hf.training.distributed.DistributedTrainer`].
+        **kwargs: As of [`~pvt_hf.training.distributed.DistributedTrainer`].
 
     Raises:
         CheckpointError: If a checkpoint cannot be written, or is of another run.
@@ -78,6 +79,8 @@ class ResumableTrainer(PublishingTrainer):
         except CheckpointError:
             raise
         except (OSError, RuntimeError, SafetensorError, UntrustedFileError) as error:  # a full disk: the first three
+            if is_lost_process(error):
+                raise
             reason, last = explain_write_error(error, what), last_complete_checkpoint(self.args.output_dir)
             rest = f"The last good checkpoint is {last}." if last else "No checkpoint is complete."
             raise CheckpointError(f"{what} could not be written: {reason}. {rest}") from error
@@ -176,12 +179,14 @@ class ResumableTrainer(PublishingTrainer):
             CheckpointError: If the given checkpoint is not complete, of another run, or not what a run wrote.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, True)
             logger.warning(
                 f"Training resumes from {resume_from_checkpoint}."
                 if resume_from_checkpoint
                 else "Training starts from scratch: no checkpoint is complete."
             )
+        elif resume_from_checkpoint:
+            agree_on_checkpoint(self.args.output_dir, resume_from_checkpoint)
         if resume_from_checkpoint:
             if self.is_deepspeed_enabled:
                 raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")

@@ -23,7 +23,8 @@ MODELS = [(version, is_backbone) for version in ("v1", "v2") for is_backbone in 
 GLOBAL_NORMALIZERS = ("atss", "gfl", "sparse_rcnn")
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 CLASSIFICATION = SGD | {"trainer": {"ema_decay": 0.9}}
-SHARDED = {"sharded": True, "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 6}
+SHARDED = {"sharded": "FULL_STATE_DICT", "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 6}
+SHARDS = SHARDED | {"sharded": "SHARDED_STATE_DICT", "save_total_limit": 2}
 # With accumulation, workers and everything random.
 RANDOM = {
     "recipe": {
@@ -70,6 +71,8 @@ def list_runs(folder: Path) -> list[Run]:
         # The last ones: what is done so that CPUs shard stays.
         ("classification", "sharded", SHARDED | part),
         ("classification", "sharded_resumed", SHARDED | part | {"resume": folder / "sharded" / "checkpoint-12"}),
+        ("classification", "shards", SHARDS | part),
+        ("classification", "shards_resumed", SHARDS | part | {"resume": folder / "shards" / "checkpoint-12"}),
     ]
     return [(task, folder / name, settings) for task, name, settings in runs]
 
@@ -113,7 +116,7 @@ def test_classifier_of_two_processes_is_that_of_one(folder, tmp_path):
 
 def test_sharded_classifier_is_that_of_one_process(folder, tmp_path):
     """FSDP2 over two processes: the same losses and weights, complete in every file, also after a resume."""
-    classification_run.main(tmp_path, SHARDED | {"sharded": False, "per_device_train_batch_size": 8})
+    classification_run.main(tmp_path, SHARDED | {"sharded": None, "per_device_train_batch_size": 8})
     one, two = read_result(tmp_path), read_result(folder / "sharded")
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert_close(weights(folder / "sharded"), weights(tmp_path))
