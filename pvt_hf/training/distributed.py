@@ -91,8 +91,8 @@ class DistributedTrainer(PublishingTrainer):
         if args.world_size == 1 or shares_folder(args.output_dir):
             if args.save_on_each_node and machines > 1:
                 raise SettingError(
-                    f"`save_on_each_node`: all machines see the same {args.output_dir}, where they would write the same "
-                    "files."
+                    f"`save_on_each_node`: all machines see the same {args.output_dir}, where they would write "
+                    "the same files."
                 )
             return
         if self.writes_shards:
