@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..writing.signals import EndSignals, ignore_signals
+from .optimization import SettingError
 from .resumable import ResumableTrainer
 from .run_checkpoints import last_complete_checkpoint
 
@@ -38,11 +38,6 @@ class _EndTogether(TrainerCallback):
 
     def __init__(self, trainer: "PreemptibleTrainer"):
         self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        saved = state.stateful_callbacks.get("TrainerControl", {})
-        if state.global_step and saved.get("args", {}).get("should_evaluate"):
-            self.trainer._evaluate_again()
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
@@ -70,7 +65,7 @@ class _EndTogether(TrainerCallback):
             raise Preempted
 
     def _is_last_step(self, state, control) -> bool:
-        return control.should_training_stop or state.global_step % self.trainer.steps_per_epoch == 0
+        return control.should_training_stop or self.trainer.run_step % self.trainer.steps_per_epoch == 0
 
 
 class PreemptibleTrainer(ResumableTrainer):
@@ -79,17 +74,14 @@ class PreemptibleTrainer(ResumableTrainer):
     A signal for which the program has a handler of its own is left to that.
 
     Attributes:
-        steps_per_epoch: Which a subclass knows when it has a loader.
         is_ending: Whether all processes know that the run ends.
         is_preemptible: Whether it is in what can be ended.
     """
 
-    steps_per_epoch: int
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.enable_jit_checkpoint:
-            raise ValueError("`enable_jit_checkpoint` is not needed: SIGTERM ends a run with a checkpoint as it is.")
+            raise SettingError("`enable_jit_checkpoint` is not needed: SIGTERM ends a run with a checkpoint as it is.")
         self.signals = EndSignals(*SIGNALS, postpone=True)
         self.is_ending = self.is_preemptible = False
         self._answer: Callable[[], bool] | None = None
@@ -160,12 +152,6 @@ class PreemptibleTrainer(ResumableTrainer):
         if self.is_preemptible and self.shall_end():
             raise Preempted
         return super().evaluate(*args, **kwargs)
-
-    def _evaluate_again(self) -> None:
-        """The evaluation that was due when the checkpoint was written from which a run resumes."""
-        is_best = self._determine_best_metric(self._evaluate(None, None), None)
-        if is_best and self.args.save_strategy == SaveStrategy.BEST:
-            self._save_checkpoint(self.model, None)
 
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
         """As in `Trainer`; a signal for all processes does not end the loader's."""

@@ -202,6 +202,8 @@ def read_run(checkpoint: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} {error}") from error
     if not isinstance(run.get("layout"), dict) or type(run.get("skipped")) is not int:
         raise CheckpointError(f"{file} must say `layout`, an object, and `skipped`, an integer, got {run!r:.200}.")
+    if type(run.setdefault("step offset", 0)) is not int:
+        raise CheckpointError(f"{file} must say `step offset`, an integer, got {run['step offset']!r:.200}.")
     return run
 
 

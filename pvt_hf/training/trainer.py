@@ -43,12 +43,12 @@ class _Steps(TrainerCallback):
         self.trainer._begin()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.epochs.set_epoch(state.global_step // self.trainer.steps_per_epoch)
+        self.trainer.epochs.set_epoch(self.trainer.run_step // self.trainer.steps_per_epoch)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.schedule is not None:
             # Trainer leaves the schedule where it is when fp16 skips a step; those of the recipes go by the step.
-            while self.trainer.lr_scheduler.last_epoch < state.global_step:
+            while self.trainer.lr_scheduler.last_epoch < self.trainer.run_step:
                 self.trainer.lr_scheduler.step()
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.model)
@@ -167,8 +167,9 @@ class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
         )
         if not len(loader):
             raise SettingError(
-                f"`per_device_train_batch_size` ({self._train_batch_size}) is larger than the {len(self.epochs)} "
-                "images that each process has in an epoch."
+                f"A step has {self._images_per_step()} images ({self._train_batch_size} of "
+                f"`per_device_train_batch_size` x {args.gradient_accumulation_steps} accumulated x {args.world_size} "
+                f"processes), more than the {len(self.train_dataset)} of an epoch."
             )
         self.steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
         return loader
@@ -177,7 +178,11 @@ class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
         """The order of the images, with `set_epoch`."""
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        return EpochSampler(len(self.train_dataset), seed, args.process_index, args.world_size, self.repeats)
+        images, step = len(self.train_dataset), self._images_per_step()
+        return EpochSampler(images, seed, args.process_index, args.world_size, self.repeats, step)
+
+    def _images_per_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
