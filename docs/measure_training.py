@@ -178,9 +178,8 @@ def prepare_segmentation(name: str, variant: str) -> tuple[PreTrainedModel, dict
         make_batch = MapCollator(pvt_hf.PvtSegmentationImageProcessor(), crop)
         batch = make_batch([maps[0, 0, 0, number] for number in range(2)])
     backbone = pvt_hf.build_config(variant, out_features=list(pvt_hf.SemanticFPNConfig.backbone_out_features))
-    model = pvt_hf.SemanticFPNForSemanticSegmentation(
-        pvt_hf.SemanticFPNConfig(backbone_config=backbone, num_labels=150)
-    )
+    config = pvt_hf.SemanticFPNConfig(backbone_config=backbone, num_labels=150)
+    model = AutoModelForSemanticSegmentation.from_config(config)
     return model, {name: batch[name] for name in ("pixel_values", "labels")}, loaded
 
 
