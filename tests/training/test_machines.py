@@ -1,8 +1,12 @@
 """Jobs of two machines that share no folder, by the command lines of the docs; and what their processes agree on."""
 
 import os
+import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +26,8 @@ from pvt_hf.training.machines import (
 from pvt_hf.training.optimization import SettingError
 from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness
 from tests.support.classification_run import build
-from tests.support.machines import Machine, can_isolate, two_machines
+from tests.support.machines import Machine, can_isolate, find_free_port, two_machines
+from tests.support.small_models import ROOT
 
 PROGRAMS = {
     "classification": ("--per_device_train_batch_size", "8"),
@@ -153,6 +158,50 @@ def test_a_lost_machine_ends_the_other_with_a_message(is_killed, tmp_path):
             assert "The job has lost a process:" in printed and "--ddp_timeout says" in printed
             assert "in _inner_training_loop" not in printed  # no traceback of the program
         assert incompleteness(main.folder / "run" / "checkpoint-4") is None
+
+
+STAND_INS = {
+    "srun": """for i in 0 1; do
+    SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 "$@" & started+=($!)
+done
+echo "${started[@]}" > started
+code=0
+for process in "${started[@]}"; do wait "$process"; last=$?; if [ $last -gt $code ]; then code=$last; fi; done
+exit $code""",
+    "scontrol": 'case $1 in show) echo 127.0.0.1;; requeue) echo "$2" > requeued;; esac',
+}
+
+
+@pytest.mark.slow
+def test_the_script_for_slurm_requeues_a_run_that_a_signal_ends(tmp_path):
+    """As it stands in the docs, but for what is trained; `srun` and `scontrol` are stand-ins."""
+    page = (ROOT / "docs" / "guides" / "training-at-scale.md").read_text()
+    script = re.search(r"```bash\n(#!/bin/bash\n.*?)```", page, re.DOTALL)[1]
+    arguments = shlex.join(["train_classification", *STEPS, *PROGRAMS["classification"], "--max_steps", "60"])
+    script = script.replace("train_detection arguments.yaml", arguments).replace("29500", str(find_free_port()))
+    for name, content in STAND_INS.items():
+        file = tmp_path / name
+        file.write_text(f"#!/bin/bash\n{content}\n")
+        file.chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"}
+
+    def start() -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=os.environ | variables, **pipes)
+
+    first = start()
+    while incompleteness(tmp_path / "run" / "checkpoint-4"):
+        assert first.poll() is None, first.communicate()[0][-3000:]
+        time.sleep(0.2)
+    for number in (tmp_path / "started").read_text().split():
+        os.kill(int(number), signal.SIGUSR1)
+    printed, _ = first.communicate(timeout=300)
+    assert first.returncode == 75 and (tmp_path / "requeued").read_text() == "7\n", printed[-3000:]
+    second = start()
+    printed, _ = second.communicate(timeout=600)
+    assert second.returncode == 0 and "Training resumes from run/checkpoint-" in printed, printed[-3000:]
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.fixture

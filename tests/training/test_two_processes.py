@@ -129,7 +129,7 @@ def test_sharded_classifier_is_that_of_one_process(folder, tmp_path):
 
 
 def test_shards_have_the_same_run_and_any_number_of_processes_resumes_from_them(folder, tmp_path):
-    """As with whole states, bit for bit in two processes; in one, which does not shard, as close as without a resume."""
+    """As with whole states, bit for bit in two processes; in one, without FSDP, as close as without a resume."""
     whole, run = read_result(folder / "sharded"), folder / "shards"
     for name in ("shards", "shards_resumed"):
         assert read_result(folder / name)["losses"] == whole["losses"]
