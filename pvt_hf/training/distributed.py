@@ -116,6 +116,18 @@ class DistributedTrainer(PublishingTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As in `Trainer`, and with `save_on_each_node` the weights too: `save_pretrained` writes them in the main process
+        of the job only, whatever it is told."""
+        if not self.args.save_on_each_node:
+            return super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.should_save_on_this_rank
+
     def _save_rng_state(self, output_dir: str) -> None:
         """As in `Trainer`, where each process would write its own, on machines whose folders are not saved to."""
         with tempfile.TemporaryDirectory() as folder:
