@@ -1,5 +1,6 @@
 """What several commands do alike: the variant of a checkpoint, a backbone's weights, the bundled scenes, the end."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,14 @@ from ..models.backbone import get_backbone_config, load_pretrained_backbone
 from ..prediction.loading import ModelError, read_saved_config
 from ..training.arguments import DetectionDataArguments, EvaluationArguments, TrainingOptions
 from ..training.optimization import SettingError
+from ..training.preemption import PREEMPTED, SIGNALS
 from ..training.run_checkpoints import CheckpointError
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
 from ..writing.hub import UploadError
+from ..writing.signals import Ended, EndSignals
 from ..writing.text import escape_lines
+from .ending import print_error
 
 DEFAULT_VARIANT = "pvt_v2_b0"
 
@@ -96,9 +100,14 @@ def exit_on_bad_data() -> Iterator[None]:
 @contextmanager
 def exit_on_bad_run() -> Iterator[None]:
     """Settings that do not fit, images that turn out to be corrupt, checkpoints that cannot be read or written, and
-    uploads that fail end the program in the same way. Any other error is not the user's, and has a traceback."""
+    uploads that fail end the program in the same way; Ctrl-C, and signals before and after what can be resumed, in a
+    line. Any other error is not the user's, and has a traceback."""
     try:
-        yield
+        with EndSignals(*SIGNALS):
+            yield
+    except (KeyboardInterrupt, Ended) as reason:
+        print_error("interrupted; the same command with --resume_from_checkpoint true continues")
+        raise SystemExit(PREEMPTED if isinstance(reason, Ended) else 128 + signal.SIGINT) from reason
     except (CheckpointError, SettingError, UploadError) as error:
         raise SystemExit(escape_lines(str(error))) from error
     except ImageError as error:

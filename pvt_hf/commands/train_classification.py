@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with_code=options.with_code,
         settings={name: getattr(model_args, name) for name in ("variant", "image_size", "freeze_stages", "lora_rank")},
     )
-    trainer.train(args.resume_from_checkpoint)
+    trainer.train(args.resume_from_checkpoint, allow_batch_change=options.allow_batch_change)
     if model_args.lora_rank:  # the adapter for itself, and the complete model with it for everybody
         trainer.save_model(adapter := Path(args.output_dir) / "adapter")
         (adapter / "README.md").unlink(missing_ok=True)  # peft's, with gaps to fill in and paths of this machine

@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with_code=options.with_code,
         settings={name: getattr(model_args, name) for name in ("variant", "config_overrides", "freeze_stages")},
     )
-    trainer.train(args.resume_from_checkpoint)
+    trainer.train(args.resume_from_checkpoint, allow_batch_change=options.allow_batch_change)
     return shared.finish(trainer)
 
 

@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings={name: getattr(model_args, name) for name in ("variant", "backbone_checkpoint", "freeze_stages")}
         | ({"loss": loss.name, "class weights": loss.class_weights} if loss else {}),
     )
-    trainer.train(args.resume_from_checkpoint)
+    trainer.train(args.resume_from_checkpoint, allow_batch_change=options.allow_batch_change)
     return shared.finish(trainer)
 
 

@@ -376,7 +376,15 @@ class TrainingOptions(TrainingArguments):
         None, "float16 mixed precision (default: the recipe's, where there is a GPU)", nargs="?", const=True
     )
     resume_from_checkpoint: str | None = option(
-        None, "`true` to resume from the last complete checkpoint of --output_dir, or a checkpoint (default: none)"
+        None,
+        "`true` to resume from the last complete checkpoint of --output_dir if there is one, or a checkpoint "
+        "(default: none)",
+    )
+    allow_batch_change: bool = option(
+        False,
+        "resume though a step has another number of images than before: in the same epoch, by the images seen, of "
+        "which less than a step come again; learning rate, schedule, --max_steps and steps of an epoch are those of a "
+        "run with such steps from its beginning (default: false, an error)",
     )
     dataset_title: str | None = option(
         None, "what the model card calls the data (default: their name on the Hub, or the last part of their path)"

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import DefaultFlowCallback, TrainerControl
 from transformers.trainer_utils import rotate_checkpoints
@@ -22,6 +24,7 @@ from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import register_code
 from ..writing.text import escape_control
 from .changes import METRIC_SCHEDULES, find_changes
+from .elastic import STEPS_PER_EPOCH, compare_layouts, count_images, find_position, seed_of_process
 from .optimization import set_schedule
 from .publishing import PublishingTrainer
 from .run_checkpoints import (
@@ -52,15 +55,23 @@ class ResumableTrainer(PublishingTrainer):
     Raises:
         CheckpointError: If a checkpoint cannot be written, or is of another run.
         FloatingPointError: If a loss is not finite, with step, learning rate and images.
+
+    Attributes:
+        steps_per_epoch: Which a subclass knows when it has a loader.
     """
+
+    steps_per_epoch: int
 
     def __init__(self, *args, ema_decay: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.ema_decay, self.ema = ema_decay, None
         self.skipped, self.skipped_before, self._saved_step = 0, 0, -1
+        # What the checkpoint says of the run that wrote it, and the steps that were taken beyond [`run_step`].
+        self.former: dict[str, Any] = {}
+        self.step_offset = 0
         self.run: dict[str, Any] = {}
         self.resumed_from: str | None = None
-        self._unchecked: tuple[torch.Tensor, int, float, list[str]] | None = None
+        self._unchecked: tuple[Callable[[], float], int, float, list[str]] | None = None
 
     def describe_run(self) -> dict[str, Any]:
         """What a run is, by names of arguments, as JSON has it: see [`~pvt_hf.training.changes.find_changes`]. Nothing,
@@ -72,11 +83,11 @@ class ResumableTrainer(PublishingTrainer):
         waited for, but before anything is saved or evaluated."""
         if self._unchecked is None:
             return
-        loss, step, learning_rate, names = self._unchecked
+        read_loss, step, learning_rate, names = self._unchecked
         self._unchecked = None
-        if not torch.isfinite(loss):
+        if not math.isfinite(loss := read_loss()):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {step} (process {self.args.process_index}), with a learning rate "
+                f"The loss is {loss} at step {step} (process {self.args.process_index}), with a learning rate "
                 f"of {learning_rate:.3g} and the images {escape_control(', '.join(names))}. Training stops; the last "
                 f"good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
             )
@@ -159,7 +170,8 @@ class ResumableTrainer(PublishingTrainer):
                     save_file(weights, folder / _EMA_WEIGHTS)
                 self.accelerator.wait_for_everyone()
                 if args.should_save:
-                    mark_complete(folder, {"layout": self._layout(), "skipped": skipped, "run": self.run})
+                    run = {"layout": self._layout() | {STEPS_PER_EPOCH: self.steps_per_epoch}, "run": self.run}
+                    mark_complete(folder, run | {"skipped": skipped, "step offset": self.step_offset})
         except CheckpointError:
             shutil.rmtree(folder, ignore_errors=True)  # of no use, and the disk may be full
             raise
@@ -187,7 +199,8 @@ class ResumableTrainer(PublishingTrainer):
     def _begin(self) -> None:
         """Before the first step of this program, when everything is loaded that a resumed run has."""
         state, args = self.state, self.args
-        state.compute_steps(args, state.max_steps)  # those of this program, not of the one that wrote the checkpoint
+        # Those of this program, not of the one that wrote the checkpoint.
+        state.compute_steps(args, state.max_steps - self.step_offset)
         if self.resumed_from is None:
             return
         if state.global_step > state.max_steps:
@@ -210,7 +223,7 @@ class ResumableTrainer(PublishingTrainer):
         """Whether the program that wrote the checkpoint was ended before the evaluation that was due at its step."""
         state, due, flow = self.state, TrainerControl(), DefaultFlowCallback()
         flow.on_step_end(self.args, state, due)
-        if state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps:
+        if self.run_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps:
             flow.on_epoch_end(self.args, state, due)
         made = (entry for entry in state.log_history if any(key.startswith("eval_") for key in entry))
         return due.should_evaluate and state.global_step not in {entry["step"] for entry in made}
@@ -235,11 +248,22 @@ class ResumableTrainer(PublishingTrainer):
         if "train_loss" not in logs or self.state.global_step > self._initial_global_step:
             super().log(logs, *args, **kwargs)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args,
+        allow_batch_change: bool = False,
+        **kwargs,
+    ):
         """As in `Trainer`, also from scratch where there is nothing to resume from.
 
         Args:
             resume_from_checkpoint: A checkpoint, or `True` for the last complete one of `output_dir`.
+            allow_batch_change: Whether a step may have another number of images than in the run that wrote the
+                checkpoint (default: `False`, an error). Then the run is at the same epoch, at the step by which as many
+                of its images have been seen; an image can come again where that is not a whole number of steps.
+                Schedule and end of the run are those of a run with such steps from its beginning, and so are the
+                learning rates.
             *args: As in `Trainer`.
             **kwargs: As in `Trainer`.
 
@@ -259,14 +283,14 @@ class ResumableTrainer(PublishingTrainer):
                 raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")
             saved, now = read_run(resume_from_checkpoint), self._layout()
             check_states(resume_from_checkpoint)
-            layout = saved["layout"]
-            changed = [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]
+            changed = compare_layouts(saved["layout"], now, self._is_stream(), allow_batch_change)
             refused, said = find_changes(saved["run"], self.run)
             if changed := [*changed, *refused]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
             for change in said if self.is_world_process_zero() else ():
                 logger.warning(f"As this run resumes, {change}")
-            self.skipped_before = saved["skipped"]
+            self.skipped_before, self.former = saved["skipped"], saved
+            self.step_offset = saved["step offset"]
         self.resumed_from = resume_from_checkpoint or None
         result = super().train(self.resumed_from, *args, **kwargs)
         self._check_loss()
@@ -284,9 +308,44 @@ class ResumableTrainer(PublishingTrainer):
             "seed of the data": args.data_seed,
             "EMA decay": self.ema_decay,
         }
-        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+        if self._is_stream():
             layout["workers of the stream"] = args.dataloader_num_workers
         return layout
+
+    def _is_stream(self) -> bool:
+        return isinstance(self.train_dataset, torch.utils.data.IterableDataset)
+
+    @property
+    def run_step(self) -> int:
+        """The steps of the run, if all had had as many images as they have now."""
+        return self.state.global_step - self.step_offset
+
+    def _has_other_steps(self) -> bool:
+        """Whether a step has another number of images than in the run that wrote the checkpoint."""
+        return bool(self.former) and count_images(self.former["layout"]) != count_images(self._layout())
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """As in `Trainer`, with the position in the run that is the checkpoint's in images."""
+        super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        if self._has_other_steps():
+            images = count_images(self._layout())
+            step = find_position(self.run_step, self.former["layout"], images, steps_per_epoch)
+            logger.warning(
+                f"A step has {images} images now: the run is at step {step} of {max_steps} such steps. The "
+                f"{self.state.global_step} steps that were taken go on to be counted."
+            )
+            self.step_offset = self.state.global_step - step
+        self.state.max_steps += self.step_offset
+        epoch, step = divmod(self.run_step, steps_per_epoch)
+        return epoch, 0 if self.args.ignore_data_skip else step * self.args.gradient_accumulation_steps
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As in `Trainer`. With another number of processes each has random numbers of its own anew."""
+        if not self.former or self.former["layout"]["processes"] == self.args.world_size:
+            return super()._load_rng_state(checkpoint)
+        set_seed(seed_of_process(self.args.seed, self.state.global_step, self.args.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in `Trainer`, and then learning rates and weight decay are those of this program at the same step."""
@@ -301,7 +360,13 @@ class ResumableTrainer(PublishingTrainer):
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group.update(decay)
         if isinstance(self.lr_scheduler, LambdaLR):
-            set_schedule(self.lr_scheduler, base_rates, self.lr_scheduler.last_epoch)
+            step = self.run_step if self._has_other_steps() else self.lr_scheduler.last_epoch
+            set_schedule(self.lr_scheduler, base_rates, step)
+        elif self._has_other_steps():
+            raise CheckpointError(
+                f"A schedule that is no function of the step ({type(self.lr_scheduler).__name__}) keeps its images per "
+                "step."
+            )
         if self.ema is not None:
             self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
 

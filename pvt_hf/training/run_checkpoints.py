@@ -201,6 +201,7 @@ def read_run(checkpoint: str | Path) -> dict[str, Any]:
     except UntrustedFileError as error:
         raise CheckpointError(f"{file} {error}") from error
     kinds = {"layout": (dict, "an object"), "run": (dict, "an object"), "skipped": (int, "an integer")}
+    kinds["step offset"] = kinds["skipped"]
     for name, (kind, wanted) in kinds.items():
         if type(run.get(name)) is not kind:
             raise CheckpointError(f"{file} must say `{name}`, {wanted}, got {run!r:.200}.")

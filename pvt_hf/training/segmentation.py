@@ -21,6 +21,7 @@ from ..models.resize import resize_nearest
 from ..recipes import SegmentationRecipe
 from .dense_prediction import DensePredictionTrainer
 from .optimization import polynomial_multiplier, segmentation_parameter_groups
+from .preemption import start_worker
 from .segmentation_losses import IGNORED, SegmentationLoss
 
 logger = logging.get_logger(__name__)
@@ -133,6 +134,7 @@ class SegmentationTrainer(DensePredictionTrainer):
             sampler=DistributedSampler(dataset, args.world_size, args.process_index, shuffle=False),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            worker_init_fn=start_worker,
         )
 
     def start_evaluation(self) -> None:

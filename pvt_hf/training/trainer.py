@@ -24,8 +24,9 @@ from ..data.samplers import EpochSampler
 from ..writing.text import escape_control
 from .changes import OWN_SCHEDULE, describe_run
 from .optimization import SettingError
+from .preemption import PreemptibleTrainer, start_worker
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
-from .resumable import ResumableTrainer
+from .waits import QueueingTrainer, start_reading
 
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
 Schedule = Callable[[int, int, int], float]
@@ -43,18 +44,18 @@ class _Steps(TrainerCallback):
         self.trainer._begin()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.epochs.set_epoch(state.global_step // self.trainer.steps_per_epoch)
+        self.trainer.epochs.set_epoch(self.trainer.run_step // self.trainer.steps_per_epoch)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.schedule is not None:
             # Trainer leaves the schedule where it is when fp16 skips a step; those of the recipes go by the step.
-            while self.trainer.lr_scheduler.last_epoch < state.global_step:
+            while self.trainer.lr_scheduler.last_epoch < self.trainer.run_step:
                 self.trainer.lr_scheduler.step()
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.model)
 
 
-class VisionTrainer(ResumableTrainer):
+class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
     """What every training here has in common, on one process or many.
 
     A subclass says what it trains for: `task` (as the Hub calls it), `metric_names` (the keys of the metrics with
@@ -174,12 +175,14 @@ class VisionTrainer(ResumableTrainer):
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             drop_last=True,
+            worker_init_fn=start_worker,
             **options,
         )
         if not len(loader):
             raise SettingError(
-                f"`per_device_train_batch_size` ({self._train_batch_size}) is larger than the {len(self.epochs)} "
-                "images that each process has in an epoch."
+                f"A step has {self._images_per_step()} images ({self._train_batch_size} of "
+                f"`per_device_train_batch_size` x {args.gradient_accumulation_steps} accumulated x {args.world_size} "
+                f"processes), more than the {len(self.train_dataset)} of an epoch."
             )
         self.steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
         return loader
@@ -188,7 +191,11 @@ class VisionTrainer(ResumableTrainer):
         """The order of the images, with `set_epoch`."""
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        return EpochSampler(len(self.train_dataset), seed, args.process_index, args.world_size, self.repeats)
+        images, step = len(self.train_dataset), self._images_per_step()
+        return EpochSampler(images, seed, args.process_index, args.world_size, self.repeats, step)
+
+    def _images_per_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -227,7 +234,7 @@ class VisionTrainer(ResumableTrainer):
         inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=memory_format)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._check_loss()
-        self._unchecked = (loss.detach(), self.state.global_step + 1, self._get_learning_rate(), names)
+        self._unchecked = (start_reading(loss), self.state.global_step + 1, self._get_learning_rate(), names)
         if loss.device.type == "cpu":
             self._check_loss()
         return loss
@@ -269,6 +276,10 @@ class VisionTrainer(ResumableTrainer):
         Returns:
             What was reached, in words.
         """
+        with self.end_together():
+            return self._finish()
+
+    def _finish(self) -> str:
         self.save_model(_internal_call=True)  # not pushed yet: the card needs the metrics
         ema: dict[str, float] = self.evaluate_ema() if self.ema is not None else {}
         metrics = ema | self.evaluate()  # whose predictions are the ones that are kept

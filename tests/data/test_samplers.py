@@ -25,6 +25,44 @@ def test_processes_share_a_larger_batch(repeats):
     assert orders[0] != orders[1]  # epoch 1 and epoch 0
 
 
+SPLITS = [
+    (processes, batch, 16 // (processes * batch))
+    for processes in (1, 2, 4, 8)
+    for batch in (1, 2, 4, 8, 16)
+    if processes * batch <= 16
+]
+
+
+@pytest.mark.parametrize("length", [16, 67, 300])
+@pytest.mark.parametrize("kind", ["plain", "repeated", "grouped"])
+def test_the_images_of_a_step_do_not_depend_on_how_they_are_split(kind, length):
+    """Processes, images of a batch and accumulated batches: in every step of 16 images the same ones, augmented
+    alike, and as many steps in an epoch."""
+
+    def list_steps(processes, batch, accumulated):
+        steps = {}
+        for rank in range(processes):
+            if kind == "grouped":
+                sizes = [(3, 4) if index % 3 else (4, 3) for index in range(length)]
+                sampler = AspectRatioSampler(sizes, batch, 5, rank, processes, 16, group_size=4)
+            else:
+                sampler = EpochSampler(length, 5, rank, processes, 3 if kind == "repeated" else 1, 16)
+            sampler.set_epoch(2)
+            keys, share = list(sampler), batch * accumulated
+            assert len(keys) == len(sampler) and len(keys) % share == 0
+            for first in range(0, len(keys), share):
+                steps.setdefault(first // share, []).extend(keys[first : first + share])
+        return [sorted(keys) for keys in steps.values()]
+
+    expected = list_steps(1, 16, 1)
+    assert [len(keys) for keys in expected] == [16] * len(expected) and len({*sum(expected, [])}) == 16 * len(expected)
+    high = -(-length // 3)
+    groups = -(-(length - high) // 4) + -(-high // 4)  # of 4 images
+    steps = {"plain": length // 16, "repeated": min(length, 256) // 16, "grouped": -(-groups // 4)}
+    assert len(expected) == steps[kind]
+    assert all(list_steps(*split) == expected for split in SPLITS)
+
+
 def test_repeated_augmentation_is_timms():
     ours, timms = EpochSampler(1000, seed=0, rank=1, world_size=2, repeats=3), RepeatAugSampler(range(1000), 2, 1)
     ours.set_epoch(4)
