@@ -41,6 +41,9 @@ class EpochSampler(Sampler[Key]):
     `RepeatAugSampler`, as in the released code: each image comes thrice in a row, for different processes, in an epoch
     of a third of the images.
 
+    At the beginning of an epoch a process needs 4 bytes for each image of all of them, and then for each of its own;
+    with repeated augmentation timm needs about ten times as much.
+
     Args:
         length: Number of images.
         seed: Of the run.
@@ -74,11 +77,20 @@ class EpochSampler(Sampler[Key]):
             sampler.set_epoch(self.seed + self.epoch)
             indices = iter(sampler)
         else:
-            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-            usable = self.length // self.world_size * self.world_size
-            indices = iter(order[self.rank : usable : self.world_size].tolist())
+            indices = _iter_share(self.length, self.seed + self.epoch, self.rank, self.world_size)
         for count, index in enumerate(indices):
             yield index, self.seed, self.epoch, count * self.world_size + self.rank
+
+
+def _iter_share(length: int, seed: int, rank: int, world_size: int) -> Iterator[int]:
+    """Every `world_size`-th number of a random order of `length`, as many for each process."""
+    # The order is that of int64, in half of the memory; and in the epoch only the share of this process is held.
+    dtype = torch.int32 if length <= torch.iinfo(torch.int32).max else torch.int64
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    share = order[rank : length // world_size * world_size : world_size].clone()  # (images of this process,)
+    del order
+    for some in share.split(2**16):
+        yield from some.tolist()
 
 
 class AspectRatioSampler(Sampler[Key]):
