@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from ..data.streams import ShardedStream
 from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import register_code
 from ..writing.text import escape_control
@@ -25,6 +26,7 @@ from .run_checkpoints import (
     mark_incomplete,
     read_run,
 )
+from .streams import restore_stream, save_stream
 
 logger = logging.get_logger(__name__)
 
@@ -148,6 +150,7 @@ class ResumableTrainer(PublishingTrainer):
                 if args.should_save and self.ema is not None:
                     weights = {key: value.contiguous() for key, value in self.ema.module.state_dict().items()}
                     save_file(weights, folder / _EMA_WEIGHTS)
+                save_stream(self.train_dataset, folder, args.should_save)
                 self.accelerator.wait_for_everyone()
                 if args.should_save:
                     mark_complete(folder, {"layout": self._layout(), "skipped": skipped})
@@ -190,6 +193,7 @@ class ResumableTrainer(PublishingTrainer):
             if changed := [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
             self.skipped_before = saved["skipped"]
+            restore_stream(self.train_dataset, Path(resume_from_checkpoint), self.args)
         result = super().train(resume_from_checkpoint or None, *args, **kwargs)
         self._check_loss()
         return result
@@ -206,7 +210,8 @@ class ResumableTrainer(PublishingTrainer):
             "seed of the data": args.data_seed,
             "EMA decay": self.ema_decay,
         }
-        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
+        is_stream = isinstance(self.train_dataset, torch.utils.data.IterableDataset)
+        if is_stream and not isinstance(self.train_dataset, ShardedStream):  # of which `restore_stream` knows more
             layout["workers of the stream"] = args.dataloader_num_workers
         return layout
 

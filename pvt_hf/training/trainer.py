@@ -25,6 +25,7 @@ from ..writing.text import escape_control
 from .optimization import SettingError
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
 from .resumable import ResumableTrainer
+from .streams import build_loader
 
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
 Schedule = Callable[[int, int, int], float]
@@ -157,29 +158,16 @@ class VisionTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Each process reads its own share: nothing is left for accelerate to split."""
-        dataset, args, options = self.train_dataset, self.args, {}
-        if isinstance(dataset, torch.utils.data.IterableDataset):
-            self.epochs = dataset
-            dataset.batch_size = self._train_batch_size
-        else:
-            self.epochs = options["sampler"] = self.build_sampler()
-        loader = DataLoader(
-            dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            drop_last=True,
-            **options,
-        )
+        dataset = self.train_dataset
+        is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+        self.epochs = dataset if is_stream else self.build_sampler()
+        loader = build_loader(dataset, self.epochs, self.data_collator, self._train_batch_size, self.args)
         if not len(loader):
             raise SettingError(
                 f"`per_device_train_batch_size` ({self._train_batch_size}) is larger than the {len(self.epochs)} "
                 "images that each process has in an epoch."
             )
-        self.steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+        self.steps_per_epoch = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
         return loader
 
     def build_sampler(self) -> torch.utils.data.Sampler:
@@ -218,7 +206,7 @@ class VisionTrainer(ResumableTrainer):
         return inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        names = inputs.pop("names")
+        names, bookmark = inputs.pop("names"), inputs.pop("bookmark", None)
         self.skipped += inputs.pop("skipped")
         inputs = self.prepare_batch(self._prepare_inputs(inputs))
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -228,6 +216,8 @@ class VisionTrainer(ResumableTrainer):
         self._unchecked = (loss.detach(), self.state.global_step + 1, self._get_learning_rate(), names)
         if loss.device.type == "cpu":
             self._check_loss()
+        if bookmark is not None:
+            self.train_dataset.note(*bookmark)
         return loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
