@@ -26,10 +26,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.process)
         if "slow" in item.keywords and "timeout" not in item.keywords:
             item.add_marker(pytest.mark.timeout(1800))  # compilers take minutes, and longer where others work too
-    if "slow" not in config.option.markexpr:  # whatever else is asked for
-        slow = [item for item in items if "slow" in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if "slow" not in item.keywords]
+    for marker in ("slow", "gpu"):
+        if marker not in config.option.markexpr:  # whatever else is asked for
+            # (Names of folders are keywords too.)
+            config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(marker)])
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
     # What takes longest comes first, so that no worker is left alone with it in the end.
     items.sort(key=lambda item: "timeout" not in item.keywords)
 
@@ -37,6 +38,19 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Where the tests marked `gpu` compute: on a GPU, without its shortened products of matrices. To try the tests out
+    without one, set PVT_HF_TEST_DEVICE=cpu."""
+    device = torch.device(os.environ.get("PVT_HF_TEST_DEVICE", "cuda"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("there is no GPU")
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return device
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """`Trainer` whose checkpoints are complete or not there, and whose runs resume from them exactly."""
 
+import dataclasses
+import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import DefaultFlowCallback, TrainerControl
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from ..data.streams import ShardedStream
+from ..untrusted import UntrustedFileError
 from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import register_code
 from ..writing.text import escape_control
@@ -21,10 +26,12 @@ from .publishing import PublishingTrainer
 from .run_checkpoints import (
     CheckpointError,
     check_states,
+    incompleteness,
     last_complete_checkpoint,
     mark_complete,
     mark_incomplete,
     read_run,
+    replace_file,
 )
 from .streams import restore_stream, save_stream
 
@@ -52,18 +59,19 @@ class ResumableTrainer(PublishingTrainer):
         super().__init__(*args, **kwargs)
         self.ema_decay, self.ema = ema_decay, None
         self.skipped, self.skipped_before, self._saved_step = 0, 0, -1
-        self._unchecked: tuple[torch.Tensor, int, float, list[str]] | None = None
+        self.resumed_from: str | None = None
+        self._unchecked: tuple[Callable[[], float], int, float, list[str]] | None = None
 
     def _check_loss(self) -> None:
         """Ends training if the last loss is not finite. An accelerator is asked a step later, so that it need not be
         waited for, but before anything is saved or evaluated."""
         if self._unchecked is None:
             return
-        loss, step, learning_rate, names = self._unchecked
+        read_loss, step, learning_rate, names = self._unchecked
         self._unchecked = None
-        if not torch.isfinite(loss):
+        if not math.isfinite(loss := read_loss()):
             raise FloatingPointError(
-                f"The loss is {loss.item()} at step {step} (process {self.args.process_index}), with a learning rate "
+                f"The loss is {loss} at step {step} (process {self.args.process_index}), with a learning rate "
                 f"of {learning_rate:.3g} and the images {escape_control(', '.join(names))}. Training stops; the last "
                 f"good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
             )
@@ -75,7 +83,7 @@ class ResumableTrainer(PublishingTrainer):
             yield
         except CheckpointError:
             raise
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them: torch's is the second
+        except (OSError, RuntimeError, SafetensorError, UntrustedFileError) as error:  # a full disk: the first three
             reason, last = explain_write_error(error, what), last_complete_checkpoint(self.args.output_dir)
             rest = f"The last good checkpoint is {last}." if last else "No checkpoint is complete."
             raise CheckpointError(f"{what} could not be written: {reason}. {rest}") from error
@@ -120,16 +128,10 @@ class ResumableTrainer(PublishingTrainer):
 
     def _add_metrics(self, folder: Path) -> None:
         """What the evaluation changed since the checkpoint of this step was written: the metrics, and which is best."""
-        best = folder.parent / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and best.is_dir():
-            self.state.best_model_checkpoint = str(best)
+        self._find_best()
         if self.args.should_save:
-            run, state = read_run(folder), folder / f"{TRAINER_STATE_NAME}.partial"
             with self._name_last_checkpoint(folder):
-                self.state.save_to_json(str(state))
-                mark_incomplete(folder)
-                state.replace(folder / TRAINER_STATE_NAME)
-                mark_complete(folder, run)
+                replace_file(folder, TRAINER_STATE_NAME, json.dumps(dataclasses.asdict(self.state), indent=2))
 
     def _save_checkpoint(self, model, trial) -> None:
         """As in `Trainer`, and in the end a list of the files, without which it is not taken for a good checkpoint."""
@@ -166,6 +168,64 @@ class ResumableTrainer(PublishingTrainer):
             best = self.state.best_model_checkpoint
             rotate_checkpoints(output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
+    def _find_best(self) -> None:
+        """The best checkpoint is where this run has it, also if the folder was moved meanwhile."""
+        best = Path(self._get_output_dir(None)) / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+    def _load_best_model(self) -> None:
+        """As in `Trainer`, if it is as it was written."""
+        if reason := incompleteness(best := self.state.best_model_checkpoint):
+            raise CheckpointError(f"The best checkpoint, {best}, cannot be loaded: {reason}.")
+        super()._load_best_model()
+
+    def _begin(self) -> None:
+        """Before the first step of this program, when everything is loaded that a resumed run has."""
+        state, args = self.state, self.args
+        state.compute_steps(args, state.max_steps)  # those of this program, not of the one that wrote the checkpoint
+        if self.resumed_from is None:
+            return
+        self._find_best()
+        if args.load_best_model_at_end and state.best_global_step and state.best_model_checkpoint is None:
+            best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+            raise CheckpointError(f"The best checkpoint, {best}, is gone: `load_best_model_at_end` cannot load it.")
+        if self._lacks_evaluation():
+            self._determine_best_metric(self._evaluate(None, None), None)
+            folder = Path(self._get_output_dir(None)) / f"checkpoint-{state.global_step}"
+            is_own = folder.is_dir() and folder.samefile(self.resumed_from)
+            if is_own and args.lr_scheduler_type not in _METRIC_SCHEDULES:
+                self._add_metrics(folder)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the program that wrote the checkpoint was ended before the evaluation that was due at its step."""
+        state, due, flow = self.state, TrainerControl(), DefaultFlowCallback()
+        flow.on_step_end(self.args, state, due)
+        if state.global_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps:
+            flow.on_epoch_end(self.args, state, due)
+        made = (entry for entry in state.log_history if any(key.startswith("eval_") for key in entry))
+        return due.should_evaluate and state.global_step not in {entry["step"] for entry in made}
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As in `Trainer`, which takes a step before it looks whether the run has ended."""
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
+
+    def _finalize_training(self, *args, **kwargs):
+        """As in `Trainer`. The last checkpoint stays beside the best one: a run that has ended is finished again from
+        it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in `Trainer`, but for the mean loss of no step, which would be 0."""
+        if "train_loss" not in logs or self.state.global_step > self._initial_global_step:
+            super().log(logs, *args, **kwargs)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in `Trainer`, also from scratch where there is nothing to resume from.
 
@@ -194,7 +254,8 @@ class ResumableTrainer(PublishingTrainer):
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
             self.skipped_before = saved["skipped"]
             restore_stream(self.train_dataset, Path(resume_from_checkpoint), self.args)
-        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        self.resumed_from = resume_from_checkpoint or None
+        result = super().train(self.resumed_from, *args, **kwargs)
         self._check_loss()
         return result
 

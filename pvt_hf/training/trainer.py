@@ -26,6 +26,7 @@ from .optimization import SettingError
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
 from .resumable import ResumableTrainer
 from .streams import build_loader
+from .waits import QueueingTrainer, start_reading
 
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
 Schedule = Callable[[int, int, int], float]
@@ -40,6 +41,7 @@ class _Steps(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # As in the released code, each process its own. A resumed run then restores what each of them had.
         set_seed(args.seed + args.process_index)
+        self.trainer._begin()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.trainer.epochs.set_epoch(state.global_step // self.trainer.steps_per_epoch)
@@ -53,7 +55,7 @@ class _Steps(TrainerCallback):
             self.trainer.ema.update(self.trainer.model)
 
 
-class VisionTrainer(ResumableTrainer):
+class VisionTrainer(QueueingTrainer, ResumableTrainer):
     """What every training here has in common, on one process or many.
 
     A subclass says what it trains for: `task` (as the Hub calls it), `metric_names` (the keys of the metrics with
@@ -213,7 +215,7 @@ class VisionTrainer(ResumableTrainer):
         inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=memory_format)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._check_loss()
-        self._unchecked = (loss.detach(), self.state.global_step + 1, self._get_learning_rate(), names)
+        self._unchecked = (start_reading(loss), self.state.global_step + 1, self._get_learning_rate(), names)
         if loss.device.type == "cpu":
             self._check_loss()
         if bookmark is not None:

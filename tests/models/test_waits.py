@@ -7,29 +7,19 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from transformers import AutoBackbone, AutoModelForImageClassification
 
 import pvt_hf
 from pvt_hf.models import layers, rois, rpn
 from tests.support.dense_models import build_dense_model, dense_inputs
-from tests.support.small_models import STAGES, small_config
+from tests.support.small_models import (
+    STAGES,
+    build_backbone,
+    build_classifier,
+    build_segmenter,
+    small_config,
+)
 
 VERSIONS = ("v1", "v2", "v2_linear")
-
-
-def build_classifier(version: str):
-    return AutoModelForImageClassification.from_config(small_config(version))
-
-
-def build_backbone(version: str):
-    return AutoBackbone.from_config(small_config(version, out_features=STAGES))
-
-
-def build_segmenter(version: str, **settings):
-    backbone = small_config(version, out_features=STAGES)
-    return pvt_hf.SemanticFPNForSemanticSegmentation(
-        pvt_hf.SemanticFPNConfig(backbone_config=backbone, num_labels=5, neck_channels=16, **settings)
-    )
 
 
 @pytest.mark.parametrize("version", VERSIONS)

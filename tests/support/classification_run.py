@@ -1,5 +1,6 @@
 """A small run of the classifiers' trainer on digits, in this process (`build`) or in others (`main`)."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,19 @@ class Processor:
         return type("Features", (), {"pixel_values": square(image)})
 
 
+@functools.cache
+def load_split(split: str):
+    """The bundled images, which are encoded for it."""
+    return load_images(None, split)
+
+
 def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, recipe=None, trainer=None, **arguments):
     """The trainer of a run with 8 batches of 8 images in an epoch."""
     set_seed(0)
     options = {"drop_path_rate": 0.0, "num_labels": 10} | (model or {})
     network = AutoModelForImageClassification.from_config(small_config(version, **options))
     recipe = ImageNetRecipe(**(PLAIN | (recipe or {})))
-    train, validation = (load_images(None, split) for split in ("train", "validation"))
+    train, validation = (load_split(split) for split in ("train", "validation"))
     arguments = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": 8,

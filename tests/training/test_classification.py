@@ -1,6 +1,7 @@
 """Training: the same result however it is split, interrupted or computed, and a clear end where it cannot continue."""
 
 import errno
+import io
 import json
 import re
 from unittest import mock
@@ -10,19 +11,20 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import AutoModelForImageClassification
 
 from pvt_hf.data.classification import StreamedImages, load_images
 from pvt_hf.data.images import ImageError
 from pvt_hf.training import resumable
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
-from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint, mark_complete
+from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
 from pvt_hf.training.streams import restore_stream
 from pvt_hf.writing.hub import UploadError
 from tests.support import classification_run
 from tests.support.classification_run import build
 from tests.support.disk import full_disk
+from tests.support.run_checkpoints import write_checkpoint
 from tests.support.small_models import assert_close, small_config
 from tests.support.training_processes import kill_after, read_result
 
@@ -90,10 +92,11 @@ def test_resuming_another_run_is_an_error(settings, message, tmp_path):
 
 def test_training_resumes_from_no_forged_state(tmp_path):
     """An array of NumPy in the optimiser's state, which torch refuses with the advice to run the file's code."""
-    trainer, folder = build(tmp_path), tmp_path / "checkpoint-1"
-    folder.mkdir()
-    torch.save({"state": np.zeros(3)}, folder / "optimizer.pt")
-    mark_complete(folder, {"layout": trainer._layout(), "skipped": 0})
+    trainer, state = build(tmp_path), io.BytesIO()
+    torch.save({"state": np.zeros(3)}, state)
+    weights = save({"weight": torch.ones(1)})
+    run = {"layout": trainer._layout(), "skipped": 0}
+    folder = write_checkpoint(tmp_path / "checkpoint-1", run, optimizer=state.getvalue(), model=weights)
     with pytest.raises(CheckpointError, match=r"optimizer\.pt is refused: it calls `numpy\."):
         trainer.train(str(folder))
 
@@ -252,8 +255,9 @@ def test_incomplete_checkpoint_is_never_used(tmp_path, caplog, monkeypatch):
     with pytest.raises(CheckpointError, match="checkpoint-7 is not a complete checkpoint: there is no such folder"):
         build(tmp_path).train(str(tmp_path / "checkpoint-7"))
     optimizer = tmp_path / "checkpoint-4" / "optimizer.pt"
-    optimizer.write_bytes(optimizer.read_bytes()[:-1])
-    assert incompleteness(tmp_path / "checkpoint-4") == "optimizer.pt is missing or has another size"
+    content = optimizer.read_bytes()
+    optimizer.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert incompleteness(tmp_path / "checkpoint-4").startswith("optimizer.pt is damaged: it has another checksum")
     assert last_complete_checkpoint(tmp_path) is None
 
 
