@@ -31,7 +31,7 @@ EXTRAS = {
     "training": "`pvt-hf train-*`, `evaluate`, and `Trainer`s with the papers' recipes",
     "lora": "`--lora_rank` of `pvt-hf train-classification`",
     "conversion": "conversion of timm's own checkpoints",
-    "benchmark": "`examples/benchmark.py`",
+    "benchmark": "`pvt-hf benchmark`",
     "export": "`pvt-hf export` to ONNX, OpenVINO and the web",
     "executorch": "`pvt-hf export` to ExecuTorch",
     "demo": "`pvt-hf demo`",

@@ -320,9 +320,7 @@ class ResumableTrainer(DistributedTrainer):
             "seed of the data": args.data_seed,
             "EMA decay": self.ema_decay,
         }
-        if self._is_stream() and not isinstance(
-            self.train_dataset, ShardedStream
-        ):  # of which `restore_stream` knows more
+        if self._is_stream() and not isinstance(self.train_dataset, ShardedStream):  # whose state says more
             layout["workers of the stream"] = args.dataloader_num_workers
         return layout
 
