@@ -120,10 +120,10 @@ def agree_on_checkpoint(output_dir: str | Path, given: str | bool | None) -> str
     """
     if given is True:
         found = gather(last_complete_checkpoint(output_dir))
-        if not any(found):
-            return None
-        # A killed job may have written its last one on some of the machines only.
         steps = [int(Path(path).name.rpartition("-")[2]) for path in found if path]
+        if len(set(found)) == 1:
+            return found[0]
+        # A killed job may have written its last one on some of the machines only.
         given = str(Path(output_dir) / f"checkpoint-{min(steps)}")
     if not given:
         return None
