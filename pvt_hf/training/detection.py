@@ -89,6 +89,10 @@ class DetectionTrainer(DensePredictionTrainer):
                     nn.SyncBatchNorm.convert_sync_batchnorm(part)  # in place, with the same parameters
         self.model_accepts_loss_kwargs = False  # transformers' DETR takes any argument, which does not mean this one
 
+    def describe_settings(self) -> dict[str, Any]:
+        """As in [`~pvt_hf.training.trainer.VisionTrainer`], with what evaluations depend on."""
+        return super().describe_settings() | {"max_detections": self.max_detections}
+
     def build_sampler(self) -> AspectRatioSampler:
         """Batches of one orientation."""
         args = self.args

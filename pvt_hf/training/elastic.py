@@ -1,13 +1,9 @@
 """Runs that resume with other processes, batches or accumulation than they had."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-
-from .run_checkpoints import CheckpointError
 
 STEPS_PER_EPOCH, GROUP_SIZE = "steps of an epoch", "images of one orientation in turn"
 # How the images of a step are split. Of a data set with a length, their order does not depend on it.
@@ -25,7 +21,7 @@ def count_images(layout: dict[str, Any]) -> int:
     return math.prod(int(layout[name]) for name in _SPLIT)
 
 
-def find_changes(
+def compare_layouts(
     saved: dict[str, Any], now: dict[str, Any], is_stream: bool, allow_batch_change: bool = False
 ) -> list[str]:
     """What keeps a run from being resumed, in words.
@@ -59,26 +55,6 @@ def find_position(step: int, saved: dict[str, Any], images: int, steps_per_epoch
     """
     epoch, step = divmod(step, saved[STEPS_PER_EPOCH])
     return epoch * steps_per_epoch + min(step * count_images(saved) // images, steps_per_epoch)
-
-
-def set_schedule(schedule: LRScheduler, base_rates: Sequence[float], step: int) -> None:
-    """Puts a schedule at a step, with the learning rates that it has there.
-
-    Args:
-        schedule: Of multipliers by step.
-        base_rates: What is multiplied, of each group of the optimiser.
-        step: Counted from 0.
-
-    Raises:
-        CheckpointError: If it is another one.
-    """
-    if not isinstance(schedule, LambdaLR):
-        raise CheckpointError(f"A schedule that is no function of the step ({type(schedule).__name__}) cannot change.")
-    schedule.last_epoch, schedule.base_lrs = step, list(base_rates)
-    groups = zip(schedule.optimizer.param_groups, base_rates, schedule.lr_lambdas, strict=True)
-    for group, rate, multiplier in groups:
-        group["initial_lr"], group["lr"] = rate, rate * multiplier(step)
-    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
 def seed_of_process(seed: int, step: int, rank: int) -> int:

@@ -4,7 +4,6 @@ step, in all processes at the same one, and an exit code that says so."""
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
@@ -15,6 +14,7 @@ from ..writing.signals import EndSignals, ignore_signals
 from .optimization import SettingError
 from .resumable import ResumableTrainer
 from .run_checkpoints import last_complete_checkpoint
+from .waits import start_reading
 
 logger = logging.get_logger(__name__)
 
@@ -84,7 +84,7 @@ class PreemptibleTrainer(ResumableTrainer):
             raise SettingError("`enable_jit_checkpoint` is not needed: SIGTERM ends a run with a checkpoint as it is.")
         self.signals = EndSignals(*SIGNALS, postpone=True)
         self.is_ending = self.is_preemptible = False
-        self._answer: Callable[[], bool] | None = None
+        self._answer: Callable[[], float] | None = None
         self._initial_global_step, self._finished = 0, None  # the model, when `train` is over
         self.add_callback(_EndTogether(self))
 
@@ -99,11 +99,11 @@ class PreemptibleTrainer(ResumableTrainer):
         if self.args.world_size == 1:
             self.is_ending |= received
             return self.is_ending
-        flag = torch.tensor(int(received), device=self.args.device)
+        flag = torch.full((), float(received), device=self.args.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        former, self._answer = self._answer, _copy_later(flag)
+        former, self._answer = self._answer, start_reading(flag)
         answer = self._answer if wait or flag.device.type == "cpu" else former
-        self.is_ending |= answer is not None and answer()
+        self.is_ending |= answer is not None and answer() > 0
         return self.is_ending
 
     @contextmanager
@@ -158,16 +158,6 @@ class PreemptibleTrainer(ResumableTrainer):
         loader = super().get_eval_dataloader(*args, **kwargs)
         loader.worker_init_fn = start_worker
         return loader
-
-
-def _copy_later(flag: torch.Tensor) -> Callable[[], bool]:
-    """What tells whether a flag is set, without waiting for what an accelerator is given to do after it."""
-    if flag.device.type == "cpu":
-        return partial(bool, flag)
-    copy = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
-    event = torch.Event(flag.device)
-    event.record()
-    return lambda: (event.synchronize(), bool(copy))[1]
 
 
 def start_worker(worker_id: int) -> None:

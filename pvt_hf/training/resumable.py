@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import DefaultFlowCallback, TrainerControl
@@ -22,16 +23,11 @@ from ..untrusted import UntrustedFileError
 from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import register_code
 from ..writing.text import escape_control
+from .changes import METRIC_SCHEDULES, find_changes
 from .distributed import DistributedTrainer
-from .elastic import (
-    STEPS_PER_EPOCH,
-    count_images,
-    find_changes,
-    find_position,
-    seed_of_process,
-    set_schedule,
-)
+from .elastic import STEPS_PER_EPOCH, compare_layouts, count_images, find_position, seed_of_process
 from .machines import agree_on_checkpoint, is_lost_process
+from .optimization import set_schedule
 from .run_checkpoints import (
     CheckpointError,
     check_states,
@@ -46,7 +42,6 @@ from .run_checkpoints import (
 logger = logging.get_logger(__name__)
 
 _EMA_WEIGHTS = "ema.safetensors"
-_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 class ResumableTrainer(DistributedTrainer):
@@ -75,8 +70,14 @@ class ResumableTrainer(DistributedTrainer):
         # What the checkpoint says of the run that wrote it, and the steps that were taken beyond [`run_step`].
         self.former: dict[str, Any] = {}
         self.step_offset = 0
+        self.run: dict[str, Any] = {}
         self.resumed_from: str | None = None
         self._unchecked: tuple[Callable[[], float], int, float, list[str]] | None = None
+
+    def describe_run(self) -> dict[str, Any]:
+        """What a run is, by names of arguments, as JSON has it: see [`~pvt_hf.training.changes.find_changes`]. Nothing,
+        unless a subclass says so."""
+        return {}
 
     def _check_loss(self) -> None:
         """Ends training if the last loss is not finite. An accelerator is asked a step later, so that it need not be
@@ -157,7 +158,7 @@ class ResumableTrainer(DistributedTrainer):
         folder, limit = Path(run_dir) / f"checkpoint-{self.state.global_step}", args.save_total_limit
         self._check_loss()
         # A schedule that follows the metrics has taken its step since.
-        if self._saved_step == self.state.global_step and args.lr_scheduler_type not in _METRIC_SCHEDULES:
+        if self._saved_step == self.state.global_step and args.lr_scheduler_type not in METRIC_SCHEDULES:
             return self._add_metrics(folder)
         skipped = self.skipped_images()
         # Older checkpoints go, and the Hub gets this one, when it is complete.
@@ -172,8 +173,8 @@ class ResumableTrainer(DistributedTrainer):
                     save_file(weights, folder / _EMA_WEIGHTS)
                 self.accelerator.wait_for_everyone()
                 if args.should_save:
-                    layout = self._layout() | {STEPS_PER_EPOCH: self.steps_per_epoch}
-                    mark_complete(folder, {"layout": layout, "skipped": skipped, "step offset": self.step_offset})
+                    run = {"layout": self._layout() | {STEPS_PER_EPOCH: self.steps_per_epoch}, "run": self.run}
+                    mark_complete(folder, run | {"skipped": skipped, "step offset": self.step_offset})
         except CheckpointError:
             shutil.rmtree(folder, ignore_errors=True)  # of no use, and the disk may be full
             raise
@@ -201,11 +202,15 @@ class ResumableTrainer(DistributedTrainer):
     def _begin(self) -> None:
         """Before the first step of this program, when everything is loaded that a resumed run has."""
         state, args = self.state, self.args
-        state.compute_steps(
-            args, state.max_steps - self.step_offset
-        )  # those of this program, not of the one that wrote the checkpoint
+        # Those of this program, not of the one that wrote the checkpoint.
+        state.compute_steps(args, state.max_steps - self.step_offset)
         if self.resumed_from is None:
             return
+        if state.global_step > state.max_steps:
+            raise CheckpointError(
+                f"{self.resumed_from} has {state.global_step} steps, more than the {state.max_steps} of this run "
+                "(`max_steps`, `num_train_epochs`)."
+            )
         self._find_best()
         if args.load_best_model_at_end and state.best_global_step and state.best_model_checkpoint is None:
             best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
@@ -214,7 +219,7 @@ class ResumableTrainer(DistributedTrainer):
             self._determine_best_metric(self._evaluate(None, None), None)
             folder = Path(self._get_output_dir(None)) / f"checkpoint-{state.global_step}"
             is_own = folder.is_dir() and folder.samefile(self.resumed_from)
-            if is_own and args.lr_scheduler_type not in _METRIC_SCHEDULES:
+            if is_own and args.lr_scheduler_type not in METRIC_SCHEDULES:
                 self._add_metrics(folder)
 
     def _lacks_evaluation(self) -> bool:
@@ -268,6 +273,7 @@ class ResumableTrainer(DistributedTrainer):
         Raises:
             CheckpointError: If the given checkpoint is not complete, of another run, or not what a run wrote.
         """
+        self.run = self.describe_run()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, True)
             logger.warning(
@@ -282,8 +288,12 @@ class ResumableTrainer(DistributedTrainer):
                 raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")
             saved, now = read_run(resume_from_checkpoint), self._layout()
             check_states(resume_from_checkpoint)
-            if changed := find_changes(saved["layout"], now, self._is_stream(), allow_batch_change):
+            changed = compare_layouts(saved["layout"], now, self._is_stream(), allow_batch_change)
+            refused, said = find_changes(saved["run"], self.run)
+            if changed := [*changed, *refused]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
+            for change in said if self.is_world_process_zero() else ():
+                logger.warning(f"As this run resumes, {change}")
             self.skipped_before, self.former = saved["skipped"], saved
             self.step_offset = saved["step offset"]
         self.resumed_from = resume_from_checkpoint or None
@@ -343,11 +353,26 @@ class ResumableTrainer(DistributedTrainer):
         set_seed(seed_of_process(self.args.seed, self.state.global_step, self.args.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        base_rates = getattr(self.lr_scheduler, "base_lrs", [])
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._has_other_steps():
-            set_schedule(self.lr_scheduler, base_rates, self.run_step)
-        if checkpoint is not None and self.ema is not None:
+        """As in `Trainer`, and then learning rates and weight decay are those of this program at the same step."""
+        if checkpoint is None:
+            return
+        fresh, base_rates = self.optimizer.param_groups, getattr(self.lr_scheduler, "base_lrs", [])
+        decays = [{key: group[key] for key in ("weight_decay",) if key in group} for group in fresh]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # of torch, in a line
+            raise CheckpointError(f"The optimiser cannot have the state of {checkpoint}: {error}.") from error
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group.update(decay)
+        if isinstance(self.lr_scheduler, LambdaLR):
+            step = self.run_step if self._has_other_steps() else self.lr_scheduler.last_epoch
+            set_schedule(self.lr_scheduler, base_rates, step)
+        elif self._has_other_steps():
+            raise CheckpointError(
+                f"A schedule that is no function of the step ({type(self.lr_scheduler).__name__}) keeps its images per "
+                "step."
+            )
+        if self.ema is not None:
             self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
 
     def skipped_images(self) -> int:

@@ -113,6 +113,11 @@ class SegmentationTrainer(DensePredictionTrainer):
                 for over, words in (("images", "(mean over images)"), ("set", "(over the set)"))
             }
 
+    def describe_settings(self) -> dict[str, Any]:
+        """As in [`~pvt_hf.training.trainer.VisionTrainer`], with what evaluations depend on."""
+        chosen = {name: getattr(self.predictor, name) for name in ("window", "stride", "scales", "flip")}
+        return super().describe_settings() | chosen
+
     @torch.no_grad()
     def _find_stride(self, size: int = 64) -> int:
         """How many times larger the model's input is than its logits."""

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, set_seed
 from ..data.images import keep_random_state
 from ..data.samplers import EpochSampler
 from ..writing.text import escape_control
+from .changes import OWN_SCHEDULE, describe_run
 from .optimization import SettingError
 from .preemption import PreemptibleTrainer, start_worker
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
@@ -67,7 +68,7 @@ class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
         dataset_title: For the model card: what it calls the data (default: their name on the Hub, or that last part).
         initial_weights: For the model card: where the weights came from, `None` for random ones. As `dataset_name`.
         license: For the model card: the Hub's identifier of a licence (default: none is chosen, and the card says so).
-        settings: For the model card: what else was chosen.
+        settings: What else was chosen, for the model card. A run resumes with the same settings only.
         left_out: The corrupt images that were left out before training, for the summary at the end.
         schedule: From `(step, steps per epoch, steps of the run)` to the multiplier of every learning rate; by default
             the schedule is that of `args.lr_scheduler_type`.
@@ -290,6 +291,18 @@ class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
 
     def draw_predictions(self) -> None:
         """Writes the pictures of validation images that the card shows: none, unless a subclass says so."""
+
+    def describe_run(self) -> dict[str, Any]:
+        return describe_run(self)
+
+    def describe_settings(self) -> dict[str, Any]:
+        """What was chosen beside arguments and recipe; a resumed run has to have it too. Of paths the last part."""
+        chosen = self.settings | {
+            "initial weights": self.facts.initial_weights,
+            "schedule": "lr_scheduler_type" if self.schedule is None else OWN_SCHEDULE,
+            "channels_last": self.channels_last,
+        }
+        return {name: Path(value).name if isinstance(value, str) else value for name, value in chosen.items()}
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Curves and a card with the numbers of the run, in place of `Trainer`'s with its gaps to fill in."""

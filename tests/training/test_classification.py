@@ -93,7 +93,7 @@ def test_training_resumes_from_no_forged_state(tmp_path):
     trainer, state = build(tmp_path), io.BytesIO()
     torch.save({"state": np.zeros(3)}, state)
     weights = save({"weight": torch.ones(1)})
-    run = {"layout": trainer._layout(), "skipped": 0}
+    run = {"layout": trainer._layout(), "run": trainer.describe_run(), "skipped": 0}
     folder = write_checkpoint(tmp_path / "checkpoint-1", run, optimizer=state.getvalue(), model=weights)
     with pytest.raises(CheckpointError, match=r"optimizer\.pt is refused: it calls `numpy\."):
         trainer.train(str(folder))
@@ -384,8 +384,9 @@ def test_corrupt_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
     trainer.train()
     assert trainer.skipped == trainer.skipped_images() == 2
     resumed = build(tmp_path, num_train_epochs=2)
+    resumed.train_dataset = data
     resumed.train(True)
-    assert resumed.skipped == 0 and resumed.skipped_images() == 2
+    assert resumed.skipped == 2 and resumed.skipped_images() == 4
     assert "broken.png cannot be read" in caplog.text and "image 9 is missing" in caplog.text
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import Trainer
 
-from pvt_hf.training.elastic import GROUP_SIZE, STEPS_PER_EPOCH, find_changes, seed_of_process, set_schedule
+from pvt_hf.training.elastic import GROUP_SIZE, STEPS_PER_EPOCH, compare_layouts, seed_of_process
 from pvt_hf.training.optimization import scheduled_learning_rate
 from pvt_hf.training.run_checkpoints import CheckpointError
 from tests.support.classification_run import build
@@ -28,23 +29,23 @@ def split_as(batch, accumulated, processes):
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_run_is_the_same_however_its_steps_are_split(split):
     now = split_as(*split) | {GROUP_SIZE: 8}
-    assert find_changes(SAVED, now, is_stream=False) == []
-    assert find_changes(SAVED, now | {"seed": 1}, is_stream=False) == ["seed is 1, not 0"]
-    assert len(find_changes(SAVED, now, is_stream=True)) >= 2  # which deals its images to processes and workers
+    assert compare_layouts(SAVED, now, is_stream=False) == []
+    assert compare_layouts(SAVED, now | {"seed": 1}, is_stream=False) == ["seed is 1, not 0"]
+    assert len(compare_layouts(SAVED, now, is_stream=True)) >= 2  # which deals its images to processes and workers
 
 
 def test_other_steps_are_another_run_unless_they_are_allowed():
     now = split_as(4, 2, 1)
-    (change,) = find_changes(SAVED, now, is_stream=False)
+    (change,) = compare_layouts(SAVED, now, is_stream=False)
     assert change == "images per step are 8, not 24 (--allow_batch_change resumes nevertheless)"
-    assert find_changes(SAVED, now, is_stream=False, allow_batch_change=True) == []
-    assert find_changes(SAVED, now, is_stream=True, allow_batch_change=True)
+    assert compare_layouts(SAVED, now, is_stream=False, allow_batch_change=True) == []
+    assert compare_layouts(SAVED, now, is_stream=True, allow_batch_change=True)
 
 
 @pytest.mark.parametrize("wrong", [None, 0, True, "4", [4]])
 @pytest.mark.parametrize("name", [*LAYOUT.keys() - {"seed"}, STEPS_PER_EPOCH, GROUP_SIZE])
 def test_layouts_that_are_none_are_another_run(name, wrong):
-    assert "must be at least 1" in find_changes(SAVED | {name: wrong}, LAYOUT | {GROUP_SIZE: 4}, False, True)[0]
+    assert "must be at least 1" in compare_layouts(SAVED | {name: wrong}, LAYOUT | {GROUP_SIZE: 4}, False, True)[0]
 
 
 def test_run_goes_on_with_its_images_split_otherwise(tmp_path):
@@ -89,10 +90,15 @@ def test_other_steps_go_on_by_the_images_seen(tmp_path):
     assert {*names[80:88]} <= {*names[88:136]} and len(names) == 200  # what was seen of an incomplete step, again
 
 
-def test_schedules_that_follow_the_metrics_keep_their_steps():
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
-    with pytest.raises(CheckpointError, match=r"no function of the step \(ReduceLROnPlateau\) cannot change"):
-        set_schedule(schedule, [0.1], 3)
+def test_schedules_that_follow_the_metrics_keep_their_steps(tmp_path, monkeypatch):
+    trainer = build(tmp_path, **SMALL)
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.create_optimizer())
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda *_: None)
+    trainer.former = {"layout": trainer._layout()}
+    trainer._load_optimizer_and_scheduler("checkpoint-3")
+    trainer.former["layout"]["processes"] = 2
+    with pytest.raises(CheckpointError, match=r"no function of the step \(ReduceLROnPlateau\) keeps its images"):
+        trainer._load_optimizer_and_scheduler("checkpoint-3")
 
 
 def test_processes_that_have_no_random_state_draw_anew():

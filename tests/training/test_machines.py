@@ -218,8 +218,8 @@ def job(monkeypatch):
 
 def test_processes_of_different_runs_are_told_apart(job):
     facts = {"seed": 0, "images of an epoch": 64}
-    job += [lambda own: own, lambda own: (facts | {"images of an epoch": 63}, "b")]
-    check_same_run(facts)
+    job += [lambda own: own, lambda own: ({}, "b"), lambda own: (facts | {"images of an epoch": 63}, "b")]
+    assert check_same_run(facts) == check_same_run(facts) == facts
     with pytest.raises(SettingError, match=r"Process 1 \(on b\) is of another run .* epoch is 63, not 64"):
         check_same_run(facts)
 

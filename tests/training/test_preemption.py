@@ -18,7 +18,6 @@ RANDOM = {"recipe": {"mixup": 0.8, "random_erasing": 0.25}, "model": {"drop_path
 # of the last checkpoint then.
 CHAINS = {
     "short": (STEPS, [
-        ("training_step", 2, 2),
         ("prediction_step", 2, 3),  # the first evaluation
         ("prediction_step", 11, 8),  # the last one, after that of the EMA weights
     ]),
