@@ -49,8 +49,8 @@ def torchrun(machine: Machine) -> list[str]:
 
 def torchrun_with_rendezvous(machine: Machine) -> list[str]:
     where = ["--rdzv-id", "job", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{machine.main}:{machine.port}"]
-    # Its name, by which a machine knows whether it is meant, is not to be looked up here.
-    where += ["--rdzv-conf", f"is_host={int(machine.number == 0)}"]
+    # Names of machines, by which each knows whether it is meant, are not to be looked up here.
+    where += ["--local-addr", machine.address, "--rdzv-conf", f"is_host={int(machine.number == 0)}"]
     return ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", *where]
 
 
