@@ -30,7 +30,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         *("per_device_eval_batch_size", "eval_accumulation_steps", "(bf16|fp16)_full_eval", "prediction_loss_only"),
         *("eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics", "include_for_metrics"),
     ),
-    "Images are read with it: the same ones in the same order.": ("dataloader_.*",),
+    "Images are read with it: the same ones in the same order.": ("dataloader_(?!drop_last).*",),
     "It changes time and memory; numbers may differ by rounding.": (
         *("torch_compile.*", "(activation|gradient)_checkpointing.*", "torch_empty_cache_steps", "use_cpu", "ddp_.*"),
         *(r"settings\.channels_last", r"versions\..*"),
