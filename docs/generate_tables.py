@@ -42,7 +42,7 @@ EXTRAS = {
 
 # Of a parameter in mixed precision: its weight, its gradient and AdamW's two states, in float32.
 _BYTES_PER_PARAMETER = 16
-_TERAFLOPS = 100  # that a GPU does in a second of training, for the table of what that needs
+_TERAFLOPS = 25  # what a GPU is assumed to do of them in a second, for the table of what training needs
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

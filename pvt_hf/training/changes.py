@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.fingerprint import fingerprint
 from ..writing.text import escape_control
+from .machines import check_same_run
 
 if TYPE_CHECKING:
     from .trainer import VisionTrainer
@@ -58,16 +59,16 @@ _OWNERS = {"train_dataset": "training set", "eval_dataset": "validation set"}
 
 
 def describe_run(trainer: VisionTrainer) -> dict[str, Any]:
-    """All that a run is, by names of arguments, as JSON has it. Every process calls this; the main one looks at the
-    data.
+    """All that a run is, by names of arguments, as JSON has it. Every process calls this; the first one of each machine
+    looks at its data.
 
     Args:
         trainer: Before it trains.
-    """
-    from accelerate.utils import broadcast_object_list
 
-    found = [_describe(trainer) if trainer.is_world_process_zero() else {}]
-    return broadcast_object_list(found)[0] if trainer.args.world_size > 1 else found[0]
+    Raises:
+        SettingError: If it is not the same on all machines.
+    """
+    return check_same_run(_describe(trainer) if trainer.is_local_process_zero() else {})
 
 
 def _describe(trainer: VisionTrainer) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class DistributedTrainer(PublishingTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As in `Trainer`, and with `save_on_each_node` the weights too, which `save_pretrained` writes in the main
+        """As in `Trainer`, and with `save_on_each_node` the weights too: `save_pretrained` writes them in the main
         process of the job only, whatever it is told."""
         if not self.args.save_on_each_node:
             return super()._save(output_dir, state_dict)
