@@ -78,7 +78,7 @@ def test_sharding_that_accelerate_would_ignore_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"per_device_train_batch_size": 16}, "images per batch is 16, not 8"),
+        ({"per_device_train_batch_size": 16}, r"images per step are 16, not 8 \(--allow_batch_change"),
         ({"trainer": {"ema_decay": 0.9}}, "EMA decay is 0.9, not None"),
         ({"data_seed": 7}, "seed of the data is 7, not None"),
     ],
@@ -95,7 +95,7 @@ def test_training_resumes_from_no_forged_state(tmp_path):
     trainer, state = build(tmp_path), io.BytesIO()
     torch.save({"state": np.zeros(3)}, state)
     weights = save({"weight": torch.ones(1)})
-    run = {"layout": trainer._layout(), "run": trainer.describe_run(), "skipped": 0}
+    run = {"layout": trainer._layout(), "run": trainer.describe_run(), "skipped": 0, "step offset": 0}
     folder = write_checkpoint(tmp_path / "checkpoint-1", run, optimizer=state.getvalue(), model=weights)
     with pytest.raises(CheckpointError, match=r"optimizer\.pt is refused: it calls `numpy\."):
         trainer.train(str(folder))
@@ -406,7 +406,10 @@ def test_mixup_gives_mixtures_and_probabilities(tmp_path):
         ({"recipe": {"warmup_epochs": 1}, "max_steps": 8}, "`warmup_epochs` must be less than the 1 epochs"),
         ({"warmup_steps": 5}, "`warmup_steps` .* has no effect"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no effect"),
-        ({"per_device_train_batch_size": 100}, r"`per_device_train_batch_size` \(100\) is larger than the 64 images"),
+        (
+            {"per_device_train_batch_size": 100},
+            r"has 100 images \(100 of `per_device_train_batch_size` x 1 .* the 64 of",
+        ),
     ],
 )
 def test_arguments_that_would_be_ignored_are_errors(settings, message, tmp_path):
