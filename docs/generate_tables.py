@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pvt_hf.paper_results import PUBLISHED, UNRELEASED, PublishedResult
+from pvt_hf.training.changes import MAY_CHANGE
 from pvt_hf.variants import VARIANTS
 
 TABLE = re.compile(
@@ -120,11 +121,18 @@ def extras_table() -> str:
     return markdown_table(("extra", "for", "packages"), rows)
 
 
+def changes_table() -> str:
+    """What a run may have otherwise when it resumes, and what happens then."""
+    rows = [(", ".join(f"`{name}`" for name in names), effect) for effect, names in MAY_CHANGE.items()]
+    return markdown_table(("setting", "what happens"), rows)
+
+
 TABLES = {
     "variants": variants_table,
     "paper_results": paper_results_table,
     "overview": overview_table,
     "extras": extras_table,
+    "changes": changes_table,
 }
 
 
