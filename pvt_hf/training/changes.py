@@ -10,8 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import broadcast_object_list
-
 from ..data.fingerprint import fingerprint
 from ..writing.text import escape_control
 
@@ -31,7 +29,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         *("per_device_eval_batch_size", "eval_accumulation_steps", "(bf16|fp16)_full_eval", "prediction_loss_only"),
         *("eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics", "include_for_metrics"),
     ),
-    "Images are read with it: the same ones in the same order.": ("dataloader_.*",),
+    "Images are read with it: the same ones in the same order.": ("dataloader_(?!drop_last).*",),
     "It changes time and memory; numbers may differ by rounding.": (
         *("torch_compile.*", "(activation|gradient)_checkpointing.*", "torch_empty_cache_steps", "use_cpu", "ddp_.*"),
         *(r"settings\.channels_last", r"versions\..*"),
@@ -66,6 +64,8 @@ def describe_run(trainer: VisionTrainer) -> dict[str, Any]:
     Args:
         trainer: Before it trains.
     """
+    from accelerate.utils import broadcast_object_list
+
     found = [_describe(trainer) if trainer.is_world_process_zero() else {}]
     return broadcast_object_list(found)[0] if trainer.args.world_size > 1 else found[0]
 

@@ -24,9 +24,10 @@ from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import register_code
 from ..writing.text import escape_control
 from .changes import METRIC_SCHEDULES, find_changes
+from .distributed import DistributedTrainer
 from .elastic import STEPS_PER_EPOCH, compare_layouts, count_images, find_position, seed_of_process
+from .machines import agree_on_checkpoint, is_lost_process
 from .optimization import set_schedule
-from .publishing import PublishingTrainer
 from .run_checkpoints import (
     CheckpointError,
     check_states,
@@ -43,14 +44,14 @@ logger = logging.get_logger(__name__)
 _EMA_WEIGHTS = "ema.safetensors"
 
 
-class ResumableTrainer(PublishingTrainer):
+class ResumableTrainer(DistributedTrainer):
     """Writes checkpoints that are complete or not there, and resumes from them.
 
     Args:
         ema_decay: EMA decay of the weights (timm's `ModelEmaV3`), which every checkpoint has too; by default there
             is none.
-        *args: As of [`~pvt_hf.training.publishing.PublishingTrainer`].
-        **kwargs: As of [`~pvt_hf.training.publishing.PublishingTrainer`].
+        *args: As of [`~pvt_hf.training.distributed.DistributedTrainer`].
+        **kwargs: As of [`~pvt_hf.training.distributed.DistributedTrainer`].
 
     Raises:
         CheckpointError: If a checkpoint cannot be written, or is of another run.
@@ -100,6 +101,8 @@ class ResumableTrainer(PublishingTrainer):
         except CheckpointError:
             raise
         except (OSError, RuntimeError, SafetensorError, UntrustedFileError) as error:  # a full disk: the first three
+            if is_lost_process(error):
+                raise
             reason, last = explain_write_error(error, what), last_complete_checkpoint(self.args.output_dir)
             rest = f"The last good checkpoint is {last}." if last else "No checkpoint is complete."
             raise CheckpointError(f"{what} could not be written: {reason}. {rest}") from error
@@ -272,12 +275,14 @@ class ResumableTrainer(PublishingTrainer):
         """
         self.run = self.describe_run()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, True)
             logger.warning(
                 f"Training resumes from {resume_from_checkpoint}."
                 if resume_from_checkpoint
                 else "Training starts from scratch: no checkpoint is complete."
             )
+        elif resume_from_checkpoint:
+            agree_on_checkpoint(self.args.output_dir, resume_from_checkpoint)
         if resume_from_checkpoint:
             if self.is_deepspeed_enabled:
                 raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")

@@ -143,20 +143,8 @@ class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
             raise ValueError("`dataloader_persistent_workers` would repeat the first epoch of a stream.")
         if args.fsdp or self.is_fsdp_enabled:
             self._check_sharding()
-
-    def _check_sharding(self) -> None:
-        if not self.is_fsdp_enabled:
-            raise ValueError(
-                "`fsdp` is set, but accelerate does not shard here (it does not on CPUs, and needs several processes)."
-            )
-        kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        if "FULL" not in kind:
-            raise ValueError(
-                f"FSDP would save shards of the weights with the state dict type {kind}: choose FULL_STATE_DICT "
-                "(`fsdp_config` or `accelerate config`)."
-            )
-        if self.ema_decay is not None:
-            raise ValueError("`ema_decay` needs all weights in every process, which FSDP does not have.")
+            if self.ema_decay is not None:
+                raise ValueError("`ema_decay` needs all weights in every process, which FSDP does not have.")
 
     def get_train_dataloader(self) -> DataLoader:
         """Each process reads its own share: nothing is left for accelerate to split."""

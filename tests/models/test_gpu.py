@@ -153,19 +153,19 @@ def test_the_test_sees_waits(device):
 
 
 @pytest.mark.parametrize(
-    ("build", "version", "mode"),
+    ("build", "version", "mode", "training"),
     [
-        (build_classifier, "v1", "default"),
-        (build_classifier, "v2", "reduce-overhead"),
-        (build_classifier, "v2_linear", "max-autotune"),
-        (build_backbone, "v1", "reduce-overhead"),
-        (build_backbone, "v2", "default"),
-        (build_segmenter, "v2", "reduce-overhead"),
-        (build_segmenter, "v2_linear", "default"),
+        (build_classifier, "v1", "default", True),
+        (build_classifier, "v2", "reduce-overhead", True),
+        (build_classifier, "v2_linear", "max-autotune", False),
+        (build_backbone, "v1", "reduce-overhead", False),
+        (build_backbone, "v2", "default", True),
+        (build_segmenter, "v2", "reduce-overhead", True),
+        (build_segmenter, "v2_linear", "default", False),
     ],
 )
-def test_compiled_equals_eager(build, version, mode, device):
-    """Training and inference, of a second batch too, and nothing keeps a CUDA graph from being used."""
+def test_compiled_equals_eager(build, version, mode, training, device):
+    """Of a second batch too, and nothing keeps a CUDA graph from being used."""
     if device.type == "cpu" and mode != "default":
         pytest.skip("CUDA graphs are a GPU's")
     torch.compiler.reset()
@@ -177,12 +177,11 @@ def test_compiled_equals_eager(build, version, mode, device):
     for _ in range(4):  # the first runs warm up and record
         torch.compiler.cudagraph_mark_step_begin()
         inputs = to(draw_inputs(build), device)
-        assert_near(differentiate(compiled, inputs), differentiate_as(model, inputs), 2e-3)
-    for _ in range(3):
-        torch.compiler.cudagraph_mark_step_begin()
-        inputs = {"pixel_values": to(draw_inputs(build), device)["pixel_values"]}
+        if training:
+            assert_near(differentiate(compiled, inputs), differentiate_as(model, inputs), 2e-3)
+            continue
         with torch.no_grad():
-            found, expected = compiled(**inputs), model(**inputs)
+            found, expected = (run(pixel_values=inputs["pixel_values"]) for run in (compiled, model))
         key = "feature_maps" if build is build_backbone else "logits"
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-3)
     if mode != "default":
@@ -197,13 +196,13 @@ def differentiate_as(model, inputs) -> dict[str, torch.Tensor]:
     }
 
 
-@VERSIONS
+@pytest.mark.parametrize("version", ["v1", "v2_linear"])
 def test_compiled_program_takes_any_size(version, device):
     torch.compiler.reset()
     model = randomize(build_classifier(version, depths=[1, 1, 1, 1])).to(device).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        for size in ((2, 64, 96), (3, 96, 64), (5, 160, 128)):
+        for size in ((2, 64, 96), (3, 96, 64), (2, 64, 64), (5, 160, 128)):
             inputs = to(draw_inputs(build_classifier, *size), device)
             found, expected = compiled(**inputs), model(**inputs)
             torch.testing.assert_close(found.logits, expected.logits, rtol=1e-3, atol=1e-3)

@@ -70,14 +70,10 @@ def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, rec
 
 
 SHARDED = {
-    "fsdp": True,
-    "fsdp_config": {
-        "fsdp_version": 2,
-        "transformer_layer_cls_to_wrap": ["PvtV2BlockLayer"],
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "state_dict_type": "FULL_STATE_DICT",
-        "cpu_ram_efficient_loading": False,
-    },
+    "fsdp_version": 2,
+    "transformer_layer_cls_to_wrap": ["PvtV2BlockLayer"],
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "cpu_ram_efficient_loading": False,
 }
 
 
@@ -97,9 +93,9 @@ def main(output_dir: Path, settings: dict[str, Any]) -> None:
     """A run with its losses, metrics and seed in `result-{rank}.json` afterwards."""
     settings = dict(settings)
     resume, pause, end = (settings.pop(name, None) for name in ("resume", "pause_after", "end_at"))
-    if settings.pop("sharded", False):
+    if kind := settings.pop("sharded", None):  # a state dict type
         shard_on_cpus()
-        settings |= SHARDED
+        settings |= {"fsdp": True, "fsdp_config": SHARDED | {"state_dict_type": kind}}
     trainer = build(output_dir, **settings)
     mixed, seeds = trainer.mix, []
     # What this process draws for its first batch.

@@ -70,6 +70,24 @@ FORGED = {
 }
 
 
+class OldReader:
+    """torch's reader of files as it was before torch 2.12."""
+
+    def __init__(self, path):
+        reader = torch_reader(path)
+        self.get_all_records, self.get_record = reader.get_all_records, reader.get_record
+
+
+torch_reader = torch._C.PyTorchFileReader
+
+
+@pytest.fixture(params=["of this torch", "before 2.12"])
+def reader(request, monkeypatch):
+    if request.param == "before 2.12":
+        monkeypatch.setattr(torch._C, "PyTorchFileReader", OldReader)
+
+
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("name", FORGED)
 def test_forged_state_is_refused(name, tmp_path):
     state, message = FORGED[name]
@@ -78,6 +96,7 @@ def test_forged_state_is_refused(name, tmp_path):
         check_states(tmp_path)
 
 
+@pytest.mark.usefixtures("reader")
 def test_honest_states_are_accepted(tmp_path):
     weight = torch.nn.Parameter(torch.ones(3))
     weight.sum().backward()
@@ -94,6 +113,7 @@ def test_honest_states_are_accepted(tmp_path):
     check_states(tmp_path)
 
 
+@pytest.mark.usefixtures("reader")
 def test_damaged_states_are_refused(tmp_path):
     """A storage of fewer bytes than its tensor is read beyond its end by torch, checksum or not."""
     path = tmp_path / "optimizer.pt"
