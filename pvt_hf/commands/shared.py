@@ -20,12 +20,12 @@ from ..prediction.loading import ModelError, read_saved_config
 from ..training.arguments import DetectionDataArguments, EvaluationArguments, TrainingOptions
 from ..training.machines import explain_lost_process, is_lost_process
 from ..training.optimization import SettingError
-from ..training.preemption import PREEMPTED, SIGNALS
+from ..training.preemption import PREEMPTED
 from ..training.run_checkpoints import CheckpointError
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
 from ..writing.hub import UploadError
-from ..writing.signals import Ended, EndSignals
+from ..writing.signals import SIGNALS, Ended, EndSignals
 from ..writing.text import escape_lines
 from .ending import print_error
 

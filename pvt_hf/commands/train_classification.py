@@ -171,7 +171,7 @@ def build_training_set(
         seed=args.seed,
         rank=args.process_index,
         world_size=args.world_size,
-        buffer_size=data_args.shuffle_buffer // max(1, args.dataloader_num_workers),
+        buffer_size=-(-data_args.shuffle_buffer // max(1, args.dataloader_num_workers)),
         **options,
     )
 

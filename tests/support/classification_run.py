@@ -13,6 +13,7 @@ from pvt_hf.data.augmentation import build_training_transform
 from pvt_hf.data.classification import EvaluationImages, TrainingImages, load_images
 from pvt_hf.recipes import ImageNetRecipe
 from pvt_hf.training.classification import ImageClassificationTrainer
+from tests.support.preempted import train_until
 from tests.support.small_models import small_config
 from tests.support.training_processes import pause_after, write_result
 
@@ -91,7 +92,7 @@ def shard_on_cpus() -> None:
 def main(output_dir: Path, settings: dict[str, Any]) -> None:
     """A run with its losses, metrics and seed in `result-{rank}.json` afterwards."""
     settings = dict(settings)
-    resume, pause = settings.pop("resume", None), settings.pop("pause_after", None)
+    resume, pause, end = (settings.pop(name, None) for name in ("resume", "pause_after", "end_at"))
     if kind := settings.pop("sharded", None):  # a state dict type
         shard_on_cpus()
         settings |= {"fsdp": True, "fsdp_config": SHARDED | {"state_dict_type": kind}}
@@ -100,6 +101,8 @@ def main(output_dir: Path, settings: dict[str, Any]) -> None:
     # What this process draws for its first batch.
     trainer.mix = lambda *batch: (seeds.append(torch.initial_seed()), mixed(*batch))[1]
     pause_after(trainer, pause)
+    if end is not None:
+        return train_until(trainer, end, resume)
     trainer.train(resume)
     metrics = trainer.evaluate()
     trainer.save_model()

@@ -24,11 +24,12 @@ def ask_in(trainer: Any, name: str, call: int, number: int = signal.SIGTERM) -> 
 
 
 def train_until(trainer: Any, step: int, resume: bool | None = None, **options: Any) -> None:
-    """Trains up to a step, in which it is asked to end."""
+    """Trains up to a step, in which the last process is asked to end."""
     take_step, asked = trainer.training_step, []
 
     def training_step(*args):
-        if trainer.state.global_step == step - 1 and not asked:
+        is_last = trainer.args.process_index == trainer.args.world_size - 1
+        if is_last and trainer.state.global_step == step - 1 and not asked:
             asked.append(os.kill(os.getpid(), signal.SIGUSR1))
         return take_step(*args)
 

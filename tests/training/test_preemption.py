@@ -1,12 +1,13 @@
 """SIGTERM and SIGUSR1 end a run with a complete checkpoint, from which it ends as if it had never been asked to."""
 
+import importlib
 import signal
 
 import pytest
 
 from pvt_hf.data.digits import write_scenes
 from pvt_hf.training.optimization import SettingError
-from pvt_hf.training.preemption import PREEMPTED, Preempted
+from pvt_hf.training.preemption import PREEMPTED, SIGNALS, Preempted, start_worker
 from pvt_hf.training.run_checkpoints import last_complete_checkpoint
 from tests.support import classification_run, detection_run, segmentation_run
 from tests.support.preempted import ask_in, assert_same_results, results, train_until
@@ -95,3 +96,32 @@ def test_another_mechanism_of_the_kind_is_refused(tmp_path):
     with pytest.raises(SettingError, match="`enable_jit_checkpoint` is not needed"):
         build(tmp_path, enable_jit_checkpoint=True)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, PREEMPTED), (signal.SIGUSR1, PREEMPTED), (signal.SIGINT, 130)]
+)
+def test_programs_end_in_a_line_before_there_is_anything_to_save(task, number, code, monkeypatch, capsys):
+    program = importlib.import_module(f"pvt_hf.commands.train_{task}")
+    monkeypatch.setattr(program, "parse", lambda _: signal.raise_signal(number))
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell ignores it
+    with pytest.raises(SystemExit) as ended:
+        program.main([])
+    signal.signal(signal.SIGINT, former)
+    assert ended.value.code == code
+    assert capsys.readouterr().err == (
+        "error: interrupted; the same command with --resume_from_checkpoint true continues\n"
+    )
+
+
+def test_processes_of_loaders_are_ended_by_their_parent(tmp_path):
+    """A signal for a group of processes comes to them too."""
+    trainer = build(tmp_path)
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        assert loader.worker_init_fn is start_worker
+    former = [signal.getsignal(number) for number in SIGNALS]
+    start_worker(0)
+    assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
+    for number, handler in zip(SIGNALS, former, strict=True):
+        signal.signal(number, handler)

@@ -68,6 +68,8 @@ def list_runs(folder: Path) -> list[Run]:
         ("classification", "classification", CLASSIFICATION | part),
         ("classification", "random", RANDOM),
         ("classification", "resumed", RANDOM | {"resume": folder / "random" / "checkpoint-12"}),
+        ("classification", "ended", RANDOM | {"end_at": 3}),
+        ("classification", "ended", RANDOM | {"resume": True}),
         ("detection", "detection", detection),
         *(("normalizers", architecture, {"architecture": architecture}) for architecture in GLOBAL_NORMALIZERS),
         ("segmentation", "segmentation", SEGMENTATION | part | {"scenes": maps}),
@@ -173,6 +175,36 @@ def test_resumed_classifier_is_bit_for_bit_that_of_an_uninterrupted_run(folder):
     final = weights(folder / "resumed")
     assert all(torch.equal(value, final[key]) for key, value in weights(folder / "random").items())
     assert [read_result(folder / "random", rank)["seed"] for rank in (0, 1)] == [0, 1]
+
+
+def test_classifier_of_which_one_process_was_asked_to_end_is_that_of_an_uninterrupted_run(folder):
+    """Both end at the same step, which is no step of a checkpoint otherwise, and go on from there."""
+    uninterrupted, ended = read_result(folder / "random"), read_result(folder / "ended")
+    assert (folder / "ended" / "checkpoint-3" / "complete.json").exists()
+    assert ended["losses"] == uninterrupted["losses"]
+    final = weights(folder / "ended")
+    assert all(torch.equal(value, final[key]) for key, value in weights(folder / "random").items())
+
+
+@pytest.mark.slow
+def test_run_of_two_processes_then_one_then_two_is_that_of_two(tmp_path):
+    """Images, augmentation, losses and weights, where nothing else is random."""
+    settings = CLASSIFICATION | {"recipe": {"auto_augment": "rand-m9-mstd0.5-inc1"}}
+    pair, alone = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 8}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_in_two_processes(
+        [
+            ("classification", whole, settings | pair),
+            ("classification", parts, settings | pair | {"end_at": 3}),
+        ]
+    )
+    classification_run.main(parts, settings | alone | {"end_at": 11, "resume": True})
+    run_in_two_processes([("classification", parts, settings | pair | {"resume": True})])
+    assert {path.name for path in parts.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-11"}
+    assert read_result(parts)["losses"] == pytest.approx(read_result(whole)["losses"], rel=1e-4)
+    assert len(read_result(whole)["losses"]) == 16
+    assert_close(weights(parts), weights(whole))
+    assert_close(*(torch.load(run / "ema.pt") for run in (parts, whole)))
 
 
 def test_detections_of_two_processes_are_those_of_one(folder, tmp_path):
