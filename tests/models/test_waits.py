@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import AutoBackbone, AutoModelForImageClassification
 
 import pvt_hf
-from pvt_hf.models import layers, rois, rpn
+from pvt_hf.models import chunks, rois, rpn
 from tests.support.dense_models import build_dense_model, dense_inputs
 from tests.support.small_models import STAGES, small_config
 
@@ -114,7 +114,7 @@ def test_accelerators_store_large_maps(device, monkeypatch):
         recomputed.append(function)
         return function(*args)
 
-    monkeypatch.setattr(layers, "checkpoint", record)
+    monkeypatch.setattr(chunks, "checkpoint", record)
     with torch.device("meta"):
         model = build_backbone("v2").train()
     with FakeTensorMode(allow_non_fake_inputs=True):
