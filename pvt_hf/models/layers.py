@@ -47,6 +47,20 @@ def runs_transformed(value: Any = None) -> bool:
     return is_traced(value) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def place_numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`torch.tensor` of numbers that Python knows, which are written on the device. A copy of them from the CPU would
+    wait until a GPU has done all that was queued, and could be no part of a CUDA graph.
+
+    Args:
+        values: A few numbers.
+        dtype: Of the result.
+        device: Of the result.
+    """
+    if device.type == "cpu" or is_traced():  # an exported program has constants of its own
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+
+
 def make_traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a model's `forward` with the arguments that torch.fx has to see: `pixel_values` alone.
 
