@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 
@@ -33,6 +34,10 @@ def pytest_collection_modifyitems(config, items):
             items[:] = [item for item in items if not item.get_closest_marker(marker)]
     # What takes longest comes first, so that no worker is left alone with it in the end.
     items.sort(key=lambda item: "timeout" not in item.keywords)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the imports made is no garbage, and each `Trainer.train` would look through it
 
 
 @pytest.fixture(autouse=True)

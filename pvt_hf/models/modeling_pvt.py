@@ -21,6 +21,7 @@ from .configuration_pvt import PvtConfig
 from .layers import (
     DropPath,
     SpatialReductionAttention,
+    activate,
     chunk_tokens,
     drop_path_rates,
     is_traced,
@@ -159,7 +160,7 @@ class PvtFFN(nn.Module):
 
     @chunk_tokens
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.dropout(self.intermediate_act_fn(self.dense1(hidden_states)))
+        hidden_states = self.dropout(activate(self, self.dense1(hidden_states)))
         return self.dropout(self.dense2(hidden_states))
 
 

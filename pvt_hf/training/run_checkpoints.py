@@ -200,8 +200,11 @@ def read_run(checkpoint: str | Path) -> dict[str, Any]:
         run = read_json_object(file)
     except UntrustedFileError as error:
         raise CheckpointError(f"{file} {error}") from error
-    if not isinstance(run.get("layout"), dict) or type(run.get("skipped")) is not int:
-        raise CheckpointError(f"{file} must say `layout`, an object, and `skipped`, an integer, got {run!r:.200}.")
+    kinds = {"layout": (dict, "an object"), "run": (dict, "an object"), "skipped": (int, "an integer")}
+    kinds["step offset"] = kinds["skipped"]
+    for name, (kind, wanted) in kinds.items():
+        if type(run.get(name)) is not kind:
+            raise CheckpointError(f"{file} must say `{name}`, {wanted}, got {run!r:.200}.")
     return run
 
 

@@ -22,9 +22,11 @@ from transformers import TrainerCallback, set_seed
 from ..data.images import keep_random_state
 from ..data.samplers import EpochSampler
 from ..writing.text import escape_control
+from .changes import OWN_SCHEDULE, describe_run
 from .optimization import SettingError
+from .preemption import PreemptibleTrainer
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
-from .resumable import ResumableTrainer
+from .streams import build_loader
 from .waits import QueueingTrainer, start_reading
 
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
@@ -43,18 +45,18 @@ class _Steps(TrainerCallback):
         self.trainer._begin()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.epochs.set_epoch(state.global_step // self.trainer.steps_per_epoch)
+        self.trainer.epochs.set_epoch(self.trainer.run_step // self.trainer.steps_per_epoch)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.schedule is not None:
             # Trainer leaves the schedule where it is when fp16 skips a step; those of the recipes go by the step.
-            while self.trainer.lr_scheduler.last_epoch < state.global_step:
+            while self.trainer.lr_scheduler.last_epoch < self.trainer.run_step:
                 self.trainer.lr_scheduler.step()
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.model)
 
 
-class VisionTrainer(QueueingTrainer, ResumableTrainer):
+class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
     """What every training here has in common, on one process or many.
 
     A subclass says what it trains for: `task` (as the Hub calls it), `metric_names` (the keys of the metrics with
@@ -67,7 +69,7 @@ class VisionTrainer(QueueingTrainer, ResumableTrainer):
         dataset_title: For the model card: what it calls the data (default: their name on the Hub, or that last part).
         initial_weights: For the model card: where the weights came from, `None` for random ones. As `dataset_name`.
         license: For the model card: the Hub's identifier of a licence (default: none is chosen, and the card says so).
-        settings: For the model card: what else was chosen.
+        settings: What else was chosen, for the model card. A run resumes with the same settings only.
         left_out: The corrupt images that were left out before training, for the summary at the end.
         schedule: From `(step, steps per epoch, steps of the run)` to the multiplier of every learning rate; by default
             the schedule is that of `args.lr_scheduler_type`.
@@ -142,44 +144,20 @@ class VisionTrainer(QueueingTrainer, ResumableTrainer):
             raise ValueError("`dataloader_persistent_workers` would repeat the first epoch of a stream.")
         if args.fsdp or self.is_fsdp_enabled:
             self._check_sharding()
-
-    def _check_sharding(self) -> None:
-        if not self.is_fsdp_enabled:
-            raise ValueError(
-                "`fsdp` is set, but accelerate does not shard here (it does not on CPUs, and needs several processes)."
-            )
-        kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        if "FULL" not in kind:
-            raise ValueError(
-                f"FSDP would save shards of the weights with the state dict type {kind}: choose FULL_STATE_DICT "
-                "(`fsdp_config` or `accelerate config`)."
-            )
-        if self.ema_decay is not None:
-            raise ValueError("`ema_decay` needs all weights in every process, which FSDP does not have.")
+            if self.ema_decay is not None:
+                raise ValueError("`ema_decay` needs all weights in every process, which FSDP does not have.")
 
     def get_train_dataloader(self) -> DataLoader:
         """Each process reads its own share: nothing is left for accelerate to split."""
-        dataset, args, options = self.train_dataset, self.args, {}
-        if isinstance(dataset, torch.utils.data.IterableDataset):
-            self.epochs = dataset
-            dataset.batch_size = self._train_batch_size
-        else:
-            self.epochs = options["sampler"] = self.build_sampler()
-        loader = DataLoader(
-            dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            drop_last=True,
-            **options,
-        )
+        dataset, args = self.train_dataset, self.args
+        is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+        self.epochs = dataset if is_stream else self.build_sampler()
+        loader = build_loader(dataset, self.epochs, self.data_collator, self._train_batch_size, args)
         if not len(loader):
             raise SettingError(
-                f"`per_device_train_batch_size` ({self._train_batch_size}) is larger than the {len(self.epochs)} "
-                "images that each process has in an epoch."
+                f"A step has {self._images_per_step()} images ({self._train_batch_size} of "
+                f"`per_device_train_batch_size` x {args.gradient_accumulation_steps} accumulated x {args.world_size} "
+                f"processes), more than the {len(self.train_dataset)} of an epoch."
             )
         self.steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
         return loader
@@ -188,7 +166,11 @@ class VisionTrainer(QueueingTrainer, ResumableTrainer):
         """The order of the images, with `set_epoch`."""
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        return EpochSampler(len(self.train_dataset), seed, args.process_index, args.world_size, self.repeats)
+        images, step = len(self.train_dataset), self._images_per_step()
+        return EpochSampler(images, seed, args.process_index, args.world_size, self.repeats, step)
+
+    def _images_per_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -220,7 +202,7 @@ class VisionTrainer(QueueingTrainer, ResumableTrainer):
         return inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        names = inputs.pop("names")
+        names, bookmark = inputs.pop("names"), inputs.pop("bookmark", None)
         self.skipped += inputs.pop("skipped")
         inputs = self.prepare_batch(self._prepare_inputs(inputs))
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -230,6 +212,8 @@ class VisionTrainer(QueueingTrainer, ResumableTrainer):
         self._unchecked = (start_reading(loss), self.state.global_step + 1, self._get_learning_rate(), names)
         if loss.device.type == "cpu":
             self._check_loss()
+        if bookmark is not None:
+            self.train_dataset.note(*bookmark)
         return loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -269,6 +253,10 @@ class VisionTrainer(QueueingTrainer, ResumableTrainer):
         Returns:
             What was reached, in words.
         """
+        with self.end_together():
+            return self._finish()
+
+    def _finish(self) -> str:
         self.save_model(_internal_call=True)  # not pushed yet: the card needs the metrics
         ema: dict[str, float] = self.evaluate_ema() if self.ema is not None else {}
         metrics = ema | self.evaluate()  # whose predictions are the ones that are kept
@@ -292,6 +280,18 @@ class VisionTrainer(QueueingTrainer, ResumableTrainer):
 
     def draw_predictions(self) -> None:
         """Writes the pictures of validation images that the card shows: none, unless a subclass says so."""
+
+    def describe_run(self) -> dict[str, Any]:
+        return describe_run(self)
+
+    def describe_settings(self) -> dict[str, Any]:
+        """What was chosen beside arguments and recipe; a resumed run has to have it too. Of paths the last part."""
+        chosen = self.settings | {
+            "initial weights": self.facts.initial_weights,
+            "schedule": "lr_scheduler_type" if self.schedule is None else OWN_SCHEDULE,
+            "channels_last": self.channels_last,
+        }
+        return {name: Path(value).name if isinstance(value, str) else value for name, value in chosen.items()}
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Curves and a card with the numbers of the run, in place of `Trainer`'s with its gaps to fill in."""

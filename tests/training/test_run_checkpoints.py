@@ -140,10 +140,12 @@ def test_damaged_states_are_refused(tmp_path):
         check_states(tmp_path)
 
 
-@pytest.mark.parametrize("run", [{}, {"layout": 3, "skipped": 0}, {"layout": {}, "skipped": "0"}])
-def test_run_that_is_none_is_refused(run, tmp_path):
-    write_checkpoint(tmp_path, run)
-    with pytest.raises(CheckpointError, match=r"run\.json must say `layout`, an object, and `skipped`, an integer"):
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("layout", 3), ("run", None), ("skipped", "0"), ("skipped", True), ("step offset", None)]
+)
+def test_run_that_is_none_is_refused(name, wrong, tmp_path):
+    write_checkpoint(tmp_path, {"layout": {}, "run": {}, "skipped": 0, "step offset": 0} | {name: wrong})
+    with pytest.raises(CheckpointError, match=rf"run\.json must say `{name}`, an (object|integer), got "):
         read_run(tmp_path)
 
 
