@@ -1,9 +1,11 @@
 """What several commands do alike: the variant of a checkpoint, a backbone's weights, the bundled scenes, the end."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedConfig, TrainingArguments
 
@@ -16,12 +18,16 @@ from ..data.images import ImageError
 from ..models.backbone import get_backbone_config, load_pretrained_backbone
 from ..prediction.loading import ModelError, read_saved_config
 from ..training.arguments import DetectionDataArguments, EvaluationArguments, TrainingOptions
+from ..training.machines import explain_lost_process, is_lost_process
 from ..training.optimization import SettingError
+from ..training.preemption import PREEMPTED
 from ..training.run_checkpoints import CheckpointError
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
 from ..writing.hub import UploadError
+from ..writing.signals import SIGNALS, Ended, EndSignals
 from ..writing.text import escape_lines
+from .ending import print_error
 
 DEFAULT_VARIANT = "pvt_v2_b0"
 
@@ -74,7 +80,8 @@ def load_backbone(model: nn.Module, checkpoint: str | None) -> None:
     """Fills a model's backbone from a checkpoint, if there is one, and says so."""
     if checkpoint is not None:
         count = load_pretrained_backbone(model, checkpoint)
-        print(f"all {count} tensors of the backbone are from {checkpoint}")
+        if PartialState().is_main_process:
+            print(f"all {count} tensors of the backbone are from {checkpoint}")
 
 
 def draw_scenes(args: TrainingArguments, num_scenes: int) -> Path:
@@ -96,14 +103,24 @@ def exit_on_bad_data() -> Iterator[None]:
 @contextmanager
 def exit_on_bad_run() -> Iterator[None]:
     """Settings that do not fit, images that turn out to be corrupt, checkpoints that cannot be read or written, and
-    uploads that fail end the program in the same way. Any other error is not the user's, and has a traceback."""
+    uploads that fail end the program in the same way; Ctrl-C, and signals before and after what can be resumed, in a
+    line; and so does a job that has lost one of its processes. Any other error is not the user's, and has a
+    traceback."""
     try:
-        yield
+        with EndSignals(*SIGNALS):
+            yield
+    except (KeyboardInterrupt, Ended) as reason:
+        print_error("interrupted; the same command with --resume_from_checkpoint true continues")
+        raise SystemExit(PREEMPTED if isinstance(reason, Ended) else 128 + signal.SIGINT) from reason
     except (CheckpointError, SettingError, UploadError) as error:
         raise SystemExit(escape_lines(str(error))) from error
     except ImageError as error:
         message = _read_message(error)
         raise SystemExit(f"{message}\n--skip_corrupt leaves out images that cannot be decoded") from error
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise SystemExit(escape_lines(explain_lost_process(error))) from None  # its traceback is the same anywhere
 
 
 def _read_message(error: Exception) -> str:

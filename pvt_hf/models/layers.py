@@ -2,7 +2,7 @@
 are computed in chunks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from inspect import signature
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
+from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -48,6 +49,20 @@ def runs_transformed(value: Any = None) -> bool:
         value: As for `is_traced`.
     """
     return is_traced(value) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def place_numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`torch.tensor` of numbers that Python knows, which are written on the device. A copy of them from the CPU would
+    wait until a GPU has done all that was queued, and could be no part of a CUDA graph.
+
+    Args:
+        values: A few numbers.
+        dtype: Of the result.
+        device: Of the result.
+    """
+    if device.type == "cpu" or is_traced():  # an exported program has constants of its own
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 def make_traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,6 +226,24 @@ def has_hooks(module: nn.Module) -> bool:
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
+def activate(mlp: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The activation of an MLP, of hidden states that nothing else needs.
+
+    On a CPU GELU writes over them where nothing is differentiated and no hook has seen them: the same numbers, of which
+    twice as many fit the cache.
+
+    Args:
+        mlp: Has `intermediate_act_fn`.
+        hidden_states: Of any shape, computed by `mlp`.
+    """
+    activation = mlp.intermediate_act_fn
+    is_own = not (runs_transformed(hidden_states) or hidden_states.requires_grad or has_hooks(mlp))
+    is_gelu = type(activation) is GELUActivation and activation.act is nn.functional.gelu
+    if is_own and is_gelu and hidden_states.device.type == "cpu":
+        return nn.functional.gelu(hidden_states, out=hidden_states)
+    return activation(hidden_states)
+
+
 def chunk_tokens(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Decorator of the `forward` of an MLP, whose hidden states are several times as large as its input.
 
@@ -270,22 +303,21 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         if hidden_states.device.type != "cpu" or has_hooks(self):
             return compute(hidden_states, height, width)
         num_rows = max(1, self.chunk_bytes // (width * self.intermediate_size * hidden_states.element_size()))
-        images = hidden_states.split(max(1, num_rows // height))
-        return torch.cat([_compute_in_chunks(compute, part, width, num_rows) for part in images])
+        images = hidden_states.split(max(1, num_rows // height))  # several where complete maps fit, or else one by one
+        chunks = [chunk.flatten(0, 1) for part in images for chunk in _compute_rows(compute, part, width, num_rows)]
+        return torch.cat(chunks).view(hidden_states.shape)
 
     return forward_in_chunks
 
 
-def _compute_in_chunks(
+def _compute_rows(
     compute: Callable[..., torch.Tensor], images: torch.Tensor, width: int, num_rows: int
-) -> torch.Tensor:
+) -> Iterator[torch.Tensor]:
     """`compute` of images (batch, height * width, channels), `num_rows` rows of each at a time."""
     chunks = images.split(num_rows * width, dim=1)
-    outputs = []
     for index, chunk in enumerate(chunks):
         above = [chunks[index - 1][:, -width:]] if index > 0 else []
         below = [chunks[index + 1][:, :width]] if index + 1 < len(chunks) else []
-        hidden_states = torch.cat((*above, chunk, *below), dim=1)
+        hidden_states = torch.cat((*above, chunk, *below), dim=1) if above or below else chunk
         height = hidden_states.shape[1] // width
-        outputs.append(compute(hidden_states, height, width, slice(len(above), height - len(below))))
-    return torch.cat(outputs, dim=1)
+        yield compute(hidden_states, height, width, slice(len(above), height - len(below)))

@@ -21,6 +21,7 @@ from .layers import (
     AdaptiveAvgPool2d,
     DropPath,
     SpatialReductionAttention,
+    activate,
     chunk_rows,
     drop_path_rates,
     make_traceable,
@@ -108,7 +109,9 @@ class PvtV2DepthWiseConv(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice = slice(None)) -> torch.Tensor:
         """(batch, height * width, channels) -> those rows of the map as tokens, by default all."""
-        return map_to_tokens(self.dwconv(tokens_to_map(hidden_states, height, width))[:, :, rows])
+        feature_map = self.dwconv(tokens_to_map(hidden_states, height, width))
+        # (Rows of the map as such would have their gradient in PyTorch's default layout, and the convolution copy it.)
+        return feature_map.permute(0, 2, 3, 1)[:, rows].flatten(1, 2)
 
 
 class PvtV2ConvFeedForwardNetwork(nn.Module):
@@ -137,7 +140,7 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
         """(batch, height * width, channels) -> the same of those rows, by default of all."""
         hidden_states = self.relu(self.dense1(hidden_states))
         hidden_states = self.dwconv(hidden_states, height, width, rows)
-        hidden_states = self.dropout(self.intermediate_act_fn(hidden_states))
+        hidden_states = self.dropout(activate(self, hidden_states))
         return self.dropout(self.dense2(hidden_states))
 
 
