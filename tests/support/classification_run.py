@@ -124,6 +124,6 @@ def main(output_dir: Path, settings: dict[str, Any]) -> None:
     trainer.train(resume)
     metrics = trainer.evaluate()
     trainer.save_model()
-    write_result(trainer, output_dir, metrics=metrics, seed=seeds[0])
+    write_result(trainer, output_dir, metrics=metrics, seed=next(iter(seeds), None))
     if trainer.is_world_process_zero() and trainer.ema is not None:
         torch.save(trainer.ema.module.state_dict(), output_dir / "ema.pt")
