@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from pvt_hf.paper_results import PUBLISHED, UNRELEASED, PublishedResult
 from pvt_hf.recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES, detection_recipe, imagenet_recipe
+from pvt_hf.training.changes import MAY_CHANGE
 from pvt_hf.variants import VARIANTS
 
 TABLE = re.compile(
@@ -31,7 +32,7 @@ EXTRAS = {
     "training": "`pvt-hf train-*`, `evaluate`, and `Trainer`s with the papers' recipes",
     "lora": "`--lora_rank` of `pvt-hf train-classification`",
     "conversion": "conversion of timm's own checkpoints",
-    "benchmark": "`examples/benchmark.py`",
+    "benchmark": "`pvt-hf benchmark`",
     "export": "`pvt-hf export` to ONNX, OpenVINO and the web",
     "executorch": "`pvt-hf export` to ExecuTorch",
     "demo": "`pvt-hf demo`",
@@ -42,7 +43,7 @@ EXTRAS = {
 
 # Of a parameter in mixed precision: its weight, its gradient and AdamW's two states, in float32.
 _BYTES_PER_PARAMETER = 16
-_TERAFLOPS = 100  # that a GPU does in a second of training, for the table of what that needs
+_TERAFLOPS = 25  # what a GPU is assumed to do of them in a second, for the table of what training needs
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -163,12 +164,19 @@ def training_needs_table() -> str:
     )
 
 
+def changes_table() -> str:
+    """What a run may have otherwise when it resumes, and what happens then."""
+    rows = [(", ".join(f"`{name}`" for name in names), effect) for effect, names in MAY_CHANGE.items()]
+    return markdown_table(("setting", "what happens"), rows)
+
+
 TABLES = {
     "training_needs": training_needs_table,
     "variants": variants_table,
     "paper_results": paper_results_table,
     "overview": overview_table,
     "extras": extras_table,
+    "changes": changes_table,
 }
 
 

@@ -10,6 +10,7 @@ augments in a second of CPU time. `generate_tables.py` makes the table of `guide
 import csv
 import io
 import json
+import math
 import sys
 import tempfile
 import time
@@ -90,6 +91,15 @@ def time_loading(items: Callable[[int], Any], count: int) -> float:
     return count / min(times)
 
 
+def count_attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Operations of attention, from shapes: torch counts those of GPUs only."""
+    *batch, length, channels = query
+    return 2 * math.prod(batch) * length * key[-2] * (channels + value[-1])
+
+
+_OPERATORS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention}
+
+
 def measure_step(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[float, float]:
     """Operations (in 1e9) and kept bytes (in MiB) of a training step, for an image."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -103,7 +113,11 @@ def measure_step(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[float,
 
     model.train()
     saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16), saved:
+    with (
+        FlopCounterMode(display=False, custom_mapping=_OPERATORS) as counter,
+        torch.autocast("cpu", torch.bfloat16),
+        saved,
+    ):
         model(**inputs)
     count = len(inputs["pixel_values"])
     # The backward pass has twice the operations of the forward pass; torch miscounts it for depth-wise convolutions.
@@ -212,12 +226,14 @@ def _measure(
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    found = []
+    for needs in measure():
+        print(*astuple(needs), flush=True)
+        found.append(astuple(needs))
     with FILE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Needs))
-        for needs in measure():
-            writer.writerow(astuple(needs))
-            print(*astuple(needs))
+        writer.writerows(found)
 
 
 if __name__ == "__main__":

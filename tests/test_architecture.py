@@ -26,10 +26,11 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "data", "models", "writing"},
     "training": {"training", *BELOW_TRAINING},
     "prediction": {"prediction", "conversion", *BELOW_TRAINING},
+    "benchmark": {"benchmark", "exporting", "data", "models", "writing", "variants", "recipes"},
     "exporting": {"exporting", "prediction", *BELOW_TRAINING},
     "demo": {"demo", "prediction", "data", "writing"},
     "commands": {
-        *{"__init__", "commands", "training", "prediction", "exporting", "demo", "conversion"},
+        *{"__init__", "commands", "training", "prediction", "exporting", "benchmark", "demo", "conversion"},
         *BELOW_TRAINING,
     },
     "conversion": {"conversion", "models", "untrusted", "writing", "variants", "paper_results"},

@@ -10,7 +10,8 @@ from tests.support.small_models import ROOT
 
 
 @pytest.mark.parametrize(
-    "name", ["quickstart", "train_classification", "train_detection", "train_segmentation", "evaluate", "predict"]
+    "name",
+    ["quickstart", "train_classification", "train_detection", "train_segmentation", "evaluate", "predict", "benchmark"],
 )
 def test_example_launches_the_command_of_its_clone(name, monkeypatch, capsys):
     file = ROOT / "examples" / f"{name}.py"

@@ -33,12 +33,13 @@ COMMANDS = {
     "predict": Command("predict what is in images, and draw it", "training"),
     "info": Command("say what a model is: size, stages, origin of weights", "training"),
     "export": Command("export to ONNX, OpenVINO, ExecuTorch or the web, verified", "export"),
+    "benchmark": Command("measure speed and memory beside transformers, timm and others", "benchmark", ("tqdm",)),
     "demo": Command("show models on a page in the browser", "demo"),
     "convert": Command("convert checkpoints of the released code, timm, mm*", "conversion"),
 }
 # What a command may need beside that. Other packages come with pvt_hf, and their absence is an error as any other.
 _OPTIONAL = {"evaluate", "faster_coco_eval", "gradio", "peft", "pytorch_grad_cam", "scipy", "sklearn", "timm", "xxhash"}
-_OPTIONAL |= {"executorch", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino"}
+_OPTIONAL |= {"matplotlib", "executorch", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino"}
 # The extra of a package, where it is not the command's.
 _EXTRAS = {"peft": "lora", "executorch": "executorch"}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import marshal
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset, IterableDataset
@@ -85,7 +85,7 @@ def _list_detections(data: DetectionData) -> Iterator[Entry]:
     yield "", 0, repr((data.label_names, data.category_ids)).encode()
     files = list(_read_files(data.rows, "image")) if data.rows is not None else []
     for record in data.records:
-        name, size = files[record.stored] if files else _describe_path(record.stored)
+        name, size = files[int(record.stored)] if files else _describe_path(record.stored)
         # Version 2 has no references: equal values are equal bytes. (json takes as long as reading the annotations.)
         yield name, size, marshal.dumps((record.image_id, record.size, record.annotations), 2)
 
@@ -131,7 +131,7 @@ def _read_column(rows: Any, column: str) -> list[Any]:
     return _select(rows, rows.data.column(column).to_pylist())
 
 
-def _read_files(rows: Sequence[Mapping[str, Any]] | datasets.Dataset, column: str) -> Iterator[tuple[str, int]]:
+def _read_files(rows: Any, column: str) -> Iterator[tuple[str, int]]:
     """Names and sizes of a column of images that are not decoded. Of a table, sizes are differences of offsets."""
     if not _is_table(rows):
         stored = [image or {} for image in _read_column(rows, column)]

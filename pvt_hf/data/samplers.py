@@ -38,6 +38,8 @@ class EpochSampler(Sampler[Key]):
     in the released code: each image comes thrice in a row, for different processes, in an epoch of a third of the
     images, rounded down to a multiple of 256 where there are as many.
 
+    At the beginning of an epoch a process needs 4 bytes for each image of all of them, and then for each of its own.
+
     Args:
         length: Number of images.
         seed: Of the run.
@@ -69,10 +71,21 @@ class EpochSampler(Sampler[Key]):
         return drawn // self.images_per_step * self.images_per_step // self.world_size
 
     def __iter__(self) -> Iterator[Key]:
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        positions = torch.arange(self.rank, len(self) * self.world_size, self.world_size)
-        for index, position in zip(order[positions // self.repeats].tolist(), positions.tolist(), strict=True):
-            yield index, self.seed, self.epoch, position
+        for number, index in enumerate(_iter_share(self)):
+            yield index, self.seed, self.epoch, number * self.world_size + self.rank
+
+
+def _iter_share(sampler: EpochSampler) -> Iterator[int]:
+    """The images of a process, of a random order of all."""
+    # The order is that of int64, in half of the memory; and in the epoch only the share of this process is held.
+    dtype = torch.int32 if sampler.length <= torch.iinfo(torch.int32).max else torch.int64
+    generator = torch.Generator().manual_seed(sampler.seed + sampler.epoch)
+    order = torch.randperm(sampler.length, generator=generator, dtype=dtype)
+    positions = torch.arange(sampler.rank, len(sampler) * sampler.world_size, sampler.world_size)
+    share = order[positions // sampler.repeats]  # (images of this process,)
+    del order, positions
+    for some in share.split(2**16):
+        yield from some.tolist()
 
 
 class AspectRatioSampler(Sampler[Key]):

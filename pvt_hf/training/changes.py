@@ -6,36 +6,46 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ..data.fingerprint import fingerprint
 from ..writing.text import escape_control
+from .machines import check_same_run
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from .trainer import VisionTrainer
 
-# What happens to settings that may change, and which they are: patterns of names of arguments.
+# What happens to settings that may change, and which they are: names of arguments, with * for any ending.
 MAY_CHANGE: dict[str, tuple[str, ...]] = {
-    "The schedule goes on as that of a run with this peak.": ("learning_rate",),
-    "The schedule goes on as that of a run of this length, which may not be over before the step that is resumed from. "
-    "A run that has ended trains on.": ("num_train_epochs", "max_steps", r"recipe\.steps"),
-    "The next step has it.": ("weight_decay", "max_grad_norm"),
-    "It holds from the next step on; an evaluation that would have been due at the step that is resumed from is made "
-    "first.": ("logging_.*", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_.*"),
-    "It holds from the next checkpoint on.": ("save_.*", "enable_jit_checkpoint"),
-    "Evaluations are made with it.": (
-        *("per_device_eval_batch_size", "eval_accumulation_steps", "(bf16|fp16)_full_eval", "prediction_loss_only"),
-        *("eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics", "include_for_metrics"),
+    "The schedule goes on as that of a run with this peak. (One that follows the metrics cannot: refused.)": (
+        "learning_rate",
     ),
-    "Images are read with it: the same ones in the same order.": ("dataloader_(?!drop_last).*",),
+    "The schedule goes on as that of a run of this length, which must not be over before the step that is resumed from."
+    " A run that has ended trains on.": ("num_train_epochs", "max_steps", "recipe.steps"),
+    "The next step has it.": ("weight_decay", "max_grad_norm"),
+    "It holds from the next step on. An evaluation that it makes due at the step that is resumed from comes first.": (
+        *("logging_*", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_*"),
+    ),
+    "It holds from the next checkpoint on.": ("save_*",),
+    "Evaluations are made with it.": (
+        *("per_device_eval_batch_size", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval"),
+        *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics"),
+        "include_for_metrics",
+    ),
+    "Images are read with it: the same ones in the same order.": (
+        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+        *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order"),
+    ),
     "It changes time and memory; numbers may differ by rounding.": (
-        *("torch_compile.*", "(activation|gradient)_checkpointing.*", "torch_empty_cache_steps", "use_cpu", "ddp_.*"),
-        *(r"settings\.channels_last", r"versions\..*"),
+        *("torch_compile*", "activation_checkpointing*", "gradient_checkpointing*", "torch_empty_cache_steps"),
+        *("use_cpu", "ddp_*", "settings.channels_last", "versions.*"),
     ),
     "It is said, shown or uploaded so from now on.": (
-        *("output_dir", "run_name", "project", "report_to", "trackio_.*", "push_to_hub", "hub_.*", "log_.*"),
+        *("output_dir", "run_name", "project", "report_to", "trackio_*", "push_to_hub", "hub_*", "log_*"),
         *("disable_tqdm", "skip_memory_metrics", "include_num_input_tokens_seen", "debug"),
     ),
     "It is of the program, not of the run.": (
@@ -47,8 +57,12 @@ METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 OWN_SCHEDULE = "the recipe's"
 # What the layout of a checkpoint has, which is compared by rules of its own.
 _OF_LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
-# They are otherwise in every program, or name folders and accounts, which no published checkpoint shall.
-_UNTOLD = ("output_dir", "run_name", "resume_from_checkpoint", "local_rank", "hub_.*", "project", "trackio_.*")
+# They are otherwise in every program, or `Trainer`s of ours set them, or they name folders and accounts, which no
+# checkpoint shall publish.
+_UNTOLD = (
+    *("resume_from_checkpoint", "local_rank", "remove_unused_columns"),
+    *("output_dir", "run_name", "hub_*", "project", "trackio_*"),
+)
 # Of a configuration: what is no part of the model.
 _NO_PART = ("transformers_version", "_name_or_path", "architectures", "dtype", "auto_map", "label2id")
 # Where what only one of the runs has is a difference. (Elsewhere another version of a library has other fields.)
@@ -58,25 +72,22 @@ _OWNERS = {"train_dataset": "training set", "eval_dataset": "validation set"}
 
 
 def describe_run(trainer: VisionTrainer) -> dict[str, Any]:
-    """All that a run is, by names of arguments, as JSON has it. Every process calls this; the main one looks at the
-    data.
+    """All that a run is, by names of arguments, as JSON has it. Every process calls this; the first one of each machine
+    looks at its data.
 
     Args:
         trainer: Before it trains.
-    """
-    from accelerate.utils import broadcast_object_list
 
-    found = [_describe(trainer) if trainer.is_world_process_zero() else {}]
-    return broadcast_object_list(found)[0] if trainer.args.world_size > 1 else found[0]
+    Raises:
+        SettingError: If it is not the same on all machines.
+    """
+    return check_same_run(_describe(trainer) if trainer.is_local_process_zero() else {})
 
 
 def _describe(trainer: VisionTrainer) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     trained = [parameter.requires_grad for parameter in model.parameters()]
-    arguments = trainer.args.to_dict().items()
     sections = {
-        "": {name: value for name, value in arguments if name not in _OF_LAYOUT and not _matches(name, _UNTOLD)},
-        "recipe": dataclasses.asdict(trainer.recipe),
         "model": _list_fields(model.config.to_dict()) | {"trained parameters": f"{sum(trained)} of {len(trained)}"},
         "settings": trainer.describe_settings(),
         "train_dataset": fingerprint(trainer.train_dataset),
@@ -84,6 +95,26 @@ def _describe(trainer: VisionTrainer) -> dict[str, Any]:
     }
     evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     sections |= {f"eval_dataset {name}".strip(): fingerprint(dataset) for name, dataset in evaluated.items()}
+    return describe_arguments(trainer.args, trainer.recipe) | _flatten(sections)
+
+
+def describe_arguments(arguments: TrainingArguments, recipe: Any = None) -> dict[str, Any]:
+    """That part of [`describe_run`] that a program knows before it looks at the data.
+
+    Args:
+        arguments: Of the run.
+        recipe: A dataclass of [`~pvt_hf.recipes`] (default: none, it depends on the data).
+    """
+    told = {
+        name: value
+        for name, value in arguments.to_dict().items()
+        if name not in _OF_LAYOUT and not _matches(name, _UNTOLD)
+    }
+    return _flatten({"": told, "recipe": {} if recipe is None else dataclasses.asdict(recipe)})
+
+
+def _flatten(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """By `section.name`, values as JSON gives them back."""
     flat = {f"{section}.{name}".strip("."): value for section, part in sections.items() for name, value in part.items()}
     return {name: json.loads(json.dumps(_make_finite(value), default=_name_type)) for name, value in flat.items()}
 
@@ -111,7 +142,7 @@ def _name_type(value: Any) -> str:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def find_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -108,8 +108,9 @@ class DistributedTrainer(PublishingTrainer):
                 "resume needs one on each (share it, copy it, or --save_on_each_node true)."
             )
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, and with shards the whole weights too, but for run checkpoints."""
+        output_dir = output_dir and str(output_dir)
         super().save_model(output_dir, _internal_call=True)
         if self.writes_shards and not Path(output_dir or "").name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             self._save(output_dir, state_dict=gather_weights(self.model))
@@ -117,7 +118,7 @@ class DistributedTrainer(PublishingTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As in `Trainer`, and with `save_on_each_node` the weights too, which `save_pretrained` writes in the main
+        """As in `Trainer`, and with `save_on_each_node` the weights too: `save_pretrained` writes them in the main
         process of the job only, whatever it is told."""
         if not self.args.save_on_each_node:
             return super()._save(output_dir, state_dict)

@@ -22,7 +22,7 @@ def count_images(layout: dict[str, Any]) -> int:
 
 
 def compare_layouts(
-    saved: dict[str, Any], now: dict[str, Any], is_stream: bool, allow_batch_change: bool = False
+    saved: dict[str, Any], now: dict[str, Any], is_stream: bool, allow_batch_change: bool | None = False
 ) -> list[str]:
     """What keeps a run from being resumed, in words.
 
@@ -30,7 +30,7 @@ def compare_layouts(
         saved: The layout of the run that wrote the checkpoint.
         now: That of this one.
         is_stream: Whether the order of the images depends on how they are split.
-        allow_batch_change: Whether a step may have another number of images (default: `False`).
+        allow_batch_change: Whether a step may have another number of images (default: `False`); `None`, if it cannot.
     """
     counts = [*_SPLIT, STEPS_PER_EPOCH, *({GROUP_SIZE} & now.keys())]
     if wrong := [name for name in counts if type(saved.get(name)) is not int or saved[name] < 1]:
@@ -39,8 +39,8 @@ def compare_layouts(
     names = [name for name in now if name not in free and saved.get(name) != now[name]]
     changed = [f"{name} is {now[name]}, not {saved.get(name)}" for name in names]
     if not is_stream and not allow_batch_change and count_images(saved) != count_images(now):
-        advice = "--allow_batch_change resumes nevertheless"
-        changed.append(f"images per step are {count_images(now)}, not {count_images(saved)} ({advice})")
+        advice = "" if allow_batch_change is None else " (--allow_batch_change resumes nevertheless)"
+        changed.append(f"images per step are {count_images(now)}, not {count_images(saved)}{advice}")
     return changed
 
 

@@ -88,24 +88,28 @@ def shares_folder(folder: str | Path) -> bool:
         return all(gather((Path(folder) / name).exists()))
 
 
-def check_same_run(facts: Mapping[str, Any]) -> None:
+def check_same_run(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Compares what a run is between its processes, each of which has read its own arguments and data.
 
     Args:
-        facts: What has to be the same in all of them.
+        facts: What has to be the same in all of them; empty in a process that is not to be compared.
+
+    Returns:
+        Those of the main process.
 
     Raises:
         SettingError: In all of them, for the first process that differs from the main one.
     """
     (main, _), *others = gather((dict(facts), socket.gethostname()))
     for number, (own, host) in enumerate(others, start=1):
-        if wrong := [
-            f"{name} is {own.get(name)!r}, not {main[name]!r}" for name in main if own.get(name) != main[name]
-        ]:
+        names = sorted(main.keys() | own.keys()) if own else ()
+        pairs = ((name, own.get(name), main.get(name)) for name in names)
+        if wrong := [f"{name} is {here!r:.100}, not {there!r:.100}" for name, here, there in pairs if here != there]:
             raise SettingError(
-                f"Process {number} (on {host}) is of another run than process 0: {'; '.join(wrong)}. All machines need "
-                "the same arguments and data."
+                f"Process {number} (on {host}) is of another run than process 0: {'; '.join(wrong[:5])}. All machines "
+                "need the same arguments and data."
             )
+    return main
 
 
 def agree_on_checkpoint(output_dir: str | Path, given: str | bool | None) -> str | None:
@@ -120,10 +124,10 @@ def agree_on_checkpoint(output_dir: str | Path, given: str | bool | None) -> str
     """
     if given is True:
         found = gather(last_complete_checkpoint(output_dir))
-        if not any(found):
-            return None
-        # A killed job may have written its last one on some of the machines only.
         steps = [int(Path(path).name.rpartition("-")[2]) for path in found if path]
+        if len(set(found)) == 1:
+            return found[0]
+        # A killed job may have written its last one on some of the machines only.
         given = str(Path(output_dir) / f"checkpoint-{min(steps)}")
     if not given:
         return None

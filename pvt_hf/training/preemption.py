@@ -1,7 +1,6 @@
 """Runs that a scheduler, a spot machine or a user ends, by SIGTERM or SIGUSR1: with a complete checkpoint at the next
 step, in all processes at the same one, and an exit code that says so."""
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,17 +9,16 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..writing.signals import EndSignals, ignore_signals
+from ..writing.signals import SIGNALS, EndSignals
 from .optimization import SettingError
 from .resumable import ResumableTrainer
 from .run_checkpoints import last_complete_checkpoint
+from .streams import start_worker
 from .waits import start_reading
 
 logger = logging.get_logger(__name__)
 
 PREEMPTED = 75  # the EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
-# Windows has the first only.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Preempted(SystemExit):
@@ -158,12 +156,3 @@ class PreemptibleTrainer(ResumableTrainer):
         loader = super().get_eval_dataloader(*args, **kwargs)
         loader.worker_init_fn = start_worker
         return loader
-
-
-def start_worker(worker_id: int) -> None:
-    """In a process of a loader: signals to end are for the process that trains, which ends its loaders.
-
-    Args:
-        worker_id: Its number.
-    """
-    ignore_signals(*SIGNALS)

@@ -19,6 +19,7 @@ from transformers.trainer_callback import DefaultFlowCallback, TrainerControl
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from ..data.streams import ShardedStream
 from ..untrusted import UntrustedFileError
 from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import register_code
@@ -38,6 +39,7 @@ from .run_checkpoints import (
     read_run,
     replace_file,
 )
+from .streams import restore_stream, save_stream
 
 logger = logging.get_logger(__name__)
 
@@ -171,6 +173,7 @@ class ResumableTrainer(DistributedTrainer):
                 if args.should_save and self.ema is not None:
                     weights = {key: value.contiguous() for key, value in self.ema.module.state_dict().items()}
                     save_file(weights, folder / _EMA_WEIGHTS)
+                save_stream(self.train_dataset, folder, args.should_save)
                 self.accelerator.wait_for_everyone()
                 if args.should_save:
                     run = {"layout": self._layout() | {STEPS_PER_EPOCH: self.steps_per_epoch}, "run": self.run}
@@ -288,7 +291,10 @@ class ResumableTrainer(DistributedTrainer):
                 raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")
             saved, now = read_run(resume_from_checkpoint), self._layout()
             check_states(resume_from_checkpoint)
-            changed = compare_layouts(saved["layout"], now, self._is_stream(), allow_batch_change)
+            is_known = isinstance(self.train_dataset, ShardedStream)
+            changed = compare_layouts(
+                saved["layout"], now, self._is_stream() and not is_known, None if is_known else allow_batch_change
+            )
             refused, said = find_changes(saved["run"], self.run)
             if changed := [*changed, *refused]:
                 raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
@@ -296,6 +302,7 @@ class ResumableTrainer(DistributedTrainer):
                 logger.warning(f"As this run resumes, {change}")
             self.skipped_before, self.former = saved["skipped"], saved
             self.step_offset = saved["step offset"]
+            restore_stream(self.train_dataset, Path(resume_from_checkpoint), self.args)
         self.resumed_from = resume_from_checkpoint or None
         result = super().train(self.resumed_from, *args, **kwargs)
         self._check_loss()
@@ -303,17 +310,18 @@ class ResumableTrainer(DistributedTrainer):
 
     def _layout(self) -> dict[str, Any]:
         """What an exact resume needs to be as it was."""
-        args = self.args
+        args, dataset = self.args, self.train_dataset
+        images = dataset.samples_per_epoch if isinstance(dataset, ShardedStream) else len(dataset)
         layout = {
             "images per batch": args.per_device_train_batch_size,
             "accumulated batches": args.gradient_accumulation_steps,
             "processes": args.world_size,
-            "images of an epoch": len(self.train_dataset),
+            "images of an epoch": images,
             "seed": args.seed,
             "seed of the data": args.data_seed,
             "EMA decay": self.ema_decay,
         }
-        if self._is_stream():
+        if self._is_stream() and not isinstance(dataset, ShardedStream):  # whose state says more
             layout["workers of the stream"] = args.dataloader_num_workers
         return layout
 

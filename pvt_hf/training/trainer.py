@@ -24,8 +24,9 @@ from ..data.samplers import EpochSampler
 from ..writing.text import escape_control
 from .changes import OWN_SCHEDULE, describe_run
 from .optimization import SettingError
-from .preemption import PreemptibleTrainer, start_worker
+from .preemption import PreemptibleTrainer
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
+from .streams import build_loader
 from .waits import QueueingTrainer, start_reading
 
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
@@ -148,24 +149,10 @@ class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Each process reads its own share: nothing is left for accelerate to split."""
-        dataset, args, options = self.train_dataset, self.args, {}
-        if isinstance(dataset, torch.utils.data.IterableDataset):
-            self.epochs = dataset
-            dataset.batch_size = self._train_batch_size
-        else:
-            self.epochs = options["sampler"] = self.build_sampler()
-        loader = DataLoader(
-            dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            drop_last=True,
-            worker_init_fn=start_worker,
-            **options,
-        )
+        dataset, args = self.train_dataset, self.args
+        is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+        self.epochs = dataset if is_stream else self.build_sampler()
+        loader = build_loader(dataset, self.epochs, self.data_collator, self._train_batch_size, args)
         if not len(loader):
             raise SettingError(
                 f"A step has {self._images_per_step()} images ({self._train_batch_size} of "
@@ -215,7 +202,7 @@ class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
         return inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        names = inputs.pop("names")
+        names, bookmark = inputs.pop("names"), inputs.pop("bookmark", None)
         self.skipped += inputs.pop("skipped")
         inputs = self.prepare_batch(self._prepare_inputs(inputs))
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
@@ -225,6 +212,8 @@ class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
         self._unchecked = (start_reading(loss), self.state.global_step + 1, self._get_learning_rate(), names)
         if loss.device.type == "cpu":
             self._check_loss()
+        if bookmark is not None:
+            self.train_dataset.note(*bookmark)
         return loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):

@@ -7,6 +7,8 @@ import threading
 import time
 from typing import Any, Self
 
+# By which schedulers ask a program to end. Windows has the first only.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # A launcher passes on what it gets, and a scheduler sends it to all processes: within so many seconds it is one signal.
 _ONE_SIGNAL = 1.0
 

@@ -1,6 +1,9 @@
 """Which images each process gets: together those of one process, each once, in the order of timm and mmdetection."""
 
+import tracemalloc
+
 import pytest
+import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler
 
@@ -61,6 +64,35 @@ def test_the_images_of_a_step_do_not_depend_on_how_they_are_split(kind, length):
     steps = {"plain": length // 16, "repeated": min(length, 256) // 16, "grouped": -(-groups // 4)}
     assert len(expected) == steps[kind]
     assert all(list_steps(*split) == expected for split in SPLITS)
+
+
+def test_order_is_that_of_a_plain_shuffle():
+    order = torch.randperm(70_001, generator=torch.Generator().manual_seed(5 + 2)).tolist()
+    for rank in (0, 2):
+        sampler = EpochSampler(70_001, seed=5, rank=rank, world_size=3)
+        sampler.set_epoch(2)
+        assert [index for index, *_ in sampler] == order[rank : 70_001 // 3 * 3 : 3]
+
+
+def test_a_thousand_processes_share_an_epoch():
+    """Each image once, but for those that are no image for each process."""
+    length, world_size = 1024 * 9 + 5, 1024
+    shares = [list(EpochSampler(length, seed=1, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {9}
+    together = [index for share in shares for index, *_ in share]
+    assert len(set(together)) == len(together) == 9 * world_size and max(together) < length
+    assert sorted(position for share in shares for *_, position in share) == list(range(9 * world_size))
+
+
+def test_a_sampler_has_no_list_of_all_images():
+    """Python's objects of a sampler are the same for two million images as for two hundred thousand."""
+    peaks = []
+    for length in (2 * 10**5, 2 * 10**6):
+        tracemalloc.start()
+        next(iter(EpochSampler(length, seed=0)))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_repeated_augmentation_is_timms():

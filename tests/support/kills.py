@@ -21,7 +21,8 @@ import torch
 
 from pvt_hf.commands.shared import exit_on_bad_run
 from pvt_hf.data.digits import write_scenes
-from pvt_hf.training.preemption import PREEMPTED, SIGNALS
+from pvt_hf.training.preemption import PREEMPTED
+from pvt_hf.writing.signals import SIGNALS
 from tests.support import classification_run, segmentation_run
 
 STEPS = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 1}

@@ -18,6 +18,7 @@ from pvt_hf.data.images import ImageError
 from pvt_hf.training import resumable
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
 from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
+from pvt_hf.training.streams import restore_stream
 from pvt_hf.writing.hub import UploadError
 from tests.support import classification_run
 from tests.support.classification_run import build
@@ -158,6 +159,46 @@ def test_stream_resumes_where_a_corrupt_shard_ended_it(tmp_path):
     repaired.train(True)
     final = uninterrupted.model.state_dict()
     assert all(torch.equal(value, final[key]) for key, value in repaired.model.state_dict().items())
+
+
+def streamed(folder, **settings):
+    """A trainer on a stream of the digits, with two steps of two batches in an epoch."""
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    return build(folder, streaming=True, images=32, gradient_accumulation_steps=2, **saved, **settings)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_sharded_stream_resumes_bit_for_bit(workers, tmp_path):
+    """In the middle of an epoch and at its end. No image is decoded again."""
+    settings = {"dataloader_num_workers": workers, "recipe": {"random_erasing": 0.25}}
+    uninterrupted = streamed(tmp_path, **settings)
+    uninterrupted.train()
+    expected = {key: value.clone() for key, value in uninterrupted.model.state_dict().items()}
+    for step in (1, 2):
+        resumed = streamed(tmp_path, **settings)
+        resumed.train_dataset.augment = mock.Mock(wraps=resumed.train_dataset.augment)
+        resumed.train(str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.train_dataset.augment.call_count == (0 if workers else 64 - step * 16)
+        assert all(torch.equal(value, expected[key]) for key, value in resumed.model.state_dict().items())
+
+
+def test_place_in_a_stream_that_does_not_fit_is_refused(tmp_path):
+    """The checkpoint is named."""
+    trainer = streamed(tmp_path, dataloader_num_workers=2)
+    trainer.get_train_dataloader()
+    stream, file = trainer.train_dataset, tmp_path / "checkpoint-1" / "stream.json"
+    with pytest.raises(CheckpointError, match=r"stream\.json cannot be read"):
+        restore_stream(stream, file.parent, trainer.args)
+    for content, message in (
+        ("[", r"stream\.json is not JSON"),
+        ("{}", "checkpoint-1 cannot be resumed from: The place in the stream must be epoch, images of an epoch"),
+        ({"lanes": 3}, r"checkpoint-1 cannot be resumed from: .* dealt to 3 workers .* not with 2 \(1 x 2\)"),
+        ({"images of an epoch": 33}, "checkpoint-1 cannot be resumed from: .* images of an epoch is 32, not 33"),
+    ):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content if isinstance(content, str) else json.dumps(stream.state() | content))
+        with pytest.raises(CheckpointError, match=message):
+            restore_stream(stream, file.parent, trainer.args)
 
 
 def test_evaluation_draws_no_random_numbers_of_training(tmp_path):

@@ -8,12 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
+from pvt_hf.commands import train_classification, train_detection, train_segmentation
 from pvt_hf.training import distributed, machines
 from pvt_hf.training.machines import (
     agree_on_checkpoint,
@@ -45,8 +49,8 @@ def torchrun(machine: Machine) -> list[str]:
 
 def torchrun_with_rendezvous(machine: Machine) -> list[str]:
     where = ["--rdzv-id", "job", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{machine.main}:{machine.port}"]
-    # Its name, by which a machine knows whether it is meant, is not to be looked up here.
-    where += ["--rdzv-conf", f"is_host={int(machine.number == 0)}"]
+    # Names of machines, by which each knows whether it is meant, are not to be looked up here.
+    where += ["--local-addr", machine.address, "--rdzv-conf", f"is_host={int(machine.number == 0)}"]
     return ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", *where]
 
 
@@ -214,8 +218,8 @@ def job(monkeypatch):
 
 def test_processes_of_different_runs_are_told_apart(job):
     facts = {"seed": 0, "images of an epoch": 64}
-    job += [lambda own: own, lambda own: (facts | {"images of an epoch": 63}, "b")]
-    check_same_run(facts)
+    job += [lambda own: own, lambda own: ({}, "b"), lambda own: (facts | {"images of an epoch": 63}, "b")]
+    assert check_same_run(facts) == check_same_run(facts) == facts
     with pytest.raises(SettingError, match=r"Process 1 \(on b\) is of another run .* epoch is 63, not 64"):
         check_same_run(facts)
 
@@ -266,6 +270,53 @@ def test_folders_that_do_not_fit_the_settings_are_errors(tmp_path, monkeypatch):
     trainer.args.output_dir = "shared"
     with pytest.raises(SettingError, match="`save_on_each_node`: all machines see the same shared"):
         trainer._check_folder()
+    # The first process of the second machine, of which `save_pretrained` would write no weights.
+    trainer.args.output_dir = str(tmp_path)
+    monkeypatch.setattr("transformers.distributed.mixin._is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr("transformers.distributed.mixin._get_torch_distributed_rank", lambda: 1)
+    trainer.save_model()
+    assert (tmp_path / "model.safetensors").exists() and (tmp_path / "config.json").exists()
+
+
+def test_groups_on_cpus_have_the_time_out_too(monkeypatch):
+    """`TrainingArguments` forgets it with `use_cpu`."""
+    started = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: started.append(options))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    machines.start_cpu_group(None, 20)  # of one process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    machines.start_cpu_group("mpi", 20)
+    assert started == []
+    machines.start_cpu_group(None, 20)
+    assert started == [{"timeout": timedelta(seconds=20)}]
+
+
+@pytest.mark.parametrize(
+    ("program", "where", "options"),
+    [
+        (train_classification, "pvt_hf.data.classification.load_images", []),
+        (train_detection, "pvt_hf.commands.shared.load_images", []),
+        (train_segmentation, "pvt_hf.commands.train_segmentation.load_split", ["--binary_masks"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_one_process_of_each_machine_downloads_first(program, where, options, tmp_path, monkeypatch):
+    events = []
+
+    @contextmanager
+    def main_process_first(self, local=True, desc="work"):
+        events.append(("waits", local))
+        yield
+
+    def load(*args, **kwargs):
+        events.append("loads")
+        raise ValueError("seen")
+
+    monkeypatch.setattr(TrainingArguments, "main_process_first", main_process_first)
+    monkeypatch.setattr(where, load)
+    with pytest.raises(SystemExit, match="seen"):
+        program.main(["--use_cpu", "true", "--dataset_name", "a/b", "--output_dir", str(tmp_path), *options])
+    assert events == [("waits", True), "loads"]
 
 
 def test_a_launcher_that_started_one_process_of_several_is_told():

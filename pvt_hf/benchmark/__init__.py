@@ -1,0 +1,1 @@
+"""How fast the models are, and how much memory they take, beside their peers: what `pvt-hf benchmark` measures."""
