@@ -2,8 +2,7 @@
 memory, and no step that waits."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForImageClassification
 
 from pvt_hf.models.modeling_pvt_v2 import PvtV2ConvFeedForwardNetwork
+from tests.support.copies import CountCopies
 from tests.support.small_models import (
     build_backbone,
     build_classifier,
@@ -19,6 +19,7 @@ from tests.support.small_models import (
     find_loss,
     randomize,
 )
+from tests.support.waits import forbid_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -54,19 +55,6 @@ def assert_near(actual, expected, tolerance: float) -> None:
     for name, value in expected.items():
         allowed = tolerance * max(value.abs().max(), 1e-2 * scale)
         assert (actual[name] - value).abs().max() <= allowed, name
-
-
-@contextmanager
-def forbid_waits(device: torch.device) -> Iterator[None]:
-    """Where Python would wait for the GPU, there is an error."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @VERSIONS
@@ -216,6 +204,27 @@ def test_channels_last_gives_the_same(build, version, device):
     inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
     found = differentiate(model.to(memory_format=torch.channels_last), inputs)
     assert_near(found, expected, 2e-3)
+
+
+@VERSIONS
+def test_blocks_copy_no_maps(version, device):
+    """In bf16 with channels-last images and Flash attention; cuDNN's own changes of layout are printed."""
+    if device.type == "cpu":
+        pytest.skip("a CPU computes in chunks, which are put together")
+    model = build_backbone(version, hidden_sizes=[32, 64, 96, 128]).to(device, torch.bfloat16).eval()
+    model.to(memory_format=torch.channels_last)
+    pixels = torch.randn(4, 3, 224, 224, device=device, dtype=torch.bfloat16)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        model(pixels)
+        with CountCopies() as copies:
+            feature_maps = model(pixels).feature_maps
+        with torch.profiler.profile() as profile:
+            model(pixels)
+    assert not copies.found
+    assert all(feature_map.is_contiguous(memory_format=torch.channels_last) for feature_map in feature_maps)
+    names = (event.key for event in profile.key_averages())
+    print(version, "kernels named after layouts:", [name for name in names if re.search("nchw|nhwc", name.lower())])
 
 
 def measure_peak(model, inputs) -> tuple[dict[str, torch.Tensor], int]:
