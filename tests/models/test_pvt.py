@@ -1,5 +1,6 @@
 """What every model class does, once: each class below runs all of `ModelChecks`."""
 
+import copy
 import logging
 
 import pytest
@@ -562,7 +563,8 @@ def test_compiled_equals_eager(version, model_class):
     with its loss."""
     torch.compiler.reset()  # the classes have their code, and its limit of programs, in common
     model = randomize(model_class(small_config(version, out_features=STAGES))).eval()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    # Of a copy, because transformers' loss writes into the configuration of a model that is not compiled.
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in ((2, 3, 64, 96), (3, 3, 131, 77), (2, 3, 64, 64)):
             inputs = {"pixel_values": torch.randn(size)}
