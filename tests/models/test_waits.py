@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pvt_hf
-from pvt_hf.models import boxes, layers, rois, rpn
+from pvt_hf.models import boxes, chunks, rois, rpn
 from tests.support.dense_models import build_dense_model, dense_inputs
 from tests.support.small_models import (
     STAGES,
@@ -108,7 +108,7 @@ def test_accelerators_store_large_maps(device, monkeypatch):
         recomputed.append(function)
         return function(*args)
 
-    monkeypatch.setattr(layers, "checkpoint", record)
+    monkeypatch.setattr(chunks, "checkpoint", record)
     with torch.device("meta"):
         model = build_backbone("v2").train()
     with FakeTensorMode(allow_non_fake_inputs=True):
