@@ -17,12 +17,11 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .chunks import chunk_tokens
 from .configuration_pvt import PvtConfig
 from .layers import (
     DropPath,
     SpatialReductionAttention,
-    activate,
-    chunk_tokens,
     drop_path_rates,
     is_traced,
     make_traceable,
@@ -160,7 +159,7 @@ class PvtFFN(nn.Module):
 
     @chunk_tokens
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.dropout(activate(self, self.dense1(hidden_states)))
+        hidden_states = self.dropout(self.intermediate_act_fn(self.dense1(hidden_states)))
         return self.dropout(self.dense2(hidden_states))
 
 

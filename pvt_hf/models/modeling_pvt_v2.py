@@ -16,13 +16,12 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .chunks import chunk_rows
 from .configuration_pvt_v2 import PvtV2Config
 from .layers import (
     AdaptiveAvgPool2d,
     DropPath,
     SpatialReductionAttention,
-    activate,
-    chunk_rows,
     drop_path_rates,
     make_traceable,
     map_to_tokens,
@@ -118,7 +117,7 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
     """The MLP with a zero-padded 3 x 3 depth-wise convolution before its activation (section 3.4).
 
     Its hidden states are up to 8 times as wide as the block: most of a dense model's memory, and on a CPU most of its
-    time, which goes into page faults. How these are avoided: see [`~pvt_hf.models.layers.chunk_rows`].
+    time, which goes into page faults. How these are avoided: see [`~pvt_hf.models.chunks.chunk_rows`].
     """
 
     # Of one image, by type of device: the first stage at 224 x 224. Devices that are not named store maps of any size.
@@ -140,7 +139,7 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
         """(batch, height * width, channels) -> the same of those rows, by default of all."""
         hidden_states = self.relu(self.dense1(hidden_states))
         hidden_states = self.dwconv(hidden_states, height, width, rows)
-        hidden_states = self.dropout(activate(self, hidden_states))
+        hidden_states = self.dropout(self.intermediate_act_fn(hidden_states))
         return self.dropout(self.dense2(hidden_states))
 
 

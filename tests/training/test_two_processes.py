@@ -187,10 +187,13 @@ def test_classifier_of_which_one_process_was_asked_to_end_is_that_of_an_uninterr
 
 
 @pytest.mark.slow
-def test_run_of_two_processes_then_one_then_two_is_that_of_two(tmp_path):
-    """Images, augmentation, losses and weights, where nothing else is random."""
-    settings = CLASSIFICATION | {"recipe": {"auto_augment": "rand-m9-mstd0.5-inc1"}}
+@pytest.mark.parametrize("streaming", [False, True])
+def test_run_of_two_processes_then_one_then_two_is_that_of_two(streaming, tmp_path):
+    """Images, augmentation, losses and weights, where nothing else is random. A stream keeps the images per batch."""
+    settings = CLASSIFICATION | {"recipe": {"auto_augment": "rand-m9-mstd0.5-inc1"}, "streaming": streaming}
     pair, alone = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 8}
+    if streaming:
+        alone = pair | {"gradient_accumulation_steps": 2}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_in_two_processes(
         [
