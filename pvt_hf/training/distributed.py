@@ -110,10 +110,10 @@ class DistributedTrainer(PublishingTrainer):
 
     def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, and with shards the whole weights too, but for run checkpoints."""
-        output_dir = output_dir and str(output_dir)
-        super().save_model(output_dir, _internal_call=True)
-        if self.writes_shards and not Path(output_dir or "").name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
-            self._save(output_dir, state_dict=gather_weights(self.model))
+        folder = None if output_dir is None else str(output_dir)
+        super().save_model(folder, _internal_call=True)
+        if self.writes_shards and not Path(folder or "").name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            self._save(folder, state_dict=gather_weights(self.model))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

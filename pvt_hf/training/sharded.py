@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..untrusted import UntrustedFileError, read_json_object
+from .machines import is_lost_process
 from .run_checkpoints import CheckpointError
 
 _MODEL, _OPTIMIZER = "model_shards", "optimizer_shards"
@@ -125,5 +126,10 @@ def _read(folder: Path, state: dict[str, Any]) -> None:
         with _ignore_warnings():
             reader = dcp.HuggingFaceStorageReader(str(folder))
             dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
-    except (dcp.CheckpointException, SafetensorError, AssertionError, LookupError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder} has no shards of this model and optimiser: {error!s:.500}") from error
+    except dcp.CheckpointException as error:  # of any process
+        reason, _ = next(iter(error.failures.values()))
+        if is_lost_process(reason):
+            raise reason from error
+        raise CheckpointError(f"{folder} has no shards of this model and optimiser: {reason!s:.300}") from error
+    except (SafetensorError, AssertionError, LookupError, ValueError) as error:
+        raise CheckpointError(f"{folder} has no shards that can be read: {error!s:.300}") from error

@@ -131,17 +131,16 @@ def test_sharded_classifier_is_that_of_one_process(folder, tmp_path):
 
 
 def test_any_number_of_processes_resumes_from_shards(folder, tmp_path):
-    """Bit for bit in two processes; in one, without FSDP, as close as an uninterrupted run is."""
+    """Bit for bit in two processes; as closely as sums in another order allow in one, without FSDP."""
     run, resumed = folder / "shards", folder / "shards_resumed"
     assert len(read_result(run)["losses"]) == 4
     assert read_result(resumed)["losses"] == read_result(run)["losses"]
     final = weights(resumed)
     assert all(torch.equal(value, final[key]) for key, value in weights(run).items())
     alone = SHARDS | {"sharded": None, "save_strategy": "no", "per_device_train_batch_size": 8}
-    for name, checkpoint in (("uninterrupted", None), ("resumed", run / "checkpoint-2")):
-        classification_run.main(tmp_path / name, alone | {"resume": checkpoint})
-        assert read_result(tmp_path / name)["losses"] == pytest.approx(read_result(run)["losses"], rel=1e-4)
-        assert_close(weights(tmp_path / name), weights(run))
+    classification_run.main(tmp_path, alone | {"resume": run / "checkpoint-2"})
+    assert read_result(tmp_path)["losses"] == pytest.approx(read_result(run)["losses"], rel=1e-4)
+    assert_close(weights(tmp_path), weights(run))
 
 
 def test_shards_are_complete_if_those_of_all_processes_are(folder, tmp_path):
