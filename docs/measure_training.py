@@ -226,12 +226,14 @@ def _measure(
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    found = []
+    for needs in measure():
+        print(*astuple(needs), flush=True)
+        found.append(astuple(needs))
     with FILE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Needs))
-        for needs in measure():
-            writer.writerow(astuple(needs))
-            print(*astuple(needs))
+        writer.writerows(found)
 
 
 if __name__ == "__main__":

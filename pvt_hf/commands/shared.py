@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from torch import nn
@@ -18,10 +19,11 @@ from ..data.images import ImageError
 from ..models.backbone import get_backbone_config, load_pretrained_backbone
 from ..prediction.loading import ModelError, read_saved_config
 from ..training.arguments import DetectionDataArguments, EvaluationArguments, TrainingOptions
+from ..training.changes import describe_arguments, find_changes
 from ..training.machines import explain_lost_process, is_lost_process
 from ..training.optimization import SettingError
 from ..training.preemption import PREEMPTED
-from ..training.run_checkpoints import CheckpointError
+from ..training.run_checkpoints import CheckpointError, last_complete_checkpoint, read_run
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
 from ..writing.hub import UploadError
@@ -74,6 +76,24 @@ def check_code(options: TrainingOptions, model_type: str) -> None:
             f"--with_code cannot be used for a model of type {model_type}: its class is transformers' own, which finds "
             "the backbone's by an installed pvt_hf"
         )
+
+
+def check_resume(args: TrainingArguments, recipe: Any = None) -> None:
+    """Raises a `CheckpointError` if the run is resumed with arguments that must not change: before the data are looked
+    at, which may take long.
+
+    Args:
+        args: Of the run.
+        recipe: Of the run (default: none, it depends on the data).
+    """
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is True:
+        checkpoint = last_complete_checkpoint(args.output_dir)
+    if checkpoint:
+        saved, now = read_run(checkpoint)["run"], describe_arguments(args, recipe)
+        refused, _ = find_changes({name: value for name, value in saved.items() if name in now}, now)
+        if refused:
+            raise CheckpointError(f"{checkpoint} is of another run: {'; '.join(refused)}.")
 
 
 def load_backbone(model: nn.Module, checkpoint: str | None) -> None:

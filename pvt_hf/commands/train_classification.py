@@ -179,6 +179,7 @@ def build_training_set(
 @shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), recipe, args = parse(argv)
+    shared.check_resume(args, recipe)
     set_seed(args.seed)
     with shared.exit_on_bad_data():
         with args.main_process_first(desc="loading the data"):  # which are then in the cache of each machine

@@ -167,6 +167,7 @@ def load_model(
 @shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), backbone, recipe, args = parse(argv)
+    shared.check_resume(args, recipe)
     set_seed(args.seed)
 
     with shared.exit_on_bad_data():

@@ -221,6 +221,7 @@ def load_model(
 @shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), backbone, recipe, args = parse(argv)
+    shared.check_resume(args)
     set_seed(args.seed)
     with shared.exit_on_bad_data():
         names = name_classes(data_args, model_args.model_name_or_path)

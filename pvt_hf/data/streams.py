@@ -353,8 +353,8 @@ def _is_count(value: Any, least: int = 0) -> bool:
 
 
 class NumberedStream(Dataset):
-    """The images of a process in an epoch of a stream by their positions, which are asked for in batches, in turn: what
-    leaves out the first batches of a resumed epoch leaves out numbers, and reads nothing.
+    """The batches of a process in an epoch of a stream, asked for by their numbers, in turn: what leaves out the first
+    ones of a resumed epoch leaves out numbers, and reads nothing.
 
     Args:
         stream: Whose epoch, batch size and lanes are set.
@@ -364,10 +364,12 @@ class NumberedStream(Dataset):
         self.stream = stream
 
     def __len__(self) -> int:
+        """The images, which `Trainer` counts."""
         return len(self.stream)
 
-    def __getitems__(self, positions: list[int]) -> tuple[Rows, tuple[int, Bookmark]]:
-        return self.stream.read_batch(positions[0] // self.stream.batch_size)
+    def __getitems__(self, numbers: list[int]) -> tuple[Rows, tuple[int, Bookmark]]:
+        (number,) = numbers
+        return self.stream.read_batch(number)
 
 
 def collate_numbered(collate: Callable) -> Callable:

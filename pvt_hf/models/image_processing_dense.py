@@ -90,6 +90,7 @@ def normalize(
     do_normalize: bool,
     image_mean: tuple[float, ...] | None,
     image_std: tuple[float, ...] | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """An image as float32, with its mean subtracted and divided by its standard deviation.
 
@@ -100,13 +101,48 @@ def normalize(
         do_normalize: Whether mean and standard deviation count.
         image_mean: Of each channel, in units of 1 / `rescale_factor`.
         image_std: Of each channel, in the same unit.
+        out: What the result is written to, float32 `(3, height, width)` (default: a new tensor).
     """
-    image = image.float()
     factor = rescale_factor if do_rescale else 1.0
     if not do_normalize:
-        return image * factor
+        return torch.mul(image.float(), factor, out=out)
     mean, std = (
         (torch.tensor(value, dtype=torch.float64) / factor).float().reshape(-1, 1, 1).to(image.device)
         for value in (image_mean, image_std)
     )
-    return (image - mean) / std
+    if out is None:  # one channel becomes as many as there are means
+        out = torch.empty(torch.broadcast_shapes(image.shape, mean.shape), device=image.device)
+    # A few rows at a time, which stay in the cache.
+    for pixels, target in zip(image.split(64, dim=-2), out.split(64, dim=-2), strict=True):
+        target.copy_(pixels).sub_(mean).div_(std)
+    return out
+
+
+def normalize_batch(images: list[torch.Tensor], size: tuple[int, int], **settings: Any) -> torch.Tensor:
+    """The batch of images that [`normalize`] gives, each padded with zeros on the right and at the bottom: float32
+    `(batch, 3, height, width)`.
+
+    Args:
+        images: `(3, height, width)` each.
+        size: Height and width in pixels of the batch.
+        **settings: Of [`normalize`].
+    """
+    if {len(image) for image in images} != {3}:  # whatever they become, it is the same for all, or an error
+        return torch.stack([pad(normalize(image, **settings), size) for image in images])
+    batch = torch.empty(len(images), 3, *size, device=images[0].device)
+    for image, target in zip(images, batch, strict=True):
+        height, width = image.shape[-2:]
+        normalize(image, **settings, out=target[:, :height, :width])
+        clear_padding(target, (height, width))
+    return batch
+
+
+def clear_padding(image: torch.Tensor, size: tuple[int, int]) -> None:
+    """Writes zeros where there is no image.
+
+    Args:
+        image: `(..., height, width)`.
+        size: Height and width in pixels of what is kept.
+    """
+    image[..., size[0] :, :] = 0
+    image[..., : size[0], size[1] :] = 0

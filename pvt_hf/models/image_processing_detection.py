@@ -15,9 +15,11 @@ from .annotations import Objects, read_objects
 from .image_processing_common import SIZE_FORMS, read_size
 from .image_processing_dense import (
     DensePreprocessing,
+    clear_padding,
     compute_padded_size,
     compute_resized_size,
     normalize,
+    normalize_batch,
     pad,
 )
 from .post_processing import complete_outputs, detect_objects, detr_detections, read_outputs, segment_instances
@@ -179,14 +181,22 @@ class _DetectionPreprocessing(DensePreprocessing):
     ) -> BatchFeature:
         sizes = [tuple(image.shape[-2:]) for image in images]
         padded = compute_padded_size(sizes, pad_size, pad_size_divisor) if do_pad else None
-        images = [
-            pad(normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std), padded)
-            for image in images
-        ]
-        data = {"pixel_values": images}
-        if do_pad:
-            ones = (torch.ones(size, dtype=torch.int64, device=images[0].device) for size in sizes)
-            data["pixel_mask"] = [pad(mask, padded) for mask in ones]
+        settings = {
+            "do_rescale": do_rescale,
+            "rescale_factor": rescale_factor,
+            "do_normalize": do_normalize,
+            "image_mean": image_mean,
+            "image_std": image_std,
+        }
+        if padded is None:
+            data = {"pixel_values": [normalize(image, **settings) for image in images]}
+        else:
+            mask = torch.ones(len(images), *padded, dtype=torch.int64, device=images[0].device)
+            for image_mask, size in zip(mask, sizes, strict=True):
+                clear_padding(image_mask, size)
+            data = {"pixel_values": normalize_batch(images, padded, **settings), "pixel_mask": mask}
+            if return_tensors is None:
+                data = {name: list(values) for name, values in data.items()}
         batch = BatchFeature(data, tensor_type=return_tensors)
         if targets is not None:
             batch["labels"] = [

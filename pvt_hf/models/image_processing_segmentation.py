@@ -20,6 +20,7 @@ from .image_processing_dense import (
     compute_padded_size,
     compute_resized_size,
     normalize,
+    normalize_batch,
     pad,
 )
 from .post_processing import read_outputs
@@ -107,9 +108,18 @@ class _SegmentationPreprocessing(DensePreprocessing):
                 'Process them one by one, or give them the same size with `size={"height": ..., "width": ...}`.'
             )
         maps = None if segmentation_maps is None else _read_label_maps(segmentation_maps, images)
-        settings = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+        settings = {
+            "do_rescale": do_rescale,
+            "rescale_factor": rescale_factor,
+            "do_normalize": do_normalize,
+            "image_mean": image_mean,
+            "image_std": image_std,
+        }
         images = [reduce(resize_bilinear, step, image) for image, step in zip(images, steps, strict=True)]
-        data = {"pixel_values": [normalize(image, *settings) for image in images]}
+        if return_tensors is None:
+            data = {"pixel_values": [normalize(image, **settings) for image in images]}
+        else:
+            data = {"pixel_values": normalize_batch(images, finals.pop(), **settings)}
         if maps is not None:
             maps = [reduce_labels(labels) if do_reduce_labels else labels for labels in maps]
             for index, labels in enumerate(maps):
@@ -133,7 +143,7 @@ class _SegmentationPreprocessing(DensePreprocessing):
         size = size or compute_padded_size([tuple(image.shape[-2:]) for image in images], None, 1)
         # The padding of a label is 0 before the shift by 255, and 255 after it.
         data = {
-            "pixel_values": [pad(normalize(image, **settings), size) for image in images],
+            "pixel_values": normalize_batch(images, size, **settings),
             "labels": [pad(label - IGNORE_INDEX, size) + IGNORE_INDEX for label in labels],
         }
         return BatchFeature(data, tensor_type="pt")

@@ -184,6 +184,8 @@ class ClassificationDataArguments(DataArguments):
         super().__post_init__()
         if self.train_val_split and self.streaming:
             raise ValueError("--train_val_split needs all the images: leave --streaming out")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"--shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
         if (self.dataset_name or "").endswith((".parquet", ".tar")) and not self.eval_dataset_name:
             raise ValueError("--dataset_name is a pattern of files: pass --eval_dataset_name with those for evaluation")
 

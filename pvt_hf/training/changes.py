@@ -15,6 +15,8 @@ from ..writing.text import escape_control
 from .machines import check_same_run
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from .trainer import VisionTrainer
 
 # What happens to settings that may change, and which they are: names of arguments, with * for any ending.
@@ -40,7 +42,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
     ),
     "It changes time and memory; numbers may differ by rounding.": (
         *("torch_compile*", "activation_checkpointing*", "gradient_checkpointing*", "torch_empty_cache_steps"),
-        *("use_cpu", "ddp_*", "settings.channels_last", "versions.*"),
+        *("use_cpu", "ddp_*", "fsdp", "fsdp_config", "settings.channels_last", "versions.*"),
     ),
     "It is said, shown or uploaded so from now on.": (
         *("output_dir", "run_name", "project", "report_to", "trackio_*", "push_to_hub", "hub_*", "log_*"),
@@ -55,8 +57,12 @@ METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 OWN_SCHEDULE = "the recipe's"
 # What the layout of a checkpoint has, which is compared by rules of its own.
 _OF_LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
-# They are otherwise in every program, or name folders and accounts, which no published checkpoint shall.
-_UNTOLD = ("output_dir", "run_name", "resume_from_checkpoint", "local_rank", "hub_*", "project", "trackio_*")
+# They are otherwise in every program, or `Trainer`s of ours set them, or they name folders and accounts, which no
+# checkpoint shall publish.
+_UNTOLD = (
+    *("resume_from_checkpoint", "local_rank", "remove_unused_columns"),
+    *("output_dir", "run_name", "hub_*", "project", "trackio_*"),
+)
 # Of a configuration: what is no part of the model.
 _NO_PART = ("transformers_version", "_name_or_path", "architectures", "dtype", "auto_map", "label2id")
 # Where what only one of the runs has is a difference. (Elsewhere another version of a library has other fields.)
@@ -81,10 +87,7 @@ def describe_run(trainer: VisionTrainer) -> dict[str, Any]:
 def _describe(trainer: VisionTrainer) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     trained = [parameter.requires_grad for parameter in model.parameters()]
-    arguments = trainer.args.to_dict().items()
     sections = {
-        "": {name: value for name, value in arguments if name not in _OF_LAYOUT and not _matches(name, _UNTOLD)},
-        "recipe": dataclasses.asdict(trainer.recipe),
         "model": _list_fields(model.config.to_dict()) | {"trained parameters": f"{sum(trained)} of {len(trained)}"},
         "settings": trainer.describe_settings(),
         "train_dataset": fingerprint(trainer.train_dataset),
@@ -92,6 +95,26 @@ def _describe(trainer: VisionTrainer) -> dict[str, Any]:
     }
     evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     sections |= {f"eval_dataset {name}".strip(): fingerprint(dataset) for name, dataset in evaluated.items()}
+    return describe_arguments(trainer.args, trainer.recipe) | _flatten(sections)
+
+
+def describe_arguments(arguments: TrainingArguments, recipe: Any = None) -> dict[str, Any]:
+    """That part of [`describe_run`] that a program knows before it looks at the data.
+
+    Args:
+        arguments: Of the run.
+        recipe: A dataclass of [`~pvt_hf.recipes`] (default: none, it depends on the data).
+    """
+    told = {
+        name: value
+        for name, value in arguments.to_dict().items()
+        if name not in _OF_LAYOUT and not _matches(name, _UNTOLD)
+    }
+    return _flatten({"": told, "recipe": {} if recipe is None else dataclasses.asdict(recipe)})
+
+
+def _flatten(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """By `section.name`, values as JSON gives them back."""
     flat = {f"{section}.{name}".strip("."): value for section, part in sections.items() for name, value in part.items()}
     return {name: json.loads(json.dumps(_make_finite(value), default=_name_type)) for name, value in flat.items()}
 

@@ -108,8 +108,9 @@ class DistributedTrainer(PublishingTrainer):
                 "resume needs one on each (share it, copy it, or --save_on_each_node true)."
             )
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | Path | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`, and with shards the whole weights too, but for run checkpoints."""
+        output_dir = output_dir and str(output_dir)
         super().save_model(output_dir, _internal_call=True)
         if self.writes_shards and not Path(output_dir or "").name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             self._save(output_dir, state_dict=gather_weights(self.model))

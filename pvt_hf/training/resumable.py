@@ -310,17 +310,18 @@ class ResumableTrainer(DistributedTrainer):
 
     def _layout(self) -> dict[str, Any]:
         """What an exact resume needs to be as it was."""
-        args = self.args
+        args, dataset = self.args, self.train_dataset
+        images = dataset.samples_per_epoch if isinstance(dataset, ShardedStream) else len(dataset)
         layout = {
             "images per batch": args.per_device_train_batch_size,
             "accumulated batches": args.gradient_accumulation_steps,
             "processes": args.world_size,
-            "images of an epoch": len(self.train_dataset),
+            "images of an epoch": images,
             "seed": args.seed,
             "seed of the data": args.data_seed,
             "EMA decay": self.ema_decay,
         }
-        if self._is_stream() and not isinstance(self.train_dataset, ShardedStream):  # whose state says more
+        if self._is_stream() and not isinstance(dataset, ShardedStream):  # whose state says more
             layout["workers of the stream"] = args.dataloader_num_workers
         return layout
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainingArguments
 
 from ..data.streams import NumberedStream, ShardedStream, collate_numbered
@@ -28,23 +28,22 @@ def build_loader(
         batch_size: Of one process, in images.
         args: Of the run.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"batch_size": batch_size, "drop_last": True}
     if isinstance(dataset, IterableDataset):
         dataset.batch_size = batch_size
     else:
         options["sampler"] = epochs
     if isinstance(dataset, ShardedStream):
         dataset.split(args.dataloader_num_workers)
+        options = {"batch_sampler": BatchSampler(range(len(dataset) // batch_size), 1, drop_last=True)}
         dataset, collate = NumberedStream(dataset), collate_numbered(collate)
     return DataLoader(
         dataset,
-        batch_size=batch_size,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
-        drop_last=True,
         worker_init_fn=start_worker,
         **options,
     )

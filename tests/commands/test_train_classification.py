@@ -100,6 +100,7 @@ def test_wrong_arguments_end_before_training(arguments, message, tmp_path, monke
     [
         (["--lora_rank", "4"], "--lora_rank adapts a trained model"),
         (["--train_val_split", "0.2", "--streaming"], "--train_val_split needs all the images"),
+        (["--shuffle_buffer", "0"], "--shuffle_buffer must be at least 1, got 0"),
         (["--dataset_name", "x/*.tar"], "pass --eval_dataset_name with those for evaluation"),
     ],
 )

@@ -9,9 +9,12 @@ from collections import Counter
 import datasets
 import numpy as np
 import pytest
+from accelerate import skip_first_batches
+from transformers import TrainingArguments
 
 from pvt_hf.data.images import ImageError
 from pvt_hf.data.streams import ShardedStream, deal_shards
+from pvt_hf.training.streams import build_loader
 from tests.data.test_classification import png
 
 ROWS = 24  # of a shard
@@ -284,6 +287,9 @@ def test_a_process_of_a_thousand_starts_without_a_list_of_a_billion_images():
         tracemalloc.stop()
         assert len(data.reads) == 8 and sum(data.reads) == 8 * (5 + 2)
     assert max(peaks) < 1.05 * min(peaks) and max(peaks) < 3e6
+    for lane in (0, 5000, 8191):  # as the guide says
+        assert [part.modulus for part in deal_shards(100_000, 8192, lane)][:12] == [1] * 12
+        assert len(deal_shards(100_000, 8192, lane)) in (13, 14) and len(deal_shards(98_304, 8192, lane)) == 12
 
 
 @pytest.mark.slow
@@ -296,24 +302,24 @@ def test_resume_takes_the_same_time_after_many_images(tmp_path):
     files = {"train": str(tmp_path / "*.parquet")}
     data = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
 
-    def open_stream():
-        stream = Numbers(data, 170 * 600, seed=0, buffer_size=250)
-        stream.batch_size = 10
-        stream.split(0)
-        return stream
+    args = TrainingArguments(tmp_path, per_device_train_batch_size=10, use_cpu=True)
 
-    stream, states = open_stream(), {}
-    for number in range(10_000):
-        stream.note(*stream.read_batch(number)[1])
+    def open_loader(state=None):
+        stream = Numbers(data, 170 * 600, seed=0, buffer_size=250)
+        if state:
+            stream.restore(state, 10, 0)
+        return stream, build_loader(stream, stream, lambda rows: {"rows": rows}, 10, args)
+
+    (stream, loader), states = open_loader(), {}
+    for number, batch in zip(range(10_000), loader, strict=False):
+        stream.note(*batch["bookmark"])
         if number + 1 in (100, 10_000):
             states[number + 1] = stream.state()
     times = {seen: [] for seen in states}
     for _ in range(15):
         for seen, state in states.items():
             start = time.process_time()
-            resumed = open_stream()
-            resumed.restore(state, 10, 0)
-            resumed.read_batch(seen)
+            next(iter(skip_first_batches(open_loader(state)[1], seen)))  # as Trainer does
             times[seen].append(time.process_time() - start)
     early, late = (np.median(times[seen]) for seen in states)
     print(f"to the next batch after 1,000 images: {early:.4f} s, after 100,000: {late:.4f} s")

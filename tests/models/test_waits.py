@@ -1,7 +1,6 @@
 """When Python has to know what a tensor holds, it waits for a GPU: never in classifiers, backbones and Semantic FPN, in
 detectors once for a batch. On fake CUDA tensors, asking is an error."""
 
-from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -22,6 +21,7 @@ from tests.support.small_models import (
     draw_inputs,
     small_config,
 )
+from tests.support.waits import OnDevice, on_device
 
 VERSIONS = ("v1", "v2", "v2_linear")
 
@@ -150,9 +150,8 @@ def find_tensors_of_the_cpu(model: torch.nn.Module, inputs: dict) -> set[str]:
     return watched.found
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("version", "training"), [("v1", True), ("v2", False), ("v2_linear", True)])
 @pytest.mark.parametrize("build", [build_classifier, build_backbone, build_segmenter])
-@pytest.mark.parametrize("training", [True, False])
 def test_a_cuda_graph_can_be_made(build, version, training):
     """Of what a compiler sees: nothing is copied to the GPU, and no input is changed."""
     fields = {"drop_path_rate": 0.1, "hidden_dropout_prob": 0.1}
@@ -176,36 +175,6 @@ def test_the_test_sees_tensors_of_the_cpu(monkeypatch):
     monkeypatch.setattr(boxes, "place_numbers", lambda values, dtype, device: torch.tensor(values).to(device, dtype))
     model = build_dense_model("retinanet", "resnet")
     assert find_tensors_of_the_cpu(model.to("meta"), dense_inputs(model, 2, 128, 160))
-
-
-# What gives Python a value, or a tensor whose size depends on values.
-WAITS = {"__bool__", "__float__", "__index__", "__int__", "cpu", "item", "masked_select", "nonzero", "numpy", "tolist"}
-WAITS |= {"nms", "unique"}
-
-
-class OnDevice(torch.Tensor):
-    """Stands for a tensor on a GPU, and so does what is computed of it; on the CPU it is one as any other."""
-
-    waits: ClassVar[list[str]] = []
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        if name in ("__getitem__", "__setitem__") and has_mask(args[1]):
-            name = "nonzero"
-        if name in WAITS:
-            cls.waits.append(name)
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        return result.as_subclass(torch.Tensor) if name == "cpu" else result
-
-
-def has_mask(index):
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
-
-
-def on_device(values):
-    return {key: value.as_subclass(OnDevice) for key, value in values.items()}
 
 
 def run_step(model, batch_size):

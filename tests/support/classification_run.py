@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from transformers import AutoModelForImageClassification, TrainingArguments, set_seed
 
 from pvt_hf.data.augmentation import build_training_transform
-from pvt_hf.data.classification import EvaluationImages, TrainingImages, load_images
+from pvt_hf.data.classification import EvaluationImages, StreamedImages, TrainingImages, load_images
 from pvt_hf.recipes import ImageNetRecipe
 from pvt_hf.training.classification import ImageClassificationTrainer
 from tests.support.preempted import train_until
@@ -38,7 +38,18 @@ def load_split(split: str):
     return load_images(None, split)
 
 
-def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, recipe=None, trainer=None, **arguments):
+def build(
+    output_dir,
+    *,
+    version="v2",
+    images=64,
+    streaming=False,
+    evaluation=13,
+    model=None,
+    recipe=None,
+    trainer=None,
+    **arguments,
+):
     """The trainer of a run with 8 batches of 8 images in an epoch."""
     set_seed(0)
     options = {"drop_path_rate": 0.0, "num_labels": 10} | (model or {})
@@ -59,11 +70,18 @@ def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, rec
         "disable_tqdm": True,
         "use_cpu": True,
     } | arguments
+    args, transform = TrainingArguments(output_dir=str(output_dir), **arguments), build_training_transform(recipe, 32)
+    if streaming:
+        share = {"rank": args.process_index, "world_size": args.world_size, "buffer_size": 9}
+        stream = load_images(None, "train", streaming=True)
+        rows = StreamedImages(stream, "label", 10, transform, images, seed=0, **share)
+    else:
+        rows = TrainingImages(train.select(range(images)), "label", 10, transform)
     return ImageClassificationTrainer(
         model=network,
-        args=TrainingArguments(output_dir=str(output_dir), **arguments),
+        args=args,
         recipe=recipe,
-        train_dataset=TrainingImages(train.select(range(images)), "label", 10, build_training_transform(recipe, 32)),
+        train_dataset=rows,
         eval_dataset=EvaluationImages(validation.select(range(evaluation)), "label", 10, Processor()),
         **(trainer or {}),
     )
@@ -106,6 +124,6 @@ def main(output_dir: Path, settings: dict[str, Any]) -> None:
     trainer.train(resume)
     metrics = trainer.evaluate()
     trainer.save_model()
-    write_result(trainer, output_dir, metrics=metrics, seed=seeds[0])
+    write_result(trainer, output_dir, metrics=metrics, seed=next(iter(seeds), None))
     if trainer.is_world_process_zero() and trainer.ema is not None:
         torch.save(trainer.ema.module.state_dict(), output_dir / "ema.pt")

@@ -14,7 +14,6 @@ import transformers
 from safetensors.torch import load_file, save
 from transformers import AutoModelForImageClassification
 
-from pvt_hf.data.classification import StreamedImages, load_images
 from pvt_hf.data.images import ImageError
 from pvt_hf.training import resumable
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
@@ -164,10 +163,8 @@ def test_stream_resumes_where_a_corrupt_shard_ended_it(tmp_path):
 
 def streamed(folder, **settings):
     """A trainer on a stream of the digits, with two steps of two batches in an epoch."""
-    trainer = build(folder, gradient_accumulation_steps=2, save_strategy="steps", save_steps=1, **settings)
-    data, transform = load_images(None, "train", streaming=True), trainer.train_dataset.transform
-    trainer.train_dataset = StreamedImages(data, "label", 10, transform, 32, seed=0, buffer_size=9)
-    return trainer
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    return build(folder, streaming=True, images=32, gradient_accumulation_steps=2, **saved, **settings)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

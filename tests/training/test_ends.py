@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pvt_hf.commands import train_classification, train_detection, train_segmentation
 from tests.support.classification_run import build
+from tests.support.training_processes import read_result, run_in_two_processes
 
 # Three steps an epoch, and four in all: the run ends within its second epoch.
 SHORT = {"images": 24, "evaluation": 5, "max_steps": 4, "save_total_limit": 2, "trainer": {"ema_decay": 0.5}}
@@ -86,3 +88,48 @@ def test_run_that_was_killed_in_an_evaluation_ends_as_if_it_was_not(evaluation, 
     found = finish(build(folder, **settings), resume=True)
     assert found.pop("steps") == 2 - evaluation
     assert difference(found, expected) == []
+
+
+SMOKE = ["--smoke", "--use_cpu", "true", "--disable_tqdm", "true", "--ema_decay", "0.9", "--save_total_limit", "2"]
+PROGRAMS = {
+    "classification": (train_classification, ["--save_strategy", "steps", "--save_steps", "3"], 4),
+    "detection": (train_detection, [], 6),
+    "segmentation": (train_segmentation, [], 8),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_finishes_again_what_has_ended(name, tmp_path, capsys):
+    """The same files and the same last lines; with another number of steps it trains on, and other recipes are refused
+    before the data are looked at."""
+    program, options, steps = PROGRAMS[name]
+    arguments = [*SMOKE, *options, "--max_steps", str(steps), "--output_dir", str(folder := tmp_path / "run")]
+    program.main(arguments)
+    expected, printed = keep(folder), capsys.readouterr().out
+    assert f"checkpoint-{steps}/ema.safetensors" in expected
+    program.main([*arguments, "--resume_from_checkpoint", "true"])
+    assert difference(keep(folder), expected) == []
+    assert capsys.readouterr().out.splitlines()[-3:] == printed.splitlines()[-3:]
+    with pytest.raises(SystemExit, match=r"is of another run: `adam_beta2` is 0\.5, and was 0\.9"):
+        program.main([*arguments, "--resume_from_checkpoint", "true", "--adam_beta2", "0.5"])
+    assert "images" not in capsys.readouterr().out
+    program.main([*arguments, "--resume_from_checkpoint", "true", "--max_steps", str(steps + 1)])
+    assert (folder / f"checkpoint-{steps + 1}").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_run_of_two_processes_that_has_ended_is_finished_again(name, tmp_path):
+    settings = SHORT | STRATEGIES[name] | {"images": 48, "resume": True}
+    run_in_two_processes([("classification", tmp_path, settings)])
+    first = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    result = read_result(tmp_path)
+    assert len(result["losses"]) == 4 and result["seed"] == 0
+    run_in_two_processes([("classification", tmp_path, settings)])
+    again = read_result(tmp_path)
+    assert again["seed"] is None and again["losses"] == result["losses"]  # no batch was drawn
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == first
+    assert again["metrics"]["eval_loss"] == result["metrics"]["eval_loss"]

@@ -27,7 +27,7 @@ GLOBAL_NORMALIZERS = ("atss", "gfl", "sparse_rcnn")
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 CLASSIFICATION = SGD | {"trainer": {"ema_decay": 0.9}}
 SHARDED = {"sharded": "FULL_STATE_DICT", "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 6}
-SHARDS = SHARDED | {"sharded": "SHARDED_STATE_DICT", "save_total_limit": 2}
+SHARDS = SHARDED | {"sharded": "SHARDED_STATE_DICT", "max_steps": 4, "save_steps": 2}
 # With accumulation, workers and everything random.
 RANDOM = {
     "recipe": {
@@ -77,7 +77,7 @@ def list_runs(folder: Path) -> list[Run]:
         ("classification", "sharded", SHARDED | part),
         ("classification", "sharded_resumed", SHARDED | part | {"resume": folder / "sharded" / "checkpoint-12"}),
         ("classification", "shards", SHARDS | part),
-        ("classification", "shards_resumed", SHARDS | part | {"resume": folder / "shards" / "checkpoint-12"}),
+        ("classification", "shards_resumed", SHARDS | part | {"resume": folder / "shards" / "checkpoint-2"}),
     ]
     return [(task, folder / name, settings) for task, name, settings in runs]
 
@@ -130,20 +130,22 @@ def test_sharded_classifier_is_that_of_one_process(folder, tmp_path):
     assert_close(weights(folder / "sharded_resumed"), weights(tmp_path))
 
 
-def test_shards_have_the_same_run_and_any_number_of_processes_resumes_from_them(folder, tmp_path):
-    """As with whole states, bit for bit in two processes; in one, without FSDP, as close as without a resume."""
-    whole, run = read_result(folder / "sharded"), folder / "shards"
-    for name in ("shards", "shards_resumed"):
-        assert read_result(folder / name)["losses"] == whole["losses"]
-        assert read_result(folder / name)["metrics"]["eval_accuracy"] == whole["metrics"]["eval_accuracy"]
-        final = weights(folder / name)
-        assert all(torch.equal(value, final[key]) for key, value in weights(folder / "sharded").items())
-    one = SHARDS | {"sharded": None, "per_device_train_batch_size": 8, "resume": run / "checkpoint-12"}
-    classification_run.main(tmp_path / "one", one)
-    assert read_result(tmp_path / "one")["losses"] == pytest.approx(whole["losses"], rel=1e-4)
-    assert_close(weights(tmp_path / "one"), weights(run))
+def test_any_number_of_processes_resumes_from_shards(folder, tmp_path):
+    """Bit for bit in two processes; in one, without FSDP, as close as an uninterrupted run is."""
+    run, resumed = folder / "shards", folder / "shards_resumed"
+    assert len(read_result(run)["losses"]) == 4
+    assert read_result(resumed)["losses"] == read_result(run)["losses"]
+    final = weights(resumed)
+    assert all(torch.equal(value, final[key]) for key, value in weights(run).items())
+    alone = SHARDS | {"sharded": None, "save_strategy": "no", "per_device_train_batch_size": 8}
+    for name, checkpoint in (("uninterrupted", None), ("resumed", run / "checkpoint-2")):
+        classification_run.main(tmp_path / name, alone | {"resume": checkpoint})
+        assert read_result(tmp_path / name)["losses"] == pytest.approx(read_result(run)["losses"], rel=1e-4)
+        assert_close(weights(tmp_path / name), weights(run))
 
-    checkpoint = shutil.copytree(run / "checkpoint-16", tmp_path / "checkpoint-16")
+
+def test_shards_are_complete_if_those_of_all_processes_are(folder, tmp_path):
+    checkpoint = shutil.copytree(folder / "shards" / "checkpoint-4", tmp_path / "checkpoint-4")
     assert not (checkpoint / "model.safetensors").exists() and incompleteness(checkpoint) is None
     written = {path.suffix for path in checkpoint.glob("*_shards/*")}
     assert written == {".safetensors"}  # and nothing that would be unpickled
@@ -156,14 +158,14 @@ def test_a_run_refuses_what_another_kind_of_run_wrote(folder, tmp_path):
     """Shards of another model, and whole states of FSDP without it."""
     trainer = classification_run.build(tmp_path, model={"num_labels": 7})
     with pytest.raises(CheckpointError, match="has no shards of this model and optimiser: .*Size mismatch"):
-        load_model_shards(folder / "shards" / "checkpoint-16", trainer.model)
+        load_model_shards(folder / "shards" / "checkpoint-4", trainer.model)
     with pytest.raises(CheckpointError, match="was written with FSDP and FULL_STATE_DICT"):
         trainer._check_kind(str(folder / "sharded" / "checkpoint-16"))
-    trainer._check_kind(str(folder / "shards" / "checkpoint-16"))
+    trainer._check_kind(str(folder / "shards" / "checkpoint-4"))
     trainer._check_kind(str(folder / "random" / "checkpoint-12"))
     optimizer = torch.optim.SGD(trainer.model.parameters(), momentum=0.9)
     with pytest.raises(CheckpointError, match="optimizer.json is of another optimiser: it differs in "):
-        load_optimizer_shards(folder / "shards" / "checkpoint-16", trainer.model, optimizer)
+        load_optimizer_shards(folder / "shards" / "checkpoint-4", trainer.model, optimizer)
 
 
 def test_resumed_classifier_is_bit_for_bit_that_of_an_uninterrupted_run(folder):
@@ -185,10 +187,13 @@ def test_classifier_of_which_one_process_was_asked_to_end_is_that_of_an_uninterr
 
 
 @pytest.mark.slow
-def test_run_of_two_processes_then_one_then_two_is_that_of_two(tmp_path):
-    """Images, augmentation, losses and weights, where nothing else is random."""
-    settings = CLASSIFICATION | {"recipe": {"auto_augment": "rand-m9-mstd0.5-inc1"}}
+@pytest.mark.parametrize("streaming", [False, True])
+def test_run_of_two_processes_then_one_then_two_is_that_of_two(streaming, tmp_path):
+    """Images, augmentation, losses and weights, where nothing else is random. A stream keeps the images per batch."""
+    settings = CLASSIFICATION | {"recipe": {"auto_augment": "rand-m9-mstd0.5-inc1"}, "streaming": streaming}
     pair, alone = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 8}
+    if streaming:
+        alone = pair | {"gradient_accumulation_steps": 2}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_in_two_processes(
         [
