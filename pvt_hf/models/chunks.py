@@ -36,7 +36,7 @@ def chunk_tokens(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
     def forward_in_chunks(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         if is_as_built(self, hidden_states, [nn.Linear, nn.Linear]):
             run = _mlp_as_operator if torch.compiler.is_compiling() else _mlp
-            return run(hidden_states, *self.parameters(), self.chunk_bytes)
+            return run(hidden_states, self.chunk_bytes, *self.parameters())
         if runs_transformed(hidden_states) or hidden_states.device.type != "cpu" or has_hooks(self):
             return forward(self, hidden_states)
         if self.training or (torch.is_grad_enabled() and hidden_states.requires_grad):
@@ -69,7 +69,7 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         if is_as_built(self, hidden_states, [nn.Linear, nn.Conv2d, nn.Linear]):
             run = _conv_mlp_as_operator if torch.compiler.is_compiling() else _conv_mlp
             has_relu = isinstance(self.relu, nn.ReLU)
-            return run(hidden_states, *self.parameters(), height, width, has_relu, self.chunk_bytes)
+            return run(hidden_states, height, width, self.chunk_bytes, has_relu, *self.parameters())
         compute = partial(forward, self)
         if runs_transformed(hidden_states):
             return compute(hidden_states, height, width)
@@ -148,12 +148,14 @@ def _iter_rows(
 
 def _mlp(
     hidden_states: torch.Tensor,
+    chunk_bytes: int,
     weight1: torch.Tensor,
     bias1: torch.Tensor,
     weight2: torch.Tensor,
     bias2: torch.Tensor,
-    chunk_bytes: int,
 ) -> torch.Tensor:
+    """The MLP of PVT v1, from hidden states (..., channels)."""
+
     def compute(chunk: torch.Tensor) -> torch.Tensor:
         chunk = F.linear(chunk, weight1, bias1)
         return F.linear(F.gelu(chunk, out=chunk), weight2, bias2)
@@ -163,17 +165,19 @@ def _mlp(
 
 def _conv_mlp(
     hidden_states: torch.Tensor,
+    height: int,
+    width: int,
+    chunk_bytes: int,
+    has_relu: bool,
     weight1: torch.Tensor,
     bias1: torch.Tensor,
     conv_weight: torch.Tensor,
     conv_bias: torch.Tensor,
     weight2: torch.Tensor,
     bias2: torch.Tensor,
-    height: int,
-    width: int,
-    has_relu: bool,
-    chunk_bytes: int,
 ) -> torch.Tensor:
+    """The MLP of PVT v2, from hidden states (batch, height * width, channels)."""
+
     def compute(chunk: torch.Tensor, height: int, width: int, rows: slice) -> torch.Tensor:
         chunk = F.linear(chunk, weight1, bias1)
         chunk = tokens_to_map(chunk.relu_() if has_relu else chunk, height, width)

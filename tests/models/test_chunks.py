@@ -116,6 +116,6 @@ def test_operators_are_what_they_say(dtype):
     linear = [torch.randn(size, dtype=dtype) for size in ((16, 4), (16,), (4, 16), (4,))]
     conv = [torch.randn(size, dtype=dtype) for size in ((16, 1, 3, 3), (16,))]
     states, tests = torch.randn(2, 5 * 6, 4, dtype=dtype), ("test_schema", "test_faketensor")
-    torch.library.opcheck(chunks._mlp_as_operator, (states, *linear, 100), test_utils=tests)
-    arguments = (states, *linear[:2], *conv, *linear[2:], 5, 6, True, 1000)
+    torch.library.opcheck(chunks._mlp_as_operator, (states, 100, *linear), test_utils=tests)
+    arguments = (states, 5, 6, 1000, True, *linear[:2], *conv, *linear[2:])
     torch.library.opcheck(chunks._conv_mlp_as_operator, arguments, test_utils=tests)
