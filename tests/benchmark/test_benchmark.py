@@ -1,0 +1,221 @@
+"""What `pvt-hf benchmark` measures, counts and writes, on small models; the numbers themselves are the machine's."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pvt_hf.benchmark import networks
+from pvt_hf.benchmark.counting import count_work
+from pvt_hf.benchmark.images import PREPARE, draw_photo
+from pvt_hf.benchmark.machine import measure_rates
+from pvt_hf.benchmark.networks import build_network
+from pvt_hf.benchmark.plots import draw_plots
+from pvt_hf.benchmark.rows import OTHERS, PRESETS, Entrant, Row, choose_rows
+from pvt_hf.benchmark.run import Bench
+from pvt_hf.benchmark.table import list_ratios, merge_results, read_results, write_results
+from pvt_hf.benchmark.timing import Clock, measure, measure_peak
+from pvt_hf.commands import benchmark
+from tests.support.small_models import small_config
+
+CPU = torch.device("cpu")
+VERSIONS = {"pvt_small": "v1", "pvt_v2_b2_li": "v2_linear"}
+
+
+def build_small_config(name, **fields):
+    return small_config(VERSIONS.get(name, "v2"), **fields)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """On small models, and with a compiler that starts none."""
+    for name in networks.COMPILERS:
+        monkeypatch.setitem(networks.COMPILERS, name, {"backend": "eager"})
+    return Bench(Clock(CPU, least_seconds=0), rounds=2, build_config=build_small_config)
+
+
+def shrink(row):
+    return dataclasses.replace(row, batch=min(row.batch, 2), size=(64, 64))
+
+
+def test_rows_have_their_names_alone_in_a_preset():
+    for rows in PRESETS.values():
+        names = [row.name for row in (*rows, *OTHERS)]
+        assert len(set(names)) == len(names)
+    assert [row.name for row in choose_rows("gpu", ["batch_8", "heads_training"])] == ["batch_8", "heads_training"]
+    with pytest.raises(ValueError, match=r"--rows must be some of v1, .*; got v3$"):
+        choose_rows("cpu", ["v1", "v3"])
+
+
+# Of each kind of work one row, in every setting that there is.
+@pytest.mark.parametrize(
+    "name",
+    ["v1_backbone_training", "gpu_training", "gpu_settings", "gpu_reduce_overhead", "semantic_fpn", "heads_training"],
+)
+def test_rows_run(bench, name):
+    rows = {row.name: row for row in (*PRESETS["cpu"], *PRESETS["gpu"], *OTHERS)}
+    row = shrink(rows[name])
+    results = bench.run(row)
+    assert [result.entrant.split()[0] for result in results] == [entrant.library for entrant in row.entrants]
+    assert all(0 < result.seconds_min <= result.seconds <= result.seconds_max for result in results)
+    assert results[0].speed_min == results[0].speed == results[0].speed_max == 1
+    for result in results:
+        assert result.multiply_adds > 0 and result.moved_bytes > 0 and result.machine_flops > 0
+        assert result.floor > 0 and result.utilization == result.flops / result.machine_flops
+        assert result.flops == 2 * (3 if row.step == "training" else 1) * result.multiply_adds / result.seconds
+    assert math.isnan(results[0].post_processing) == (name != "semantic_fpn")
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v2_linear"])
+def test_peers_are_the_same_network(version):
+    """As many parameters and multiply-adds (PVT v2's chunks compute a few rows twice)."""
+    config, pixels = small_config(version), torch.zeros(1, 3, 64, 64)
+    own = build_network("pvt_hf", "classification", config).eval()
+    for library in ("transformers", "timm"):
+        if (library, version) == ("timm", "v1"):
+            with pytest.raises(ValueError, match="timm has no PVT v1"):
+                build_network(library, "classification", config)
+            continue
+        peer = build_network(library, "classification", config).eval()
+        assert sum(map(torch.numel, peer.parameters())) == sum(map(torch.numel, own.parameters()))
+        works = [count_work(lambda model=model: model(pixels)).multiply_adds for model in (own, peer)]
+        assert works[0] == pytest.approx(works[1], rel=0.02)
+
+
+def test_work_is_counted():
+    """Of a product, a convolution and attention: each operand is read once, each result written once."""
+    linear, convolution = nn.Linear(3, 5), nn.Conv2d(4, 4, 3, groups=4, bias=False)
+    assert count_work(lambda: linear(torch.zeros(2, 3))) == (30, 4 * (6 + 15 + 5 + 10))
+    assert count_work(lambda: convolution(torch.zeros(1, 4, 5, 5))) == (4 * 9 * 9, 4 * (100 + 36 + 36))
+    query, key = torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 10, 8)
+    attention = count_work(lambda: nn.functional.scaled_dot_product_attention(query, key, key))
+    assert attention == (2 * 2 * 6 * 10 * 8, 4 * (2 * 96 + 2 * 160))
+
+
+def test_rounds_interleave_after_a_warm_up():
+    calls, clock = [], Clock(CPU, least_seconds=0)
+    times = measure([lambda: calls.append("a"), lambda: calls.append("b")], 3, clock, warmups=2)
+    assert "".join(map(str, calls)) == "aabb" + "ab" * 3
+    assert [len(kept.seconds) for kept in times] == [3, 3]
+    parts = measure([lambda: {"half": 0.5}], 2, clock)[0].parts
+    assert parts == {"half": [0.5, 0.5]}
+
+
+def test_peak_is_of_the_step_alone():
+    held = torch.ones(2**23)  # 32 MiB that are there before
+
+    def step():
+        (torch.ones(2**24) + 1).sum()  # 64 MiB and 64 MiB
+
+    step()
+    peak = measure_peak(step, CPU)
+    assert math.isnan(peak) or 100 * 2**20 < peak < 160 * 2**20
+    assert len(held)
+
+
+def test_rates_are_of_the_precision():
+    clock = Clock(CPU, cpu_time=True)
+    assert measure_rates("fp32", clock, 1) is measure_rates("fp32", clock, 1)
+    assert measure_rates("fp32", clock, 1).flops > 1e9 and measure_rates("fp32", clock, 1).bytes > 1e8
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(("name", "size"), [("classification", (300, 400)), ("detection", (480, 640))])
+def test_peers_prepare_the_same_image(name, size):
+    """All but a few grey levels: theirs are not OpenCV's and PIL's bits."""
+    own, *others = (PREPARE[name](library)(draw_photo(*size)) for library in ("pvt_hf", "torchvision", "transformers"))
+    for other in others:
+        other = other.reshape(-1, *other.shape[-3:])
+        height, width = min(own.shape[2], other.shape[2]), min(own.shape[3], other.shape[3])  # ours is padded
+        difference = (own[..., :height, :width] - other[..., :height, :width]).abs() * 0.225 * 255
+        assert difference.mean() < 2.5
+    # (transformers rounds the longer side down.)
+    assert (height, width) == {"classification": (224, 224), "detection": (800, 1066)}[name]
+
+
+def make_result(row, entrant, seconds, **fields):
+    values = {field.name: 1.0 if field.type is float else 1 for field in dataclasses.fields(benchmark.Result)}
+    texts = {field.name: "x" for field in dataclasses.fields(benchmark.Result) if field.type is str}
+    return benchmark.Result(**(values | texts | {"row": row, "entrant": entrant, "seconds": seconds} | fields))
+
+
+def test_csv_keeps_what_was_measured(tmp_path):
+    file = tmp_path / "new" / "benchmark.csv"
+    results = [make_result("v1", "pvt_hf", 0.5), make_result("v1", "timm, and a comma", 0.25, peak_bytes=math.nan)]
+    write_results(results, file)
+    read = read_results(file)
+    assert read[0] == results[0] and math.isnan(read[1].peak_bytes) and read[1].entrant == results[1].entrant
+    anew = [make_result("v1", "pvt_hf", 2.0)]
+    assert merge_results([*results, make_result("v2", "pvt_hf", 3.0)], anew)[0] == anew[0]
+    assert [result.row for result in merge_results([*results, make_result("v2", "pvt_hf", 3.0)], anew)] == ["v1", "v2"]
+    for text in ("", "row,work\n1,2\n", file.read_text().replace("0.5", "half", 1)):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"benchmark\.csv is no CSV of `pvt-hf benchmark`"):
+            read_results(file)
+
+
+def test_table_says_ratios_by_step_and_by_multiply_add():
+    first = make_result("v1", "pvt_hf", 1.0, multiply_adds=2e9, peak_bytes=2.0**20)
+    other = make_result("v1", "torchvision", 3.0, speed=3.0, multiply_adds=4e9, peak_bytes=2.0**21)
+    ((work, beside, speed, each, memory, rates),) = list_ratios([first, other])
+    assert (work, beside, speed) == ("x", "torchvision", "**3.00** (1.00 to 1.00)")
+    assert (each, memory) == ("1.50", "0.50")
+    assert rates == "1 images/s, 4 GFLOP/s, 1 MiB"
+    assert list_ratios([first])[0][1] == ""
+
+
+def test_plot_is_of_sizes_and_batches(tmp_path):
+    file = tmp_path / "a.png"
+    assert not draw_plots([make_result("v1", "pvt_hf", 1.0)], file) and not file.exists()
+    results = [make_result(f"size_{side}", "pvt_hf", 1.0, height=side) for side in (224, 448)]
+    assert draw_plots(results, file) and file.read_bytes().startswith(b"\x89PNG")
+
+
+def run_command(monkeypatch, tmp_path, *arguments, rows=()):
+    monkeypatch.setattr(benchmark, "choose_rows", lambda preset, names: list(rows))
+    return benchmark.main(["--output_dir", str(tmp_path / "out"), "--rounds", "1", *arguments])
+
+
+ROW = Row("size_64", "inference", (Entrant("pvt_hf"), Entrant("transformers")), batch=1, size=(64, 64))
+
+
+def test_command_writes_row_by_row_and_names_what_failed(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, "Bench", lambda clock, rounds: bench)
+    wrong = dataclasses.replace(ROW, name="wrong", variant="pvt_small", entrants=(Entrant("timm"),))
+    assert run_command(monkeypatch, tmp_path, rows=[wrong, ROW]) == 1
+    printed = capsys.readouterr()
+    assert "failed: wrong: ValueError: timm has no PVT v1" in printed.err
+    assert printed.out.count("| transformers |") == 1 and "GFLOP/s, copies" in printed.out
+    results = read_results(tmp_path / "out" / "benchmark.csv")
+    assert [result.row for result in results] == ["size_64", "size_64"]
+    assert (tmp_path / "out" / "benchmark.png").is_file()
+    assert run_command(monkeypatch, tmp_path, "--minutes", "1e-9", rows=[ROW]) == 0
+    assert "--rows size_64" in capsys.readouterr().out
+    assert run_command(monkeypatch, tmp_path, "--profile", rows=[ROW]) == 0
+    assert "aten::addmm" in capsys.readouterr().out
+
+
+def test_gpu_table_is_of_shares(bench, monkeypatch, tmp_path, capsys):
+    results = bench.run(ROW)
+    monkeypatch.setattr(benchmark, "RATES_HEADER", benchmark.RATES_HEADER)
+    cells = benchmark.list_rates(results)
+    assert len(cells) == 2 and len(cells[0]) == len(benchmark.RATES_HEADER)
+    assert cells[0][4].endswith(" %") and cells[0][5].endswith(" %")
+
+
+def test_wrong_options_end_before_any_work(tmp_path):
+    for arguments, message in (
+        (["--rows", "v3"], "--rows must be some of"),
+        (["--rounds", "0"], "--rounds must be a number above 0"),
+        (["--minutes", "nan"], "--minutes must be a number above 0"),
+        (["--device", "gpu"], "--device must be cpu or cuda, got 'gpu'"),
+        (["--rows", "v2", "--output_dir", "/proc/nothing"], "--output_dir /proc/nothing"),
+        (["--plot", str(tmp_path / "none.csv")], "none.csv"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            benchmark.main(arguments)
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="torch sees no GPU here"):
+            benchmark.main(["--preset", "gpu"])
