@@ -3,6 +3,7 @@
 import csv
 import re
 import shlex
+import subprocess
 
 import pytest
 import torch
@@ -55,6 +56,16 @@ def test_the_job_of_kubernetes_starts_a_launcher_that_waits_long_enough():
     assert options.training_script_args[1:] == ["--resume_from_checkpoint", "true"]
     variables = {entry["name"]: entry["value"] for entry in container["env"]}
     assert int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+
+
+def test_the_loop_starts_a_run_again_until_it_is_over():
+    """Code 75 twice, and then another one."""
+    (loop,) = re.findall(r"```bash\n(while .*?)```", PAGE, re.DOTALL)
+    program = "pvt-hf() { echo $*; starts=$((starts + 1)); return ${codes[$starts]}; }"
+    for last in (0, 1):
+        script = f"codes=(- 75 75 {last}); starts=0; {program}; {loop}"
+        shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=20).stdout
+        assert shown.splitlines() == ["train-classification arguments.yaml --resume_from_checkpoint true"] * 3
 
 
 def test_what_a_gpu_needs_is_what_the_program_measures():
