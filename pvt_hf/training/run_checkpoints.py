@@ -200,7 +200,7 @@ def read_run(checkpoint: str | Path) -> dict[str, Any]:
         run = read_json_object(file)
     except UntrustedFileError as error:
         raise CheckpointError(f"{file} {error}") from error
-    kinds = dict.fromkeys(("layout", "run"), (dict, "an object"))
+    kinds: dict[str, tuple[type, str]] = dict.fromkeys(("layout", "run"), (dict, "an object"))
     kinds |= dict.fromkeys(("skipped", "step offset", "last logged step"), (int, "an integer"))
     kinds |= {"unlogged loss": (float, "a number")}
     for name, (kind, wanted) in kinds.items():
