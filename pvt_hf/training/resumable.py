@@ -162,7 +162,7 @@ class ResumableTrainer(DistributedTrainer):
         # A schedule that follows the metrics has taken its step since.
         if self._saved_step == self.state.global_step and args.lr_scheduler_type not in METRIC_SCHEDULES:
             return self._add_metrics(folder)
-        skipped = self.skipped_images()
+        skipped, loss = self.skipped_images(), self.accelerator.reduce(self._tr_loss, "mean").item()
         # Older checkpoints go, and the Hub gets this one, when it is complete.
         args.save_total_limit, push, args.push_to_hub = None, args.push_to_hub, False
         try:
@@ -177,6 +177,7 @@ class ResumableTrainer(DistributedTrainer):
                 self.accelerator.wait_for_everyone()
                 if args.should_save:
                     run = {"layout": self._layout() | {STEPS_PER_EPOCH: self.steps_per_epoch}, "run": self.run}
+                    run |= {"unlogged loss": loss, "last logged step": self._globalstep_last_logged}
                     mark_complete(folder, run | {"skipped": skipped, "step offset": self.step_offset})
         except CheckpointError:
             shutil.rmtree(folder, ignore_errors=True)  # of no use, and the disk may be full
@@ -214,6 +215,10 @@ class ResumableTrainer(DistributedTrainer):
                 f"{self.resumed_from} has {state.global_step} steps, more than the {state.max_steps} of this run "
                 "(`max_steps`, `num_train_epochs`)."
             )
+        # The next loss that is logged is a mean since the last one, and that of this program in the end not.
+        self._tr_loss += self.former["unlogged loss"]
+        self._total_loss_scalar -= self.former["unlogged loss"]
+        self._globalstep_last_logged = self.former["last logged step"]
         self._find_best()
         if args.load_best_model_at_end and state.best_global_step and state.best_model_checkpoint is None:
             best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"

@@ -200,8 +200,9 @@ def read_run(checkpoint: str | Path) -> dict[str, Any]:
         run = read_json_object(file)
     except UntrustedFileError as error:
         raise CheckpointError(f"{file} {error}") from error
-    kinds = {"layout": (dict, "an object"), "run": (dict, "an object"), "skipped": (int, "an integer")}
-    kinds["step offset"] = kinds["skipped"]
+    kinds: dict[str, tuple[type, str]] = dict.fromkeys(("layout", "run"), (dict, "an object"))
+    kinds |= dict.fromkeys(("skipped", "step offset", "last logged step"), (int, "an integer"))
+    kinds |= {"unlogged loss": (float, "a number")}
     for name, (kind, wanted) in kinds.items():
         if type(run.get(name)) is not kind:
             raise CheckpointError(f"{file} must say `{name}`, {wanted}, got {run!r:.200}.")

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import re
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -19,11 +20,12 @@ from pvt_hf.training import resumable
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
 from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
 from pvt_hf.training.streams import restore_stream
+from pvt_hf.writing.files import explain_write_error
 from pvt_hf.writing.hub import UploadError
 from tests.support import classification_run
 from tests.support.classification_run import build
 from tests.support.disk import full_disk
-from tests.support.run_checkpoints import write_checkpoint
+from tests.support.run_checkpoints import RUN, write_checkpoint
 from tests.support.small_models import assert_close, small_config
 from tests.support.training_processes import kill_after, read_result
 
@@ -94,7 +96,7 @@ def test_training_resumes_from_no_forged_state(tmp_path):
     trainer, state = build(tmp_path), io.BytesIO()
     torch.save({"state": np.zeros(3)}, state)
     weights = save({"weight": torch.ones(1)})
-    run = {"layout": trainer._layout(), "run": trainer.describe_run(), "skipped": 0, "step offset": 0}
+    run = RUN | {"layout": trainer._layout(), "run": trainer.describe_run()}
     folder = write_checkpoint(tmp_path / "checkpoint-1", run, optimizer=state.getvalue(), model=weights)
     with pytest.raises(CheckpointError, match=r"optimizer\.pt is refused: it calls `numpy\."):
         trainer.train(str(folder))
@@ -262,6 +264,14 @@ def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_full_disk_is_called_so(monkeypatch, tmp_path):
+    """torch says where it was in a file."""
+    usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = explain_write_error(RuntimeError("[enforce fail] unexpected pos 64 vs 0"), tmp_path)
+    assert message.startswith("the disk is full: torch's writer failed, [enforce fail]")
+
+
 def test_full_disk_leaves_the_last_checkpoint(tmp_path):
     """Whatever is written when it is full: the error names the last checkpoint, which is untouched even when only one
     may be kept, and training resumes from it."""
@@ -364,7 +374,7 @@ def test_loss_of_an_accelerator_is_checked_before_anything_is_saved(tmp_path):
         lambda: trainer._evaluate(None, None),
         lambda: trainer.train(),
     ):
-        trainer._unchecked = (torch.tensor(float("inf")), 7, 0.5, ["a.png"])
+        trainer._unchecked = (lambda: float("inf"), 7, 0.5, ["a.png"])
         with pytest.raises(FloatingPointError, match=r"The loss is inf at step 7 .* learning rate of 0.5 .* a\.png"):
             act()
     assert not list(tmp_path.glob("checkpoint-*"))

@@ -22,7 +22,7 @@ from pvt_hf.training.run_checkpoints import (
     read_run,
     replace_file,
 )
-from tests.support.run_checkpoints import STATES, write_checkpoint
+from tests.support.run_checkpoints import RUN, STATES, write_checkpoint
 
 
 class Made:
@@ -141,11 +141,20 @@ def test_damaged_states_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"), [("layout", 3), ("run", None), ("skipped", "0"), ("skipped", True), ("step offset", None)]
+    ("name", "wrong"),
+    [
+        ("layout", 3),
+        ("run", None),
+        ("skipped", "0"),
+        ("skipped", True),
+        ("step offset", None),
+        ("last logged step", "3"),
+        ("unlogged loss", 1),
+    ],
 )
 def test_run_that_is_none_is_refused(name, wrong, tmp_path):
-    write_checkpoint(tmp_path, {"layout": {}, "run": {}, "skipped": 0, "step offset": 0} | {name: wrong})
-    with pytest.raises(CheckpointError, match=rf"run\.json must say `{name}`, an (object|integer), got "):
+    write_checkpoint(tmp_path, RUN | {name: wrong})
+    with pytest.raises(CheckpointError, match=rf"run\.json must say `{name}`, an? (object|integer|number), got "):
         read_run(tmp_path)
 
 
