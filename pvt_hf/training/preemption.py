@@ -36,6 +36,7 @@ class _EndTogether(TrainerCallback):
 
     def __init__(self, trainer: "PreemptibleTrainer"):
         self.trainer = trainer
+        self._is_epoch_over = False
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
