@@ -110,14 +110,14 @@ class PreemptibleTrainer(ResumableTrainer):
         """While it lasts, a signal ends the run where all processes can: with [`Preempted`], after a checkpoint of the
         last step."""
         self.is_preemptible, self.is_ending = True, False
-        try:
-            with self.signals:
+        with self.signals:  # also while the checkpoint is written
+            try:
                 yield
-        except Preempted:
-            self._save_last_step()
-            raise
-        finally:
-            self.is_preemptible = False
+            except Preempted:
+                self._save_last_step()
+                raise
+            finally:
+                self.is_preemptible = False
 
     def _save_last_step(self) -> None:
         """Unless it is saved, or the model has become another one since."""
