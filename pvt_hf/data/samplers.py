@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Sampler
 
 Key = tuple[int, int, int, int]
+_AT_ONCE = 2**16  # images of which there are numbers that are larger than those of an order
 
 
 def split_by_chance(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -38,7 +39,7 @@ class EpochSampler(Sampler[Key]):
     in the released code: each image comes thrice in a row, for different processes, in an epoch of a third of the
     images, rounded down to a multiple of 256 where there are as many.
 
-    At the beginning of an epoch a process needs 4 bytes for each image of all of them, and then for each of its own.
+    In an epoch a process holds the order of its own images, 4 bytes for each, and at the beginning also that of all.
 
     Args:
         length: Number of images.
@@ -81,10 +82,13 @@ def _iter_share(sampler: EpochSampler) -> Iterator[int]:
     dtype = torch.int32 if sampler.length <= torch.iinfo(torch.int32).max else torch.int64
     generator = torch.Generator().manual_seed(sampler.seed + sampler.epoch)
     order = torch.randperm(sampler.length, generator=generator, dtype=dtype)
-    positions = torch.arange(sampler.rank, len(sampler) * sampler.world_size, sampler.world_size)
-    share = order[positions // sampler.repeats]  # (images of this process,)
-    del order, positions
-    for some in share.split(2**16):
+    share = torch.empty(len(sampler), dtype=dtype)  # (images of this process,)
+    for first in range(0, len(share), _AT_ONCE):
+        numbers = torch.arange(first, min(first + _AT_ONCE, len(share)))
+        positions = numbers * sampler.world_size + sampler.rank
+        share[first : first + _AT_ONCE] = order[positions // sampler.repeats]
+    del order
+    for some in share.split(_AT_ONCE):
         yield from some.tolist()
 
 

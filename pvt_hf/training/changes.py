@@ -42,7 +42,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
     ),
     "It changes time and memory; numbers may differ by rounding.": (
         *("torch_compile*", "activation_checkpointing*", "gradient_checkpointing*", "torch_empty_cache_steps"),
-        *("use_cpu", "ddp_*", "settings.channels_last", "versions.*"),
+        *("use_cpu", "ddp_*", "fsdp", "fsdp_config", "settings.channels_last", "versions.*"),
     ),
     "It is said, shown or uploaded so from now on.": (
         *("output_dir", "run_name", "project", "report_to", "trackio_*", "push_to_hub", "hub_*", "log_*"),

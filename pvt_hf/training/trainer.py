@@ -27,7 +27,7 @@ from .optimization import SettingError
 from .preemption import PreemptibleTrainer
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
 from .streams import build_loader
-from .waits import QueueingTrainer, start_reading
+from .waits import start_reading
 
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
 Schedule = Callable[[int, int, int], float]
@@ -56,7 +56,7 @@ class _Steps(TrainerCallback):
             self.trainer.ema.update(self.trainer.model)
 
 
-class VisionTrainer(QueueingTrainer, PreemptibleTrainer):
+class VisionTrainer(PreemptibleTrainer):
     """What every training here has in common, on one process or many.
 
     A subclass says what it trains for: `task` (as the Hub calls it), `metric_names` (the keys of the metrics with

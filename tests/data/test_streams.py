@@ -284,6 +284,9 @@ def test_a_process_of_a_thousand_starts_without_a_list_of_a_billion_images():
         tracemalloc.stop()
         assert len(data.reads) == 8 and sum(data.reads) == 8 * (5 + 2)
     assert max(peaks) < 1.05 * min(peaks) and max(peaks) < 3e6
+    for lane in (0, 5000, 8191):  # as the guide says
+        assert [part.modulus for part in deal_shards(100_000, 8192, lane)][:12] == [1] * 12
+        assert len(deal_shards(100_000, 8192, lane)) in (13, 14) and len(deal_shards(98_304, 8192, lane)) == 12
 
 
 @pytest.mark.slow

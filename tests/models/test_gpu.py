@@ -2,8 +2,7 @@
 memory, and no step that waits."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForImageClassification
 
 from pvt_hf.models.modeling_pvt_v2 import PvtV2ConvFeedForwardNetwork
+from tests.support.copies import CountCopies
 from tests.support.small_models import (
     build_backbone,
     build_classifier,
@@ -19,6 +19,7 @@ from tests.support.small_models import (
     find_loss,
     randomize,
 )
+from tests.support.waits import forbid_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -54,19 +55,6 @@ def assert_near(actual, expected, tolerance: float) -> None:
     for name, value in expected.items():
         allowed = tolerance * max(value.abs().max(), 1e-2 * scale)
         assert (actual[name] - value).abs().max() <= allowed, name
-
-
-@contextmanager
-def forbid_waits(device: torch.device) -> Iterator[None]:
-    """Where Python would wait for the GPU, there is an error."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @VERSIONS
@@ -173,7 +161,8 @@ def test_compiled_equals_eager(build, version, mode, training, device):
     fields = {"depths": [1, 1, 1, 1]}
     model = randomize(build(version, **({"backbone": fields} if build is build_segmenter else fields)))
     model = model.to(device).eval()
-    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    # (transformers' loss writes into the configuration of a model that is not compiled.)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, mode=mode)
     for _ in range(4):  # the first runs warm up and record
         torch.compiler.cudagraph_mark_step_begin()
         inputs = to(draw_inputs(build), device)
@@ -200,7 +189,7 @@ def differentiate_as(model, inputs) -> dict[str, torch.Tensor]:
 def test_compiled_program_takes_any_size(version, device):
     torch.compiler.reset()
     model = randomize(build_classifier(version, depths=[1, 1, 1, 1])).to(device).eval()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True)
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for size in ((2, 64, 96), (3, 96, 64), (2, 64, 64), (5, 160, 128)):
             inputs = to(draw_inputs(build_classifier, *size), device)
@@ -216,6 +205,27 @@ def test_channels_last_gives_the_same(build, version, device):
     inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
     found = differentiate(model.to(memory_format=torch.channels_last), inputs)
     assert_near(found, expected, 2e-3)
+
+
+@VERSIONS
+def test_blocks_copy_no_maps(version, device):
+    """In bf16 with channels-last images and Flash attention; cuDNN's own changes of layout are printed."""
+    if device.type == "cpu":
+        pytest.skip("a CPU computes in chunks, which are put together")
+    model = build_backbone(version, hidden_sizes=[32, 64, 96, 128]).to(device, torch.bfloat16).eval()
+    model.to(memory_format=torch.channels_last)
+    pixels = torch.randn(4, 3, 224, 224, device=device, dtype=torch.bfloat16)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        model(pixels)
+        with CountCopies() as copies:
+            feature_maps = model(pixels).feature_maps
+        with torch.profiler.profile() as profile:
+            model(pixels)
+    assert not copies.found
+    assert all(feature_map.is_contiguous(memory_format=torch.channels_last) for feature_map in feature_maps)
+    names = (event.key for event in profile.key_averages())
+    print(version, "kernels named after layouts:", [name for name in names if re.search("nchw|nhwc", name.lower())])
 
 
 def measure_peak(model, inputs) -> tuple[dict[str, torch.Tensor], int]:

@@ -1,5 +1,7 @@
 """Detectors on a GPU: the CPU's losses, gradients and boxes, its own operators of torchvision, and half precision."""
 
+import warnings
+
 import pytest
 import torch
 from torchvision.ops import batched_nms
@@ -8,12 +10,16 @@ from pvt_hf.models import boxes as boxes_module
 from pvt_hf.models.boxes import suppress
 from pvt_hf.models.rois import pool_rois
 from tests.support.dense_models import build_dense_model, dense_inputs
+from tests.support.waits import forbid_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
 NAMES = pytest.mark.parametrize(
     "name", ["retinanet", "atss", "gfl", "sparse_rcnn", "mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "detr"]
 )
+
+
+IMAGE_BY_IMAGE = {"mask_rcnn", "faster_rcnn", "cascade_mask_rcnn", "detr"}
 
 
 def move(value, device, dtype):
@@ -25,10 +31,10 @@ def move(value, device, dtype):
     return value.to(device, dtype if value.is_floating_point() else None)
 
 
-def draw_batch(model) -> dict:
-    """Three images, of which the last has padding and no object."""
-    inputs, labels = dense_inputs(model, 3, 96, 128), []
-    for count in (2, 1, 0):
+def draw_batch(model, batch_size: int = 3) -> dict:
+    """Images of which the last has padding and no object."""
+    inputs, labels = dense_inputs(model, batch_size, 96, 128), []
+    for count in (*[2] * (batch_size - 2), 1, 0):
         boxes = torch.tensor([[0.4, 0.5, 0.5, 0.6], [0.6, 0.4, 0.3, 0.5]])[:count]
         masks = torch.zeros(count, 96, 128, dtype=torch.bool)
         masks[:, 20:60, 30:90] = True
@@ -98,6 +104,61 @@ def test_optimiser_takes_steps(name, device):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["retinanet", "atss", "gfl", "sparse_rcnn", "detr"])
+@torch.no_grad()
+def test_detection_does_not_wait(name, device):
+    """In images without padding, whose sizes are known."""
+    model = build_dense_model(name).to(device)
+    inputs = {"pixel_values": torch.randn(2, 3, 96, 128, device=device)}
+    if name == "detr":
+        inputs["pixel_mask"] = torch.ones(2, 96, 128, dtype=torch.int64, device=device)
+    model(**inputs)
+    with forbid_waits(device):
+        model(**inputs)
+
+
+def count_waits(model, inputs) -> int:
+    """How often the forward pass and the loss wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(**inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@NAMES
+def test_training_waits_as_often_for_larger_batches(name, device):
+    """But for the suppression of proposals, and what transformers' DETR does, image by image."""
+    if device.type == "cpu":
+        pytest.skip("nothing waits for a CPU")
+    model = build_dense_model(name).to(device).train()
+    batches = [move(draw_batch(model, size), device, torch.float32) for size in (3, 6)]
+    model(**batches[0])
+    counts = [count_waits(model, inputs) for inputs in batches]
+    print(f"{name} waits {counts[0]} times for 3 images and {counts[1]} times for 6")
+    assert name in IMAGE_BY_IMAGE or counts[0] == counts[1] <= 12
+
+
+def test_compiled_detector_is_a_cuda_graph(device):
+    if device.type == "cpu":
+        pytest.skip("CUDA graphs are a GPU's")
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build_dense_model("retinanet", "resnet").to(device)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        inputs = move(dense_inputs(model, 2, 96, 128), device, torch.float32)
+        with torch.no_grad():
+            found, expected = compiled(**inputs), model(**inputs)
+        for key in ("logits", "pred_boxes"):
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-3)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 def test_operators_of_torchvision_are_the_cpus(device):

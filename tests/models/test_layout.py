@@ -4,12 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pvt_hf.models import layers
+from tests.support.copies import CountCopies
 from tests.support.small_models import build_backbone, build_classifier, build_segmenter, draw_inputs
 
-COPIES = {"_to_copy", "cat", "clone", "constant_pad_nd", "contiguous", "copy_", "slice_backward", "select_backward"}
 # What is beside the layers themselves, in a forward and a backward pass of images that are channels-last.
 OF_POSITIONS = {"slice_backward": 1}  # the gradient of the stored position embeddings, of which one is the CLS token's
 EXPECTED = {
@@ -22,17 +21,6 @@ EXPECTED = {
     (build_backbone, "v1"): ({}, OF_POSITIONS),
     (build_segmenter, "v1"): ({}, OF_POSITIONS),
 }
-
-
-class CountCopies(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.found.update([name] if name in COPIES else [])
-        return func(*args, **(kwargs or {}))
 
 
 def count_copies(build, version, memory_format) -> tuple[Counter, Counter]:

@@ -1,5 +1,7 @@
-"""Tensors that tell where Python asks for a value, which it has to wait for if they are on a GPU."""
+"""Where Python asks for a value, and has to wait if that is on a GPU: by tensors that tell, and by a GPU itself."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -32,3 +34,16 @@ def has_mask(index):
 
 def on_device(values):
     return {key: value.as_subclass(OnDevice) for key, value in values.items()}
+
+
+@contextmanager
+def forbid_waits(device: torch.device) -> Iterator[None]:
+    """Where Python would wait for the GPU, there is an error."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
