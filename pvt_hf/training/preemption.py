@@ -36,6 +36,7 @@ class _EndTogether(TrainerCallback):
 
     def __init__(self, trainer: "PreemptibleTrainer"):
         self.trainer = trainer
+        self._is_epoch_over = False
 
     def on_step_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
@@ -109,14 +110,14 @@ class PreemptibleTrainer(ResumableTrainer):
         """While it lasts, a signal ends the run where all processes can: with [`Preempted`], after a checkpoint of the
         last step."""
         self.is_preemptible, self.is_ending = True, False
-        try:
-            with self.signals:
+        with self.signals:  # also while the checkpoint is written
+            try:
                 yield
-        except Preempted:
-            self._save_last_step()
-            raise
-        finally:
-            self.is_preemptible = False
+            except Preempted:
+                self._save_last_step()
+                raise
+            finally:
+                self.is_preemptible = False
 
     def _save_last_step(self) -> None:
         """Unless it is saved, or the model has become another one since."""

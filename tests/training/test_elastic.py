@@ -101,7 +101,16 @@ def test_schedules_that_follow_the_metrics_keep_their_steps(tmp_path, monkeypatc
         trainer._load_optimizer_and_scheduler("checkpoint-3")
 
 
-def test_processes_that_have_no_random_state_draw_anew():
-    """As many processes have the ones of the checkpoint."""
+def test_processes_draw_anew_where_they_were_others(tmp_path, monkeypatch):
+    """As many processes have the random states of the checkpoint, each its own."""
     seeds = {seed_of_process(*numbers) for numbers in [(0, 3, 0), (0, 3, 1), (0, 4, 0), (1, 3, 0)]}
     assert len(seeds) == 4 and all(0 <= seed < 2**32 for seed in seeds)
+    trainer, loaded = build(tmp_path, **SMALL), []
+    monkeypatch.setattr(Trainer, "_load_rng_state", lambda _, checkpoint: loaded.append(checkpoint))
+    trainer.state.global_step = 3
+    for processes in (1, 2):
+        torch.manual_seed(0)
+        trainer.former = {"layout": {"processes": processes}}
+        trainer._load_rng_state("checkpoint-3")
+        assert loaded == ["checkpoint-3"]
+        assert torch.initial_seed() == (0 if processes == 1 else seed_of_process(0, 3, 0))

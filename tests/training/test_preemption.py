@@ -9,10 +9,11 @@ from pvt_hf.data.digits import write_scenes
 from pvt_hf.training.optimization import SettingError
 from pvt_hf.training.preemption import PREEMPTED, SIGNALS, Preempted, start_worker
 from pvt_hf.training.run_checkpoints import last_complete_checkpoint
+from pvt_hf.writing import signals
 from tests.support import classification_run, detection_run, segmentation_run
 from tests.support.preempted import ask_in, assert_same_results, results, train_until
 
-STEPS = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+STEPS = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 3}
 EPOCHS = {"save_strategy": "epoch", "eval_strategy": "epoch"}
 RANDOM = {"recipe": {"mixup": 0.8, "random_erasing": 0.25}, "model": {"drop_path_rate": 0.2}}
 # Two epochs of 4 steps. Where each program is asked to end (a method of its trainer, and the call of it), and the step
@@ -25,7 +26,9 @@ CHAINS = {
     "steps": (STEPS, [
         ("get_train_dataloader", 1, None),  # before the first step
         ("training_step", 3, 3),  # before an evaluation
-        ("_save_optimizer_and_scheduler", 1, 6),
+        ("_save_optimizer_and_scheduler", 1, 4),
+        ("training_step", 2, 6),
+        ("_evaluate", 1, 6),  # which is due before the first step
         ("training_step", 2, 8),  # the last step
         ("_evaluate", 1, 8),
     ]),
@@ -54,13 +57,15 @@ def run(trainer, resume=None):
 @pytest.mark.parametrize(
     "chain", ["short", *(pytest.param(name, marks=pytest.mark.slow) for name in ("steps", "epochs"))]
 )
-def test_a_run_that_is_asked_to_end_again_and_again_is_that_of_an_uninterrupted_one(chain, tmp_path):
+def test_a_run_that_is_asked_to_end_again_and_again_is_that_of_an_uninterrupted_one(chain, tmp_path, monkeypatch):
     settings, moments = CHAINS[chain]
+    monkeypatch.setattr(signals, "_ONE_SIGNAL", 600)
     expected = results(run(build(tmp_path / "whole", **settings)))
     before = signal.getsignal(signal.SIGTERM)
     for method, call, step in moments:
         asked = build(tmp_path / "asked", **settings)
         ask_in(asked, method, call)
+        ask_in(asked, "_save_last_step", 1)  # as a launcher passes on what it got too
         with pytest.raises(Preempted) as ended:
             run(asked, True)
         assert ended.value.code == PREEMPTED == 75 and signal.getsignal(signal.SIGTERM) is before
