@@ -34,9 +34,9 @@ def chunk_tokens(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
     @wraps(forward)
     def forward_in_chunks(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        if is_as_built(self, hidden_states, [nn.Linear, nn.Linear]):
+        if (tensors := find_tensors(self, hidden_states, [nn.Linear, nn.Linear])) is not None:
             run = _mlp_as_operator if torch.compiler.is_compiling() else _mlp
-            return run(hidden_states, self.chunk_bytes, *self.parameters())
+            return run(hidden_states, self.chunk_bytes, *tensors)
         if runs_transformed(hidden_states) or hidden_states.device.type != "cpu" or has_hooks(self):
             return forward(self, hidden_states)
         if self.training or (torch.is_grad_enabled() and hidden_states.requires_grad):
@@ -66,10 +66,10 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
     @wraps(forward)
     def forward_in_chunks(self: nn.Module, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        if is_as_built(self, hidden_states, [nn.Linear, nn.Conv2d, nn.Linear]):
+        if (tensors := find_tensors(self, hidden_states, [nn.Linear, nn.Conv2d, nn.Linear])) is not None:
             run = _conv_mlp_as_operator if torch.compiler.is_compiling() else _conv_mlp
             has_relu = isinstance(self.relu, nn.ReLU)
-            return run(hidden_states, height, width, self.chunk_bytes, has_relu, *self.parameters())
+            return run(hidden_states, height, width, self.chunk_bytes, has_relu, *tensors)
         compute = partial(forward, self)
         if runs_transformed(hidden_states):
             return compute(hidden_states, height, width)
@@ -88,12 +88,14 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     return forward_in_chunks
 
 
-def is_as_built(mlp: nn.Module, hidden_states: torch.Tensor, layer_types: list[type[nn.Module]]) -> bool:
-    """Whether a CPU computes inference with an MLP in which nobody has put or watches anything.
+def find_tensors(
+    mlp: nn.Module, hidden_states: torch.Tensor, layer_types: list[type[nn.Module]]
+) -> list[torch.Tensor] | None:
+    """The weights and biases of an MLP in which nobody has put or watches anything, if a CPU infers with it; or `None`.
 
-    Its tensors are then all that there is to it. The activation may write over its input, so that twice as many hidden
-    states fit the cache, and compiled code has the MLP as one operator: chunk by chunk it would be code for one size,
-    as a whole it is slower. Adapters, quantised layers, hooks and other activations get their modules called.
+    They are then all that there is to it. The activation may write over its input, so that twice as many hidden states
+    fit the cache, and compiled code has the MLP as one operator: chunk by chunk it would be code for one size, as a
+    whole it is slower. Adapters, quantised layers, hooks and other activations get their modules called.
 
     Args:
         mlp: The MLP.
@@ -101,18 +103,26 @@ def is_as_built(mlp: nn.Module, hidden_states: torch.Tensor, layer_types: list[t
         layer_types: The classes of its parts that have parameters, in order.
     """
     if is_traced(hidden_states) or torch._C._are_functorch_transforms_active():
-        return False
-    if mlp.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return False
-    if hidden_states.device.type != "cpu" or has_hooks(mlp):
-        return False
-    activation, parts = mlp.intermediate_act_fn, list(mlp.modules())
+        return None
+    if hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    if mlp.training or torch.is_grad_enabled():
+        return None
+    activation = mlp.intermediate_act_fn
     if type(activation) is not GELUActivation or activation.act is not F.gelu:
-        return False
-    # (An offloaded layer has a `forward` of its own, which brings its tensors.)
-    if [type(part) for part in parts if part._parameters] != layer_types or any("forward" in vars(p) for p in parts):
-        return False
-    return all(type(tensor) is nn.Parameter and tensor.dtype == hidden_states.dtype for tensor in mlp.parameters())
+        return None
+    types, tensors = [], []
+    for part in mlp.modules():  # once, since every block asks
+        # (An offloaded layer has a `forward` of its own, which brings its tensors.)
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+            return None
+        if part._parameters:
+            types.append(type(part))
+            tensors += part._parameters.values()
+    if types != layer_types:
+        return None
+    is_plain = all(type(tensor) is nn.Parameter and tensor.dtype == hidden_states.dtype for tensor in tensors)
+    return tensors if is_plain else None
 
 
 def _compute_tokens(

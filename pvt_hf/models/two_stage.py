@@ -72,10 +72,12 @@ class MaskHead(nn.Module):
         targets = [torch.zeros(0, *logits.shape[2:], dtype=torch.bool, device=logits.device)]
         counted = [labels[0].bool()]  # (nothing, as all that an empty batch has)
         for rois, truth in zip(samples, truths, strict=True):
-            size = place_numbers(truth.masks.shape[1:], rois.objects.dtype, rois.objects.device)
+            if (masks := truth.masks) is None:
+                raise ValueError("Masks are learned from objects that have some.")
+            size = place_numbers(masks.shape[1:], rois.objects.dtype, rois.objects.device)
             boxes = clip_boxes(rois.positive_boxes, size)
             boxes = torch.cat((rois.objects[:, None].to(boxes), boxes), dim=1)  # (positive RoIs, 5)
-            masks = truth.masks[:, None].to(boxes.dtype)  # (objects, 1, height, width)
+            masks = masks[:, None].to(boxes.dtype)  # (objects, 1, height, width)
             targets.append(roi_align(masks, boxes, logits.shape[-1], 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5)
             labels.append(truth.class_labels[rois.objects])
             has_masks = torch.ones_like(truth.class_labels).bool() if truth.has_masks is None else truth.has_masks
