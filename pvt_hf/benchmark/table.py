@@ -160,14 +160,14 @@ def _read_value(text: str, kind: object) -> str | float:
     return int(text) if kind is int else float(text or "nan")
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table of Markdown.
 
     Args:
         header: Of its columns.
         rows: Cells.
     """
-    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
     return "\n".join([lines[0], "|" + "--|" * len(header), *lines[1:], ""])
 
 
