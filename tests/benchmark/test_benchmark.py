@@ -216,7 +216,7 @@ def test_wrong_options_end_before_any_work(monkeypatch, tmp_path):
         (["--rounds", "0"], "--rounds must be a number above 0"),
         (["--minutes", "nan"], "--minutes must be a number above 0"),
         (["--device", "gpu"], "--device must be cpu or cuda, got 'gpu'"),
-        (["--output_dir", str(tmp_path / "file" / "out")], "--output_dir .* is no folder"),
+        (["--output_dir", str(tmp_path / "file" / "out")], "--output_dir .*: Not a directory"),
         (["--plot", str(tmp_path / "none.csv")], "none.csv"),
     ):
         with pytest.raises(SystemExit, match=message):
