@@ -44,6 +44,14 @@ accelerate launch -m pvt_hf.commands.train_detection settings.yaml
 
 In a clone, `python examples/train_detection.py` and `python conversion/convert.py` start the same programs.
 """
+# What commands need that look for it when they know what is asked of them.
+NEEDED_LATER = {
+    "convert": "`conversion` for timm's own checkpoints",
+    "demo": "`demo`",
+    "export": "`export`; for ExecuTorch `executorch`",
+    "info": "none",
+    "predict": "`training` for masks of instances",
+}
 INHERITED = f"""
 ## Arguments of Trainer
 
@@ -133,7 +141,11 @@ def command_page(command: str) -> str:
 def index_page() -> str:
     """All commands."""
     rows = [
-        (f"[`pvt-hf {name}`]({name}.md)", command.summary, f"`{command.extra}`" if command.packages else "none")
+        (
+            f"[`pvt-hf {name}`]({name}.md)",
+            command.summary,
+            f"`{command.extra}`" if command.packages else NEEDED_LATER[name],
+        )
         for name, command in sorted(COMMANDS.items())
     ]
     return INDEX.format(table=markdown_table(("command", "what it does", "extra that it needs"), rows))

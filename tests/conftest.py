@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 
@@ -26,17 +27,35 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.process)
         if "slow" in item.keywords and "timeout" not in item.keywords:
             item.add_marker(pytest.mark.timeout(1800))  # compilers take minutes, and longer where others work too
-    if "slow" not in config.option.markexpr:  # whatever else is asked for
-        slow = [item for item in items if "slow" in item.keywords]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if "slow" not in item.keywords]
+    for marker in ("slow", "gpu"):
+        if marker not in config.option.markexpr:  # whatever else is asked for
+            # (Names of folders are keywords too.)
+            config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(marker)])
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
     # What takes longest comes first, so that no worker is left alone with it in the end.
     items.sort(key=lambda item: "timeout" not in item.keywords)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the imports made is no garbage, and each `Trainer.train` would look through it
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Where the tests marked `gpu` compute: on a GPU, without its shortened products of matrices. To try the tests out
+    without one, set PVT_HF_TEST_DEVICE=cpu."""
+    device = torch.device(os.environ.get("PVT_HF_TEST_DEVICE", "cuda"))
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("there is no GPU")
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return device
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ JOBS = [(f"{name}: {key}", job) for name, workflow in WORKFLOWS.items() for key,
 PYTHONS = [text.split(" :: ")[-1] for text in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", text)]
 FILES = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", "pvt_hf/__init__.py")
 find_problems = runpy.run_path(str(ROOT / ".ci" / "check_release.py"))["find_problems"]
+MINIMUM = runpy.run_path(str(ROOT / ".ci" / "minimum_versions.py"))
 list_requirements = runpy.run_path(str(ROOT / ".ci" / "measure_installation.py"))["list_requirements"]
 
 
@@ -34,7 +35,25 @@ def test_job_is_one_that_can_run(job):
     assert set(re.findall(r"\[(\w+)\]\"", text)) <= PROJECT["optional-dependencies"].keys()
     assert all((ROOT / file).is_file() for file in re.findall(r"(?<![\w/])(?:\.ci|tests)/[\w./]+", text))
     used = set(re.findall(r"matrix\.(\w+)", str(job["steps"])))
-    assert used == job.get("strategy", {}).get("matrix", {}).keys()
+    assert all(used == choice.keys() for choice in list_choices(job))
+
+
+def list_choices(job) -> list[dict[str, str]]:
+    """What the matrix of a job chooses: its entries, or the names of its lists."""
+    matrix = job.get("strategy", {}).get("matrix", {})
+    return matrix.get("include", [matrix])
+
+
+def test_every_lower_bound_is_resolved_and_tested():
+    choices = list_choices(WORKFLOWS["ci"]["jobs"]["minimum-versions"])
+    tested = {
+        (name, bound) for choice in choices for name, bound in MINIMUM["find_minimum"](choice["extras"].split()).items()
+    }
+    extras = [f"pvt_hf[{extra}]" for extra in PROJECT["optional-dependencies"]]
+    assert tested == set(MINIMUM["list_bounds"]([*PROJECT["dependencies"], *extras]))
+    assert {"torch": "2.9", "timm": "1.0.21"}.items() <= MINIMUM["find_minimum"](["test"]).items()
+    assert MINIMUM["find_minimum"](["examples"])["torch"] == "2.11"  # of two bounds the higher one
+    assert any(choice["run"] == "pytest" for choice in choices)  # all tests but the slow ones
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

@@ -2,19 +2,14 @@
 
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
+from ..writing.signals import Ended, EndSignals
 from ..writing.text import escape_control
-
-
-class _Ended(BaseException):
-    """SIGTERM asks the program to end, as Ctrl-C does."""
 
 
 def run_to_end(run: Callable[[], int], subject: str, expected: tuple[type[Exception], ...], debug: bool = False) -> int:
@@ -31,11 +26,11 @@ def run_to_end(run: Callable[[], int], subject: str, expected: tuple[type[Except
         (Ctrl-C) or ended (SIGTERM).
     """
     try:
-        with _end_by_sigterm():
+        with EndSignals(signal.SIGTERM):
             return run()
-    except (KeyboardInterrupt, _Ended) as reason:
+    except (KeyboardInterrupt, Ended) as reason:
         print_error(f"{subject}: interrupted; nothing half-written is left")
-        return 128 + (signal.SIGTERM if isinstance(reason, _Ended) else signal.SIGINT)
+        return 128 + (reason.number if isinstance(reason, Ended) else signal.SIGINT)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -74,23 +69,6 @@ def print_line(text: str) -> None:
         text: In one line.
     """
     print(escape_control(text))
-
-
-@contextmanager
-def _end_by_sigterm() -> Iterator[None]:
-    """While it lasts, SIGTERM raises `_Ended` where it would kill the program, so that the half-written is deleted."""
-
-    def end(*_: Any) -> None:
-        raise _Ended
-
-    if threading.current_thread() is not threading.main_thread():  # where signals arrive
-        yield
-        return
-    former = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 @contextmanager

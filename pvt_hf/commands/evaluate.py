@@ -19,10 +19,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
+from ..prediction.predictor import find_task
 from ..training.arguments import EvaluationArguments
 from ..variants import VARIANTS
 from ..writing.files import atomic_file
-from .measure import published_metrics, task_of
+from .measure import Measurement, find_measurement, published_metrics
 from .parser import check_options, parse_arguments
 from .presets import EVALUATION
 from .shared import exit_on_bad_data, read_config
@@ -48,20 +51,35 @@ def table_rows(checkpoint: str, percentages: dict[str, float], paper: dict[str, 
     return rows
 
 
+def choose_measurement(checkpoint: str, config: PreTrainedConfig, options: EvaluationArguments) -> Measurement:
+    """How a checkpoint is measured.
+
+    Raises:
+        SystemExit: If it cannot be, or options are given that it has no use for.
+    """
+    try:
+        measurement = find_measurement(config)
+    except ValueError as error:
+        raise SystemExit(f"{checkpoint} cannot be measured: {error}") from error
+    check_options(options, checkpoint, find_task(config).models)
+    return measurement
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     (options,) = parse_arguments((EvaluationArguments,), argv, "pvt-hf evaluate", __doc__, EVALUATION)
     configs = {checkpoint: read_config(checkpoint) for checkpoint in find_checkpoints(options)}
-    for checkpoint, config in configs.items():  # before the first is measured
-        check_options(options, checkpoint, task_of(config).models)
+    measurements = {  # before the first is measured
+        checkpoint: choose_measurement(checkpoint, config, options) for checkpoint, config in configs.items()
+    }
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     rows, results = ["| checkpoint | metric | paper | measured | difference | images |", "|--|--|--|--|--|--|"], {}
     for checkpoint, config in configs.items():
-        task = task_of(config)
+        measurement = measurements[checkpoint]
         with exit_on_bad_data():
-            trainer, metrics = task.measure(checkpoint, task.recipe, options)
+            trainer, metrics = measurement.measure(checkpoint, measurement.recipe, options)
         limit = getattr(trainer, "max_detections", 100)
-        names = [name.replace("AR100", f"AR{limit}") for name in task.metrics]
+        names = [name.replace("AR100", f"AR{limit}") for name in measurement.metrics]
         percentages = {name: 100 * metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
         if trainer.is_world_process_zero() and (unmeasured := getattr(trainer, "unmeasured", ())):
             print(f"{checkpoint}: no ground truth for {', '.join(unmeasured)}")

@@ -38,7 +38,7 @@ COMMANDS = {
     "convert": Command("convert checkpoints of the released code, timm, mm*", "conversion"),
 }
 # What a command may need beside that. Other packages come with pvt_hf, and their absence is an error as any other.
-_OPTIONAL = {"evaluate", "faster_coco_eval", "gradio", "peft", "pytorch_grad_cam", "scipy", "sklearn", "timm"}
+_OPTIONAL = {"evaluate", "faster_coco_eval", "gradio", "peft", "pytorch_grad_cam", "scipy", "sklearn", "timm", "xxhash"}
 _OPTIONAL |= {"matplotlib", "executorch", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino"}
 # The extra of a package, where it is not the command's.
 _EXTRAS = {"peft": "lora", "executorch": "executorch"}

@@ -41,6 +41,7 @@ from ..evaluation.metrics import COCO_METRICS, classification_metrics, classific
 from ..models.backbone import get_backbone_config
 from ..models.image_processing_segmentation import IGNORE_INDEX
 from ..paper_results import PUBLISHED
+from ..prediction.predictor import find_task
 from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES
 from ..training.arguments import EvaluationArguments
 from ..training.detection import DetectionTrainer
@@ -225,48 +226,59 @@ def measure_segmenter(checkpoint: str, recipe: str, options: EvaluationArguments
 
 
 @dataclass(frozen=True)
-class Task:
+class Measurement:
     """How models are measured, and which of the papers' numbers they are compared with.
 
     Attributes:
-        models: What its models are called.
         measure: From a checkpoint, `recipe` and the arguments to the trainer and its metrics.
         recipe: Whose numbers the papers state.
         metrics: The names of the metrics, without `eval_`.
         num_labels: How many classes the papers' data set has.
     """
 
-    models: str
     measure: Callable[[str, str, EvaluationArguments], Measured]
     recipe: str
     metrics: tuple[str, ...]
     num_labels: int
 
 
-_MASK_METRICS = tuple(f"mask_{name}" for name in COCO_METRICS)
-CLASSIFIER = Task("classifier", measure_classifier, "imagenet", ("accuracy", "top5_accuracy"), 1000)
+_BOX_METRICS = tuple(COCO_METRICS)
+_BOX_AND_MASK_METRICS = (*_BOX_METRICS, *(f"mask_{name}" for name in COCO_METRICS))
 _FOREGROUND_METRICS = ("dice_images", "dice_set", "iou_images", "iou_set")  # of two classes
-SEGMENTER = Task(
-    "segmenter", measure_segmenter, "semantic_fpn_40k", ("mIoU", "mAcc", "aAcc", *_FOREGROUND_METRICS), 150
-)
-# By model type; every other model is a segmenter.
-TASKS = {
+CLASSIFIER = Measurement(measure_classifier, "imagenet", ("accuracy", "top5_accuracy"), 1000)
+SEGMENTER = Measurement(measure_segmenter, "semantic_fpn_40k", ("mIoU", "mAcc", "aAcc", *_FOREGROUND_METRICS), 150)
+# By model type; and whatever is a segmenter is measured as one.
+MEASUREMENTS = {
     "pvt": CLASSIFIER,
     "pvt_v2": CLASSIFIER,
-    "pvt_hf_retinanet": Task("detector", measure_detector, "retinanet_1x", tuple(COCO_METRICS), 80),
-    "pvt_hf_atss": Task("detector", measure_detector, "atss_3x_ms", tuple(COCO_METRICS), 80),
-    "pvt_hf_gfl": Task("detector", measure_detector, "gfl_3x_ms", tuple(COCO_METRICS), 80),
-    "pvt_hf_mask_rcnn": Task("detector", measure_detector, "mask_rcnn_1x", (*COCO_METRICS, *_MASK_METRICS), 80),
-    "pvt_hf_cascade_mask_rcnn": Task(
-        "detector", measure_detector, "cascade_mask_rcnn_3x_ms", (*COCO_METRICS, *_MASK_METRICS), 80
-    ),
-    "pvt_hf_sparse_rcnn": Task("detector", measure_detector, "sparse_rcnn_3x_ms", tuple(COCO_METRICS), 80),
-    "detr": Task("detector", measure_detector, "detr_50ep", tuple(COCO_METRICS), 80),
+    "pvt_hf_retinanet": Measurement(measure_detector, "retinanet_1x", _BOX_METRICS, 80),
+    "pvt_hf_atss": Measurement(measure_detector, "atss_3x_ms", _BOX_METRICS, 80),
+    "pvt_hf_gfl": Measurement(measure_detector, "gfl_3x_ms", _BOX_METRICS, 80),
+    "pvt_hf_mask_rcnn": Measurement(measure_detector, "mask_rcnn_1x", _BOX_AND_MASK_METRICS, 80),
+    "pvt_hf_cascade_mask_rcnn": Measurement(measure_detector, "cascade_mask_rcnn_3x_ms", _BOX_AND_MASK_METRICS, 80),
+    "pvt_hf_sparse_rcnn": Measurement(measure_detector, "sparse_rcnn_3x_ms", _BOX_METRICS, 80),
+    "detr": Measurement(measure_detector, "detr_50ep", _BOX_METRICS, 80),
 }
 
 
-def task_of(config: PreTrainedConfig) -> Task:
-    return TASKS.get(config.model_type, SEGMENTER)
+def find_measurement(config: PreTrainedConfig) -> Measurement:
+    """How a model is measured.
+
+    Args:
+        config: Of a model of any task.
+
+    Raises:
+        ValueError: If it predicts nothing, or nothing that is measured here.
+    """
+    models = find_task(config).models
+    if models == "segmenter":
+        return SEGMENTER
+    if config.model_type not in MEASUREMENTS:
+        raise ValueError(
+            f"the model is a {models} of type {config.model_type}: measured are {', '.join(MEASUREMENTS)}, and "
+            "whatever transformers loads with AutoModelForSemanticSegmentation"
+        )
+    return MEASUREMENTS[config.model_type]
 
 
 def published_metrics(config: PreTrainedConfig, recipe: str | None = None) -> dict[str, float]:
@@ -279,12 +291,12 @@ def published_metrics(config: PreTrainedConfig, recipe: str | None = None) -> di
     Returns:
         Percentages by metric; none for an architecture or a number of classes that the papers do not have.
     """
-    task, variant = task_of(config), find_variant(get_backbone_config(config))
-    if variant is None or config.num_labels != task.num_labels:
+    measurement, variant = find_measurement(config), find_variant(get_backbone_config(config))
+    if variant is None or config.num_labels != measurement.num_labels:
         return {}
-    if task is SEGMENTER and config.model_type != pvt_hf.SemanticFPNConfig.model_type:
+    if measurement is SEGMENTER and config.model_type != pvt_hf.SemanticFPNConfig.model_type:
         return {}
-    if task is CLASSIFIER:
+    if measurement is CLASSIFIER:
         return {"accuracy": variant.paper_top1}
-    result = PUBLISHED.get((recipe or task.recipe, variant.name))
+    result = PUBLISHED.get((recipe or measurement.recipe, variant.name))
     return result.metrics if result else {}

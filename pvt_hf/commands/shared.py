@@ -1,9 +1,12 @@
 """What several commands do alike: the variant of a checkpoint, a backbone's weights, the bundled scenes, the end."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedConfig, TrainingArguments
 
@@ -16,12 +19,17 @@ from ..data.images import ImageError
 from ..models.backbone import get_backbone_config, load_pretrained_backbone
 from ..prediction.loading import ModelError, read_saved_config
 from ..training.arguments import DetectionDataArguments, EvaluationArguments, TrainingOptions
+from ..training.changes import describe_arguments, find_changes
+from ..training.machines import explain_lost_process, is_lost_process
 from ..training.optimization import SettingError
-from ..training.run_checkpoints import CheckpointError
+from ..training.preemption import PREEMPTED
+from ..training.run_checkpoints import CheckpointError, last_complete_checkpoint, read_run
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
 from ..writing.hub import UploadError
+from ..writing.signals import SIGNALS, Ended, EndSignals
 from ..writing.text import escape_lines
+from .ending import print_error
 
 DEFAULT_VARIANT = "pvt_v2_b0"
 
@@ -70,11 +78,30 @@ def check_code(options: TrainingOptions, model_type: str) -> None:
         )
 
 
+def check_resume(args: TrainingArguments, recipe: Any = None) -> None:
+    """Raises a `CheckpointError` if the run is resumed with arguments that must not change: before the data are looked
+    at, which may take long.
+
+    Args:
+        args: Of the run.
+        recipe: Of the run (default: none, it depends on the data).
+    """
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is True:
+        checkpoint = last_complete_checkpoint(args.output_dir)
+    if checkpoint:
+        saved, now = read_run(checkpoint)["run"], describe_arguments(args, recipe)
+        refused, _ = find_changes({name: value for name, value in saved.items() if name in now}, now)
+        if refused:
+            raise CheckpointError(f"{checkpoint} is of another run: {'; '.join(refused)}.")
+
+
 def load_backbone(model: nn.Module, checkpoint: str | None) -> None:
     """Fills a model's backbone from a checkpoint, if there is one, and says so."""
     if checkpoint is not None:
         count = load_pretrained_backbone(model, checkpoint)
-        print(f"all {count} tensors of the backbone are from {checkpoint}")
+        if PartialState().is_main_process:
+            print(f"all {count} tensors of the backbone are from {checkpoint}")
 
 
 def draw_scenes(args: TrainingArguments, num_scenes: int) -> Path:
@@ -96,14 +123,24 @@ def exit_on_bad_data() -> Iterator[None]:
 @contextmanager
 def exit_on_bad_run() -> Iterator[None]:
     """Settings that do not fit, images that turn out to be corrupt, checkpoints that cannot be read or written, and
-    uploads that fail end the program in the same way. Any other error is not the user's, and has a traceback."""
+    uploads that fail end the program in the same way; Ctrl-C, and signals before and after what can be resumed, in a
+    line; and so does a job that has lost one of its processes. Any other error is not the user's, and has a
+    traceback."""
     try:
-        yield
+        with EndSignals(*SIGNALS):
+            yield
+    except (KeyboardInterrupt, Ended) as reason:
+        print_error("interrupted; the same command with --resume_from_checkpoint true continues")
+        raise SystemExit(PREEMPTED if isinstance(reason, Ended) else 128 + signal.SIGINT) from reason
     except (CheckpointError, SettingError, UploadError) as error:
         raise SystemExit(escape_lines(str(error))) from error
     except ImageError as error:
         message = _read_message(error)
         raise SystemExit(f"{message}\n--skip_corrupt leaves out images that cannot be decoded") from error
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise SystemExit(escape_lines(explain_lost_process(error))) from None  # its traceback is the same anywhere
 
 
 def _read_message(error: Exception) -> str:

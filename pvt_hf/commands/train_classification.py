@@ -89,9 +89,8 @@ def load_splits(data_args: ClassificationDataArguments, args: TrainingArguments)
     if not data_args.streaming:
         validation = images.load_images(source, data_args.eval_split, config, image_column=image_column)
         return train, images.encode_names(validation, data_args.label_column)
-    with args.main_process_first(desc="writing the validation set to the cache"):
-        stream = images.load_images(source, data_args.eval_split, config, streaming=True, image_column=image_column)
-        return train, images.cache_stream(stream)
+    stream = images.load_images(source, data_args.eval_split, config, streaming=True, image_column=image_column)
+    return train, images.cache_stream(stream)
 
 
 def match_labels(
@@ -172,7 +171,7 @@ def build_training_set(
         seed=args.seed,
         rank=args.process_index,
         world_size=args.world_size,
-        buffer_size=data_args.shuffle_buffer // max(1, args.dataloader_num_workers),
+        buffer_size=-(-data_args.shuffle_buffer // max(1, args.dataloader_num_workers)),
         **options,
     )
 
@@ -180,9 +179,11 @@ def build_training_set(
 @shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), recipe, args = parse(argv)
+    shared.check_resume(args, recipe)
     set_seed(args.seed)
     with shared.exit_on_bad_data():
-        train, validation = load_splits(data_args, args)
+        with args.main_process_first(desc="loading the data"):  # which are then in the cache of each machine
+            train, validation = load_splits(data_args, args)
         (column, names), (trained, trained_places) = name_classes(train, data_args, args)
         found, places = match_labels(validation, (column, names))
         train, validation, left_out = check_splits(train, validation, (column, trained), found, data_args, args)
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with_code=options.with_code,
         settings={name: getattr(model_args, name) for name in ("variant", "image_size", "freeze_stages", "lora_rank")},
     )
-    trainer.train(args.resume_from_checkpoint)
+    trainer.train(args.resume_from_checkpoint, allow_batch_change=options.allow_batch_change)
     if model_args.lora_rank:  # the adapter for itself, and the complete model with it for everybody
         trainer.save_model(adapter := Path(args.output_dir) / "adapter")
         (adapter / "README.md").unlink(missing_ok=True)  # peft's, with gaps to fill in and paths of this machine

@@ -95,7 +95,8 @@ def _read_splits(
         splits: list[DetectionData] = []
         for split in (data_args.train_split, data_args.eval_split)[:count]:
             known = splits[0].label_names if splits else names
-            splits.append(shared.read_detection_split(data_args, split, known, args.dataloader_num_workers))
+            with args.main_process_first(desc="loading the data"):  # which are then in the cache of each machine
+                splits.append(shared.read_detection_split(data_args, split, known, args.dataloader_num_workers))
         return splits
     files: list[tuple[Any, Any]] = [
         (data_args.train_annotations, data_args.train_images),
@@ -166,6 +167,7 @@ def load_model(
 @shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), backbone, recipe, args = parse(argv)
+    shared.check_resume(args, recipe)
     set_seed(args.seed)
 
     with shared.exit_on_bad_data():
@@ -198,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with_code=options.with_code,
         settings={name: getattr(model_args, name) for name in ("variant", "config_overrides", "freeze_stages")},
     )
-    trainer.train(args.resume_from_checkpoint)
+    trainer.train(args.resume_from_checkpoint, allow_batch_change=options.allow_batch_change)
     return shared.finish(trainer)
 
 

@@ -107,7 +107,8 @@ def load_splits(
     if data_args.dataset_name:
         name, config = data_args.dataset_name, data_args.dataset_config_name
         chosen = [data_args.train_split, data_args.eval_split][: 1 if data_args.train_val_split else 2]
-        rows = (load_split(name, split, name=config) for split in chosen)
+        with args.main_process_first(desc="loading the data"):  # which are then in the cache of each machine
+            rows = [load_split(name, split, name=config) for split in chosen]
         columns = data_args.map_column, data_args.image_column
         splits = [data.read_segmentation_dataset(split, *columns, **settings) for split in rows]
     else:
@@ -220,6 +221,7 @@ def load_model(
 @shared.exit_on_bad_run()
 def main(argv: Sequence[str] | None = None) -> int:
     (model_args, data_args, recipe_args, options), backbone, recipe, args = parse(argv)
+    shared.check_resume(args)
     set_seed(args.seed)
     with shared.exit_on_bad_data():
         names = name_classes(data_args, model_args.model_name_or_path)
@@ -258,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings={name: getattr(model_args, name) for name in ("variant", "backbone_checkpoint", "freeze_stages")}
         | ({"loss": loss.name, "class weights": loss.class_weights} if loss else {}),
     )
-    trainer.train(args.resume_from_checkpoint)
+    trainer.train(args.resume_from_checkpoint, allow_batch_change=options.allow_batch_change)
     return shared.finish(trainer)
 
 

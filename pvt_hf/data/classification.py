@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .checks import check_images, refuse_problems
 from .digits import load_digits_dataset
 from .images import ImageError, decode, drop_skipped, load_split, prepare, seed_random_state
+from .streams import ShardedStream
 
 if TYPE_CHECKING:
     import datasets
@@ -316,11 +314,12 @@ class TrainingImages(_AugmentedImages, Dataset):
         return self.augment(self.data[index], seed, index)
 
 
-class StreamedImages(_AugmentedImages, IterableDataset):
-    """Augmented images of a stream, split by process and worker, shuffled in a buffer, in epochs of a fixed length.
+class StreamedImages(_AugmentedImages, ShardedStream):
+    """Augmented images of a stream, in epochs of a fixed length, dealt to processes and workers, and shuffled by shard
+    and in blocks: see [`~pvt_hf.data.streams.ShardedStream`].
 
-    A part of the stream that is shorter than its share of an epoch begins again; a longer one is cut. Both, and the
-    shuffling, depend on seed, epoch, process and worker only, so that a resumed run sees the same images.
+    Order and augmentation depend on seed, epoch and the numbers of processes and workers only. A resumed run has the
+    same images, without reading what it has seen.
 
     Args:
         data: A streamed data set from [`load_images`].
@@ -338,7 +337,8 @@ class StreamedImages(_AugmentedImages, IterableDataset):
         places: The label of each class of the data in the model (default: the same).
 
     Raises:
-        ImageError: While iterating, if a shard cannot be read, or a worker gets no shard.
+        ValueError: If `buffer_size` is not positive.
+        ImageError: While iterating, if a shard cannot be read, or there are fewer images than workers.
     """
 
     def __init__(
@@ -355,55 +355,10 @@ class StreamedImages(_AugmentedImages, IterableDataset):
         skip_corrupt: bool = False,
         places: Sequence[int] | None = None,
     ):
-        from datasets.distributed import split_dataset_by_node
-
-        # Newer `datasets` mix shards in threads, which hold a worker back for five seconds at the end of each epoch.
-        one_shard = {"max_buffer_input_shards": 1}
-        options = one_shard if one_shard.keys() <= inspect.signature(data.shuffle).parameters.keys() else {}
-        self.data = split_dataset_by_node(data.shuffle(seed, buffer_size=buffer_size, **options), rank, world_size)
-        if data.num_shards % world_size:
-            logger.warning(
-                f"{data.num_shards} shards cannot be dealt to {world_size} processes: each of them reads all of the "
-                "stream and keeps its share. A multiple of the processes would be faster."
-            )
+        ShardedStream.__init__(self, data, samples_per_epoch, seed, rank, world_size, buffer_size)
         self.label_column, self.num_labels = label_column, num_labels
         self.transform, self.skip_corrupt = transform, skip_corrupt
         self.places = range(num_labels) if places is None else places
-        self.samples, self.seed, self.rank, self.epoch = samples_per_epoch // world_size, seed, rank, 0
-        self.batch_size = 1  # of the loader, which the trainer sets: an epoch has whole batches only
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __iter__(self) -> Iterator[dict[str, Any] | None]:
-        worker = get_worker_info()
-        index, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        # Closed at once: a reader of parquet that is left open holds its worker back for seconds at the end.
-        with closing(self._rows()) as rows:
-            # Whole batches are dealt to the workers: each drops its own incomplete last one.
-            for batch in range(index, self.samples // self.batch_size, workers):
-                for position in range(batch * self.batch_size, (batch + 1) * self.batch_size):
-                    yield self.augment(next(rows), (self.seed, self.epoch, self.rank, position), position)
-
-    def _rows(self) -> Generator[dict[str, Any], None, None]:
-        # The workers share the memory of its epoch: if all of them set it at once, it is none of theirs.
-        data = copy.deepcopy(self.data)
-        for lap in range(2**31):
-            data.set_epoch(self.epoch + 100_003 * lap)
-            row = None
-            try:
-                for row in data:
-                    yield row
-            except Exception as error:  # from the libraries that read parquet, tar, HTTP
-                raise ImageError(f"A shard of the stream cannot be read: {type(error).__name__}: {error}") from error
-            if row is None:
-                raise ImageError(
-                    "A worker has no shard to read. Use at most as many workers and processes as there are shards "
-                    f"({self.data.num_shards} for this process)."
-                )
 
 
 def collate(rows: Iterable[dict[str, Any] | None]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import copy
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -105,8 +104,6 @@ def _check_choices(target: str, dtype: str, tolerance: float | None) -> Target:
     if dtype not in TARGETS[target].dtypes:
         title, dtypes = TARGETS[target].title, TARGETS[target].dtypes
         raise ExportError(f"`dtype` for {title} must be one of {', '.join(dtypes)}, got {dtype!r}.")
-    if importlib.util.find_spec("transformers.exporters") is None:
-        raise ExportError("transformers has exporters from 5.24 on: pip install --upgrade transformers.")
     return TARGETS[target]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .layers import runs_transformed
+from .layers import place_numbers, runs_transformed
 
 # What `match_boxes` says of a box that has no ground truth.
 NEGATIVE = -1
@@ -93,7 +93,8 @@ class AnchorGrid:
             xyxy in pixels, `(anchors, 4)`.
         """
         options = {"dtype": like.dtype, "device": like.device}
-        scales, height_factors = torch.tensor(self.scales, **options), torch.tensor(self.ratios, **options).sqrt()
+        scales = place_numbers(self.scales, **options)
+        height_factors = place_numbers(self.ratios, **options).sqrt()
         levels = []
         for stride, (height, width) in zip(self.strides, level_shapes, strict=True):
             half_heights = (stride * height_factors[:, None] * scales).flatten() * 0.5  # (anchors of a cell,)
@@ -162,7 +163,7 @@ def encode_boxes(anchors: torch.Tensor, boxes: torch.Tensor, stds: Sequence[floa
     anchor_centres, anchor_sizes = _centres_and_sizes(anchors)
     centres, sizes = _centres_and_sizes(boxes)
     deltas = torch.cat(((centres - anchor_centres) / anchor_sizes, torch.log(sizes / anchor_sizes)), dim=-1)
-    return deltas / deltas.new_tensor(stds)
+    return deltas / place_numbers(stds, deltas.dtype, deltas.device)
 
 
 def decode_boxes(anchors: torch.Tensor, deltas: torch.Tensor, stds: Sequence[float] = (1, 1, 1, 1)) -> torch.Tensor:
@@ -177,7 +178,7 @@ def decode_boxes(anchors: torch.Tensor, deltas: torch.Tensor, stds: Sequence[flo
         xyxy `(..., 4)` in the unit of the anchors, not clipped.
     """
     centres, sizes = _centres_and_sizes(anchors)
-    offsets, log_ratios = (deltas * deltas.new_tensor(stds)).split(2, dim=-1)
+    offsets, log_ratios = (deltas * place_numbers(stds, deltas.dtype, deltas.device)).split(2, dim=-1)
     centres = centres + sizes * offsets
     sizes = sizes * log_ratios.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
     return torch.cat((centres - sizes * 0.5, centres + sizes * 0.5), dim=-1)

@@ -145,7 +145,7 @@ def detr_loss(
 
     num_queries = outputs.logits.shape[1]
     matched = sum(min(len(label["class_labels"]), num_queries) for label in labels)
-    num_boxes = mean_over_processes(torch.tensor(float(matched), device=outputs.logits.device)).clamp(min=1)
+    num_boxes = mean_over_processes(torch.full((), float(matched), device=outputs.logits.device)).clamp(min=1)
     loss_dict = {
         f"{name}{ending}": value
         for ending, (logits, boxes) in layers.items()

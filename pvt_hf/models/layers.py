@@ -1,15 +1,12 @@
-"""What PVT v1 and v2 share (tokens as maps and back, stochastic depth, spatial-reduction attention), and how their MLPs
-are computed in chunks."""
+"""What PVT v1 and v2 share: tokens as maps and back, stochastic depth, spatial-reduction attention."""
 
-import math
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import wraps
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -48,6 +45,20 @@ def runs_transformed(value: Any = None) -> bool:
         value: As for `is_traced`.
     """
     return is_traced(value) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def place_numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`torch.tensor` of numbers that Python knows, which are written on the device. A copy of them from the CPU would
+    wait until a GPU has done all that was queued, and could be no part of a CUDA graph.
+
+    Args:
+        values: A few numbers.
+        dtype: Of the result.
+        device: Of the result.
+    """
+    if device.type == "cpu" or is_traced():  # an exported program has constants of its own
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 def make_traceable(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,88 +215,3 @@ class SpatialReductionAttention(nn.Module):
             scaling=self.scaling,
         )
         return context.flatten(2), weights if output_attentions else None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see complete inputs or outputs of the module or of a part of it."""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
-
-
-def chunk_tokens(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Decorator of the `forward` of an MLP, whose hidden states are several times as large as its input.
-
-    In evaluation without gradients a CPU works in chunks of tokens whose hidden states take `chunk_bytes`, so that they
-    fit its cache, unless a hook wants to see them all. A compiler decides for itself.
-
-    Args:
-        forward: A method `(hidden_states)` that works token by token, on hidden states `(..., channels)`. Its module
-            has `chunk_bytes` and `intermediate_size`, the channels of the hidden states.
-
-    Returns:
-        A method with the same arguments and results.
-    """
-
-    @wraps(forward)
-    def forward_in_chunks(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        if runs_transformed(hidden_states) or hidden_states.device.type != "cpu" or has_hooks(self):
-            return forward(self, hidden_states)
-        if self.training or (torch.is_grad_enabled() and hidden_states.requires_grad):
-            return forward(self, hidden_states)
-        num_tokens = max(1, self.chunk_bytes // (self.intermediate_size * hidden_states.element_size()))
-        chunks = hidden_states.flatten(0, -2).split(num_tokens)
-        return torch.cat([forward(self, chunk) for chunk in chunks]).view(hidden_states.shape)
-
-    return forward_in_chunks
-
-
-def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Decorator of the `forward` of an MLP with a 3 x 3 convolution in it, whose hidden states would fill the memory.
-
-    A map of more tokens than `max_stored_tokens` has for its type of device is recomputed in the backward pass instead
-    of stored; other devices store. A CPU works in chunks, of images or of their rows, whose hidden states take
-    `chunk_bytes`, so that they fit its cache, unless a hook wants to see the complete map. A compiler decides for
-    itself.
-
-    Args:
-        forward: A method `(hidden_states, height, width, rows)` that gives these rows of the result, from hidden states
-            `(batch, height * width, channels)` which hold a row of context above and below them where there is one. Its
-            module has `max_stored_tokens`, `chunk_bytes` and `intermediate_size`, the channels of the hidden states.
-
-    Returns:
-        A method `(hidden_states, height, width)` that gives all rows.
-    """
-
-    @wraps(forward)
-    def forward_in_chunks(self: nn.Module, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        compute = partial(forward, self)
-        if runs_transformed(hidden_states):
-            return compute(hidden_states, height, width)
-        is_large = height * width > self.max_stored_tokens.get(hidden_states.device.type, math.inf)
-        differentiates = torch.is_grad_enabled() and hidden_states.requires_grad
-        # (Training draws its dropout in the same pieces with and without gradients: a checkpointed block runs both.)
-        if not is_large and (differentiates or self.training):
-            return compute(hidden_states, height, width)
-        if differentiates:
-            compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=self.training)
-        if hidden_states.device.type != "cpu" or has_hooks(self):
-            return compute(hidden_states, height, width)
-        num_rows = max(1, self.chunk_bytes // (width * self.intermediate_size * hidden_states.element_size()))
-        images = hidden_states.split(max(1, num_rows // height))
-        return torch.cat([_compute_in_chunks(compute, part, width, num_rows) for part in images])
-
-    return forward_in_chunks
-
-
-def _compute_in_chunks(
-    compute: Callable[..., torch.Tensor], images: torch.Tensor, width: int, num_rows: int
-) -> torch.Tensor:
-    """`compute` of images (batch, height * width, channels), `num_rows` rows of each at a time."""
-    chunks = images.split(num_rows * width, dim=1)
-    outputs = []
-    for index, chunk in enumerate(chunks):
-        above = [chunks[index - 1][:, -width:]] if index > 0 else []
-        below = [chunks[index + 1][:, :width]] if index + 1 < len(chunks) else []
-        hidden_states = torch.cat((*above, chunk, *below), dim=1)
-        height = hidden_states.shape[1] // width
-        outputs.append(compute(hidden_states, height, width, slice(len(above), height - len(below))))
-    return torch.cat(outputs, dim=1)

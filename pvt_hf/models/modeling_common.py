@@ -1,7 +1,7 @@
 """What PVT v1 and v2 do around their encoder: checks of the inputs, the choice of outputs, the loss of a classifier."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -74,10 +74,7 @@ def check_class_labels(labels: torch.Tensor, pixel_values: torch.Tensor, config:
             f"regression, got {labels.dtype}."
         )
     batch_size, num_labels = len(pixel_values), config.num_labels
-    problem_type = config.problem_type
-    if problem_type is None:  # as transformers tells them apart
-        kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-        problem_type = "regression" if num_labels == 1 else kind
+    problem_type = find_problem_type(labels, config)
     if problem_type == "single_label_classification":
         check_class_indices(labels, batch_size, num_labels)
     elif not labels.is_floating_point() or labels.numel() != batch_size * num_labels:
@@ -85,6 +82,26 @@ def check_class_labels(labels: torch.Tensor, pixel_values: torch.Tensor, config:
             f"`labels` must be floats of shape {(batch_size, num_labels)} for {problem_type}, got shape "
             f"{tuple(labels.shape)} of {labels.dtype}."
         )
+
+
+class ClassificationProblem(NamedTuple):
+    """What transformers' loss for image classification reads in a configuration.
+
+    Args:
+        num_labels: Number of classes, or of values.
+        problem_type: As in a configuration.
+    """
+
+    num_labels: int
+    problem_type: str
+
+
+def find_problem_type(labels: torch.Tensor, config: PreTrainedConfig) -> str:
+    """What a classifier learns: as the configuration has it, or as transformers tells it from the labels."""
+    if config.problem_type is not None:
+        return config.problem_type
+    kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    return "regression" if config.num_labels == 1 else kind
 
 
 def check_class_indices(labels: torch.Tensor, batch_size: int, num_labels: int) -> None:
@@ -130,9 +147,13 @@ def classification_loss(
             f"`config.num_labels` is {model.config.num_labels}, but the classifier gives {logits.shape[-1]} logits. "
             "Set both: `model.config.num_labels = n` with `model.classifier = nn.Linear(channels, n)`."
         )
-    loss = model.loss_function(labels, logits, model.config, **kwargs)
+    config = model.config
+    if torch.compiler.is_compiling():
+        # transformers writes what it finds out into the configuration, and code that reads it would be compiled again.
+        config = ClassificationProblem(config.num_labels, find_problem_type(labels, config))
+    loss = model.loss_function(labels, logits, config, **kwargs)
     num_items_in_batch = kwargs.get("num_items_in_batch")
-    if num_items_in_batch is None or model.config.problem_type == "single_label_classification":
+    if num_items_in_batch is None or config.problem_type == "single_label_classification":
         return loss
     return loss * (labels.numel() / num_items_in_batch)
 

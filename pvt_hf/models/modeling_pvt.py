@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
@@ -16,11 +17,11 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .chunks import chunk_tokens
 from .configuration_pvt import PvtConfig
 from .layers import (
     DropPath,
     SpatialReductionAttention,
-    chunk_tokens,
     drop_path_rates,
     is_traced,
     make_traceable,
@@ -71,8 +72,13 @@ class PvtPatchEmbeddings(nn.Module):
     def interpolate_position_embeddings(self, height: int, width: int) -> torch.Tensor:
         """(1, height * width, channels): the stored embeddings of the patches, bilinear wherever the grid differs."""
         position_embeddings = self.position_embeddings[:, self.num_cls_positions :]
-        # An exported program has to work for every size, so it always interpolates: at the stored grid, an identity.
-        if not is_traced(height) and (height, width) == self.grid:
+        # An exported program has to work for every size, and a compiled one for those that its compiler leaves open:
+        # they always interpolate, which at the stored grid changes nothing.
+        if (
+            not is_traced(height)
+            and statically_known_true(height == self.grid[0])
+            and statically_known_true(width == self.grid[1])
+        ):
             return position_embeddings
         grid_map = tokens_to_map(position_embeddings, *self.grid)  # (1, channels, stored height, stored width)
         grid_map = nn.functional.interpolate(grid_map, size=(height, width), mode="bilinear", align_corners=False)

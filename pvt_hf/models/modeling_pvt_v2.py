@@ -16,12 +16,12 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .chunks import chunk_rows
 from .configuration_pvt_v2 import PvtV2Config
 from .layers import (
     AdaptiveAvgPool2d,
     DropPath,
     SpatialReductionAttention,
-    chunk_rows,
     drop_path_rates,
     make_traceable,
     map_to_tokens,
@@ -108,14 +108,16 @@ class PvtV2DepthWiseConv(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice = slice(None)) -> torch.Tensor:
         """(batch, height * width, channels) -> those rows of the map as tokens, by default all."""
-        return map_to_tokens(self.dwconv(tokens_to_map(hidden_states, height, width))[:, :, rows])
+        feature_map = self.dwconv(tokens_to_map(hidden_states, height, width))
+        # (Rows of the map as such would have their gradient in PyTorch's default layout, and the convolution copy it.)
+        return feature_map.permute(0, 2, 3, 1)[:, rows].flatten(1, 2)
 
 
 class PvtV2ConvFeedForwardNetwork(nn.Module):
     """The MLP with a zero-padded 3 x 3 depth-wise convolution before its activation (section 3.4).
 
     Its hidden states are up to 8 times as wide as the block: most of a dense model's memory, and on a CPU most of its
-    time, which goes into page faults. How these are avoided: see [`~pvt_hf.models.layers.chunk_rows`].
+    time, which goes into page faults. How these are avoided: see [`~pvt_hf.models.chunks.chunk_rows`].
     """
 
     # Of one image, by type of device: the first stage at 224 x 224. Devices that are not named store maps of any size.

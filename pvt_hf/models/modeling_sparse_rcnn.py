@@ -269,7 +269,7 @@ class SparseRCNNForObjectDetection(SparseRCNNPreTrainedModel):
             loss_dict=loss_dict,
             logits=logits[-1],
             pred_boxes=normalize_boxes(boxes[-1].detach(), image_sizes[:, None]),
-            level_sizes=torch.tensor([self.config.num_proposals], device=boxes.device),
+            level_sizes=torch.full((1,), self.config.num_proposals, device=boxes.device),
             nms_threshold=torch.ones(1, device=boxes.device),
             image_sizes=image_sizes,
             hidden_states=features.hidden_states,
@@ -331,7 +331,7 @@ class SparseRCNNForObjectDetection(SparseRCNNPreTrainedModel):
         targets = torch.zeros_like(logits)
         targets[heads, images, rows, labels] = 1
         predicted = boxes[heads, images, rows]  # (heads, pairs, 4)
-        normalizer = mean_over_processes(logits.new_tensor(float(images.numel()))).clamp(min=1)
+        normalizer = mean_over_processes(logits.new_full((), float(images.numel()))).clamp(min=1)
 
         focal = sigmoid_focal_loss(logits, targets, config.focal_alpha, config.focal_gamma)
         scales = scales[:, 0][images]  # (pairs, 4)

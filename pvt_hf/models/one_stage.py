@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from .backbone import build_backbone
 from .boxes import IGNORED, Anchors, clip_boxes
 from .fpn import FeaturePyramid
+from .layers import place_numbers
 from .pretrained import PretrainedMixin
 from .targets import GroundTruth, normalize_boxes, pad_image_sizes, read_ground_truths, read_images
 
@@ -180,7 +181,7 @@ class OneStageDetector(PretrainedMixin, PreTrainedModel):
             loss_dict=loss_dict,
             logits=predictions[0],
             pred_boxes=normalize_boxes(boxes, image_sizes[:, None]),
-            level_sizes=torch.tensor(anchors.level_sizes, device=boxes.device),
+            level_sizes=place_numbers(anchors.level_sizes, torch.int64, boxes.device),
             image_sizes=image_sizes,
             hidden_states=features.hidden_states,
             attentions=features.attentions,

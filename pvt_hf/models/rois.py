@@ -54,7 +54,7 @@ def pool_rois(
         ]
         # (A box with one side below zero is of no level.)
         pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], size, size)
-        return pooled.index_copy(0, torch.cat(rows), torch.cat(parts))
+        return pooled.index_copy_(0, torch.cat(rows), torch.cat(parts))
     # No size depends on a value, and nothing waits for a GPU: the RoIs of other levels become empty ones outside of the
     # map, which add zeros.
     pooled = levels[0].new_zeros(())

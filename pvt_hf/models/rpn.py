@@ -23,6 +23,7 @@ from .boxes import (
     suppress,
     take_rows,
 )
+from .layers import place_numbers
 from .targets import GroundTruth, pad_image_sizes
 
 
@@ -99,8 +100,9 @@ class RegionProposalNetwork(nn.Module):
         if self.allowed_border is None:
             return valid
         starts = (anchors[:, :2] >= -self.allowed_border).all(dim=1)
+        border, (dtype, device) = self.allowed_border, (anchors.dtype, anchors.device)
         ends = [
-            (anchors[:, 2:] < anchors.new_tensor([width, height]) + self.allowed_border).all(dim=1)
+            (anchors[:, 2:] < place_numbers([width, height], dtype, device) + border).all(dim=1)
             for height, width in image_sizes
         ]
         return [flags & starts & end for flags, end in zip(valid, ends, strict=True)]

@@ -15,7 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from .backbone import build_backbone
 from .boxes import at_least_float32, clip_boxes, has_area, suppress, take_rows
 from .fpn import FeaturePyramid
-from .layers import runs_transformed
+from .layers import place_numbers, runs_transformed
 from .pretrained import PretrainedMixin
 from .rois import SampledRoIs, flatten_rois, pool_rois
 from .rpn import RegionProposalNetwork
@@ -72,7 +72,8 @@ class MaskHead(nn.Module):
         targets = [torch.zeros(0, *logits.shape[2:], dtype=torch.bool, device=logits.device)]
         counted = [labels[0].bool()]  # (nothing, as all that an empty batch has)
         for rois, truth in zip(samples, truths, strict=True):
-            boxes = clip_boxes(rois.positive_boxes, rois.objects.new_tensor(truth.masks.shape[1:]))
+            size = place_numbers(truth.masks.shape[1:], rois.objects.dtype, rois.objects.device)
+            boxes = clip_boxes(rois.positive_boxes, size)
             boxes = torch.cat((rois.objects[:, None].to(boxes), boxes), dim=1)  # (positive RoIs, 5)
             masks = truth.masks[:, None].to(boxes.dtype)  # (objects, 1, height, width)
             targets.append(roi_align(masks, boxes, logits.shape[-1], 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5)

@@ -10,14 +10,18 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import logging, strtobool
 
 from ..data.box_formats import BBOX_FORMATS
 from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES, DetectionRecipe, ImageNetRecipe, SegmentationRecipe
 from ..variants import VARIANTS
 from ..writing.files import why_unwritable
+from .machines import find_missing_processes, gather, start_cpu_group
 from .optimization import images_per_step
 from .report import check_license
 from .run_checkpoints import last_complete_checkpoint
+
+logger = logging.get_logger(__name__)
 
 Recipe = TypeVar("Recipe", ImageNetRecipe, DetectionRecipe, SegmentationRecipe)
 
@@ -180,6 +184,8 @@ class ClassificationDataArguments(DataArguments):
         super().__post_init__()
         if self.train_val_split and self.streaming:
             raise ValueError("--train_val_split needs all the images: leave --streaming out")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"--shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
         if (self.dataset_name or "").endswith((".parquet", ".tar")) and not self.eval_dataset_name:
             raise ValueError("--dataset_name is a pattern of files: pass --eval_dataset_name with those for evaluation")
 
@@ -376,7 +382,15 @@ class TrainingOptions(TrainingArguments):
         None, "float16 mixed precision (default: the recipe's, where there is a GPU)", nargs="?", const=True
     )
     resume_from_checkpoint: str | None = option(
-        None, "`true` to resume from the last complete checkpoint of --output_dir, or a checkpoint (default: none)"
+        None,
+        "`true` to resume from the last complete checkpoint of --output_dir if there is one, or a checkpoint "
+        "(default: none)",
+    )
+    allow_batch_change: bool = option(
+        False,
+        "resume though a step has another number of images than before: in the same epoch, by the images seen, of "
+        "which less than a step come again; learning rate, schedule, --max_steps and steps of an epoch are those of a "
+        "run with such steps from its beginning (default: false, an error)",
     )
     dataset_title: str | None = option(
         None, "what the model card calls the data (default: their name on the Hub, or the last part of their path)"
@@ -440,12 +454,16 @@ def build_training_arguments(options: TrainingOptions, recipe: Any, **recipe_val
         raise SystemExit(f"--output_dir {options.output_dir} cannot be written: {reason}")
     if options.bf16 and not torch.accelerator.is_available():
         given["use_cpu"] = True  # which `TrainingArguments` wants to hear, although there is nothing else
+    if given.get("use_cpu") or strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")):
+        start_cpu_group(options.ddp_backend, options.ddp_timeout)
     args = TrainingArguments(**recipe_values | given)
+    if args.world_size == 1 and (missing := find_missing_processes(os.environ)):
+        logger.warning(missing)
     if args.hub_token:  # `Trainer` would write it to training_args.bin, which is uploaded
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
     if str(args.resume_from_checkpoint).lower() in ("true", "false"):
         args.resume_from_checkpoint = args.resume_from_checkpoint.lower() == "true"
-    if not args.resume_from_checkpoint and last_complete_checkpoint(args.output_dir):
+    if not args.resume_from_checkpoint and any(gather(last_complete_checkpoint(args.output_dir))):
         raise SystemExit(f"{args.output_dir} has checkpoints: --resume_from_checkpoint true resumes from them")
     if options.learning_rate is None:
         args.learning_rate = recipe.learning_rate * images_per_step(args) / recipe.reference_batch_size

@@ -14,6 +14,7 @@ from ..models.detr import prepare_detr_training
 from ..models.image_processing_detection import PvtDetectionImageProcessor
 from ..recipes import DetectionRecipe
 from .dense_prediction import DensePredictionTrainer
+from .elastic import GROUP_SIZE
 from .optimization import detection_parameter_groups, step_multiplier
 
 
@@ -88,12 +89,29 @@ class DetectionTrainer(DensePredictionTrainer):
                     nn.SyncBatchNorm.convert_sync_batchnorm(part)  # in place, with the same parameters
         self.model_accepts_loss_kwargs = False  # transformers' DETR takes any argument, which does not mean this one
 
+    def describe_settings(self) -> dict[str, Any]:
+        """As in [`~pvt_hf.training.trainer.VisionTrainer`], with what evaluations depend on."""
+        return super().describe_settings() | {"max_detections": self.max_detections}
+
     def build_sampler(self) -> AspectRatioSampler:
         """Batches of one orientation."""
         args = self.args
         sizes = [record.size for record in self.train_dataset.data.records]
         seed = args.seed if args.data_seed is None else args.data_seed
-        return AspectRatioSampler(sizes, self._train_batch_size, seed, args.process_index, args.world_size)
+        return AspectRatioSampler(
+            sizes,
+            self._train_batch_size,
+            seed,
+            args.process_index,
+            args.world_size,
+            self._images_per_step(),
+            self._layout()[GROUP_SIZE],
+        )
+
+    def _layout(self) -> dict[str, Any]:
+        """A resumed run has the groups of the first, though its batches are others: else the order would change."""
+        former = self.former.get("layout", {})
+        return super()._layout() | {GROUP_SIZE: former.get(GROUP_SIZE, self.args.per_device_train_batch_size)}
 
     @property
     def evaluated(self) -> DetectionData:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from ..models.backbone import get_backbone_config
 from ..recipes import DetectionRecipe, ImageNetRecipe
 
 if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LambdaLR
     from transformers import TrainingArguments
 
 
@@ -108,6 +109,21 @@ def polynomial_multiplier(power: float, step: int, steps_per_epoch: int, steps: 
         steps: Steps of the run.
     """
     return (1 - min(step, steps) / steps) ** power
+
+
+def set_schedule(schedule: LambdaLR, base_rates: Sequence[float], step: int) -> None:
+    """Puts a schedule at a step, with the learning rates that it has there.
+
+    Args:
+        schedule: Of multipliers by step.
+        base_rates: What is multiplied, of each group of the optimiser.
+        step: Counted from 0.
+    """
+    schedule.last_epoch, schedule.base_lrs = step, list(base_rates)
+    groups = zip(schedule.optimizer.param_groups, base_rates, schedule.lr_lambdas, strict=True)
+    for group, rate, multiplier in groups:
+        group["initial_lr"], group["lr"] = rate, rate * multiplier(step)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

@@ -5,14 +5,13 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from transformers import Trainer
-
 from ..models.pretrained import PretrainedMixin
 from ..writing.hub import UploadError, explain_upload_error, list_code, register_code
 from .report import TASK_AUTO_CLASSES
+from .waits import QueueingTrainer
 
 
-class PublishingTrainer(Trainer):
+class PublishingTrainer(QueueingTrainer):
     """What every training here does with the Hub. A subclass says what it trains for: `task`, as the Hub calls it.
 
     Args:

@@ -1,5 +1,7 @@
 """Checkpoints of a training run that are complete or not there."""
 
+import fnmatch
+import hashlib
 import json
 import os
 import re
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..untrusted import (
@@ -27,8 +30,18 @@ from ..writing.text import escape_control
 
 logger = logging.get_logger(__name__)
 
-_COMPLETE, _PARTIAL = "complete.json", "complete.json.partial"
+_LIST, _PARTIAL = "complete.json", "complete.json.partial"
+_CHECKSUM = "xxh3_128"
 _RUN = "run.json"
+# Patterns of the files that an exact resume reads, at least one of each.
+_NEEDED = {
+    _RUN: f"{_RUN}",
+    TRAINER_STATE_NAME: "state of the trainer",
+    "*model*": "weights",
+    "optimizer*": "state of the optimiser",
+    SCHEDULER_NAME: "state of the schedule",
+    "rng_state*.pth": "state of the random generators",
+}
 _NEVER_READ = "training_args.bin"
 # What Trainer's states have, those of NumPy's random generator below.
 _GLOBALS = (
@@ -54,18 +67,63 @@ class CheckpointError(RuntimeError):
 
 
 def incompleteness(checkpoint: str | Path) -> str | None:
-    """Why a checkpoint is not complete, in words; `None` if it is: every file has the size that it had in the end."""
-    if not Path(checkpoint).is_dir():
+    """Why a checkpoint is not complete, in words; `None` if it is: all is there that an exact resume reads, and nothing
+    else that `Trainer` would read, and every file has the size and the checksum that it had in the end."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
         return "there is no such folder"
-    try:
-        sizes = read_json_object(Path(checkpoint) / _COMPLETE)
-    except UntrustedFileError:
+    if not (folder / _LIST).exists():
         return "it was interrupted while it was written, or another program wrote it"
-    for name, size in sizes.items():
-        file = Path(checkpoint) / name
-        if not os.path.isfile(file) or file.stat().st_size != size:
-            return f"{name} is missing or has another size"
+    try:
+        return _find_damage(folder)
+    except UntrustedFileError as error:
+        return f"{_LIST} {str(error).removesuffix('.')}"
+    except OSError as error:
+        return f"{error.filename} cannot be read: {error.strerror}"
+
+
+def _find_damage(folder: Path) -> str | None:
+    files, replaced = _read_list(folder)
+    found = _list_files(folder)
+    if lacking := [what for pattern, what in _NEEDED.items() if not fnmatch.filter(files, pattern)]:
+        return f"{_LIST} lists no {' and no '.join(lacking)}"
+    if others := [name for name in found if name not in files and Path(name).suffix in _READ_ENDINGS]:
+        return f"{others[0]} is not in the list of its files"
+    for name, expected in files.items():
+        if name not in found:
+            return f"{name} is missing"
+        actual = _describe_file(folder / name)
+        if actual not in (expected, replaced.get(name)):
+            what = "checksum" if actual["size"] == expected["size"] else "size"
+            return f"{name} is damaged: it has another {what} than when it was written"
     return None
+
+
+def _read_list(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Size and checksum of every file in the end, and those that a file had before it was replaced."""
+    content = read_json_object(folder / _LIST)
+    files, replaced = content.get("files"), content.get("replaced", {})
+    if not isinstance(files, dict) or not isinstance(replaced, dict):
+        raise UntrustedFileError(f"must say `files`, an object, got {list(content)!r:.200}.")
+    for name, entry in (files | replaced).items():
+        is_entry = isinstance(entry, dict) and entry.keys() == {"size", _CHECKSUM}
+        if not is_entry or type(entry["size"]) is not int or not isinstance(entry[_CHECKSUM], str):
+            raise UntrustedFileError(f"must say `size`, an integer, and `{_CHECKSUM}`, of {name!r:.200}.")
+    return files, replaced
+
+
+def _list_files(folder: Path) -> list[str]:
+    """The names of all files that a list is of."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [name for name in found if name not in (_LIST, _PARTIAL)]
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    import xxhash  # what `datasets` needs too: as fast as memory, where a disk's errors are to be seen
+
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        return {"size": os.fstat(file.fileno()).st_size, _CHECKSUM: checksum}
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -80,11 +138,11 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 def mark_incomplete(checkpoint: str | Path) -> None:
     """Before a folder is written again."""
-    (Path(checkpoint) / _COMPLETE).unlink(missing_ok=True)
+    (Path(checkpoint) / _LIST).unlink(missing_ok=True)
 
 
 def mark_complete(checkpoint: str | Path, run: dict[str, Any]) -> None:
-    """Everything reaches the disk, and then, by an atomic write, the list of files with their sizes.
+    """Everything reaches the disk, and then, by an atomic write, the list of files with their sizes and checksums.
 
     Args:
         checkpoint: The folder.
@@ -92,14 +150,41 @@ def mark_complete(checkpoint: str | Path, run: dict[str, Any]) -> None:
     """
     folder = Path(checkpoint)
     (folder / _RUN).write_text(json.dumps(run))
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files if path.name != _PARTIAL}
-    partial = folder / _PARTIAL
-    partial.write_text(json.dumps(sizes, indent=1))
-    partial.replace(folder / _COMPLETE)
+    files = _list_files(folder)
+    for name in files:
+        _sync(folder / name)
+    _write_list(folder, {"files": {name: _describe_file(folder / name) for name in files}})
+
+
+def replace_file(checkpoint: str | Path, name: str, content: str) -> None:
+    """Replaces a file of a complete checkpoint, which is complete at every moment.
+
+    Args:
+        checkpoint: The folder.
+        name: Of the file.
+        content: Its text.
+    """
+    folder = Path(checkpoint)
+    files, _ = _read_list(folder)
+    partial = folder / f"{name}.partial"
+    partial.write_text(content)
+    _sync(partial)
+    replaced, files[name] = {name: files[name]}, _describe_file(partial)
+    _write_list(folder, {"files": files, "replaced": replaced})
+    partial.replace(folder / name)
+    _write_list(folder, {"files": files})
+
+
+def _write_list(folder: Path, content: dict[str, Any]) -> None:
+    (folder / _PARTIAL).write_text(json.dumps(content, indent=1))
+    _sync(folder / _PARTIAL)
+    (folder / _PARTIAL).replace(folder / _LIST)
+
+
+def _sync(path: Path) -> None:
+    """What a file has reaches the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def read_run(checkpoint: str | Path) -> dict[str, Any]:
@@ -115,8 +200,12 @@ def read_run(checkpoint: str | Path) -> dict[str, Any]:
         run = read_json_object(file)
     except UntrustedFileError as error:
         raise CheckpointError(f"{file} {error}") from error
-    if not isinstance(run.get("layout"), dict) or type(run.get("skipped")) is not int:
-        raise CheckpointError(f"{file} must say `layout`, an object, and `skipped`, an integer, got {run!r:.200}.")
+    kinds: dict[str, tuple[type, str]] = dict.fromkeys(("layout", "run"), (dict, "an object"))
+    kinds |= dict.fromkeys(("skipped", "step offset", "last logged step"), (int, "an integer"))
+    kinds |= {"unlogged loss": (float, "a number")}
+    for name, (kind, wanted) in kinds.items():
+        if type(run.get(name)) is not kind:
+            raise CheckpointError(f"{file} must say `{name}`, {wanted}, got {run!r:.200}.")
     return run
 
 
@@ -147,13 +236,22 @@ def _check_weights(path: Path) -> None:
         pass
 
 
+def _list_sizes(archive: torch._C.PyTorchFileReader, path: Path) -> dict[str, int]:
+    """The bytes of each record of a file, as torch sees them."""
+    if hasattr(archive, "get_record_size"):
+        return {name: archive.get_record_size(name) for name in archive.get_all_records()}
+    with zipfile.ZipFile(path) as checked:  # before torch 2.12 a record has to be read, which must not fill the memory
+        check_archive(checked, path.stat().st_size)
+    return {name: len(archive.get_record(name)) for name in archive.get_all_records()}
+
+
 def _check_state(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # as torch tells what it reads
             raise UntrustedFileError("is refused: Trainer writes files of torch 1.6 and later.")
     # By the reader that torch uses, so that both see the same.
     archive = torch._C.PyTorchFileReader(str(path))
-    sizes = {name: archive.get_record_size(name) for name in archive.get_all_records()}
+    sizes = _list_sizes(archive, path)
     if sum(sizes.values()) > path.stat().st_size or len(sizes) < len(archive.get_all_records()):
         raise UntrustedFileError("is refused: it claims more content than the file has.")
     with zipfile.ZipFile(path) as checked:  # torch does not compare checksums
@@ -240,3 +338,5 @@ def _count_entries(state: Any, limit: int) -> int:
 
 # By the ending: what Trainer and accelerate read as weights, and what they read with torch.
 _CHECKS = {".safetensors": _check_weights, ".pt": _check_state, ".pth": _check_state, ".bin": _check_state}
+# Of a file that nobody listed, they might be read in place of one that is there.
+_READ_ENDINGS = (*_CHECKS, ".json")

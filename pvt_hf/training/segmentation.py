@@ -21,6 +21,7 @@ from ..models.resize import resize_nearest
 from ..recipes import SegmentationRecipe
 from .dense_prediction import DensePredictionTrainer
 from .optimization import polynomial_multiplier, segmentation_parameter_groups
+from .preemption import start_worker
 from .segmentation_losses import IGNORED, SegmentationLoss
 
 logger = logging.get_logger(__name__)
@@ -112,6 +113,11 @@ class SegmentationTrainer(DensePredictionTrainer):
                 for over, words in (("images", "(mean over images)"), ("set", "(over the set)"))
             }
 
+    def describe_settings(self) -> dict[str, Any]:
+        """As in [`~pvt_hf.training.trainer.VisionTrainer`], with what evaluations depend on."""
+        chosen = {name: getattr(self.predictor, name) for name in ("window", "stride", "scales", "flip")}
+        return super().describe_settings() | chosen
+
     @torch.no_grad()
     def _find_stride(self, size: int = 64) -> int:
         """How many times larger the model's input is than its logits."""
@@ -128,6 +134,7 @@ class SegmentationTrainer(DensePredictionTrainer):
             sampler=DistributedSampler(dataset, args.world_size, args.process_index, shuffle=False),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            worker_init_fn=start_worker,
         )
 
     def start_evaluation(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ def dice_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return ((1 - 2 * overlap / total.clamp(min=1e-7)) * (truth.sum(dims) > 0)).mean()
 
 
+@lru_cache(maxsize=8)
+def _place(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Once for all steps, because a GPU has to be waited for."""
+    return torch.tensor(weights, dtype=dtype, device=device)
+
+
 @dataclass(frozen=True)
 class SegmentationLoss:
     """A loss of logits for `Trainer(compute_loss_func=...)`, over the pixels that are not ignored.
@@ -84,7 +91,9 @@ class SegmentationLoss:
         valid = (labels != IGNORED).sum()
         total = logits.new_zeros(())
         if "cross_entropy" in self.name:
-            weights = None if self.class_weights is None else logits.new_tensor(self.class_weights)
+            weights = None
+            if self.class_weights is not None:
+                weights = _place(tuple(self.class_weights), logits.dtype, logits.device)
             summed = F.cross_entropy(logits, labels, weights, ignore_index=IGNORED, reduction="sum")
             total = total + summed / valid.clamp(min=1)
         if "dice" in self.name:

@@ -1,52 +1,34 @@
 """`Trainer` with what training vision models at scale needs: exact resume, checkpoints that are complete or not there,
 schedules by step, an EMA of the weights, and an end with a reason when the loss is not a number.
 
-[`VisionTrainer`] is told what to train on, builds loader, optimiser and schedule, takes steps, writes checkpoints and
-resumes from them, evaluates, and finishes with a report. What is special about a task is in `classification`,
-`dense_prediction`, `detection` and `segmentation` beside this file.
+[`VisionTrainer`] is told what to train on, builds loader, optimiser and schedule, takes steps, evaluates, and finishes
+with a report. Checkpoints are written and resumed from in `resumable`, and what is special about a task is in
+`classification`, `dense_prediction`, `detection` and `segmentation` beside this file.
 """
 
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import logging
 
 from ..data.images import keep_random_state
 from ..data.samplers import EpochSampler
-from ..writing.files import atomic_file, explain_write_error, hidden_folder
-from ..writing.hub import register_code
 from ..writing.text import escape_control
+from .changes import OWN_SCHEDULE, describe_run
 from .optimization import SettingError
-from .publishing import PublishingTrainer
+from .preemption import PreemptibleTrainer
 from .report import LogHistory, RunFacts, plot_curves, run_settings, training_card
-from .run_checkpoints import (
-    CheckpointError,
-    check_states,
-    last_complete_checkpoint,
-    mark_complete,
-    mark_incomplete,
-    read_run,
-)
+from .streams import build_loader
+from .waits import start_reading
 
-logger = logging.get_logger(__name__)
-
-_EMA_WEIGHTS = "ema.safetensors"
-_METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # From a step (counted from 0), the steps of an epoch and those of the run to the multiplier of every learning rate.
 Schedule = Callable[[int, int, int], float]
 
@@ -60,20 +42,21 @@ class _Steps(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # As in the released code, each process its own. A resumed run then restores what each of them had.
         set_seed(args.seed + args.process_index)
+        self.trainer._begin()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.epochs.set_epoch(state.global_step // self.trainer.steps_per_epoch)
+        self.trainer.epochs.set_epoch(self.trainer.run_step // self.trainer.steps_per_epoch)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.schedule is not None:
             # Trainer leaves the schedule where it is when fp16 skips a step; those of the recipes go by the step.
-            while self.trainer.lr_scheduler.last_epoch < state.global_step:
+            while self.trainer.lr_scheduler.last_epoch < self.trainer.run_step:
                 self.trainer.lr_scheduler.step()
         if self.trainer.ema is not None:
             self.trainer.ema.update(self.trainer.model)
 
 
-class VisionTrainer(PublishingTrainer):
+class VisionTrainer(PreemptibleTrainer):
     """What every training here has in common, on one process or many.
 
     A subclass says what it trains for: `task` (as the Hub calls it), `metric_names` (the keys of the metrics with
@@ -86,26 +69,22 @@ class VisionTrainer(PublishingTrainer):
         dataset_title: For the model card: what it calls the data (default: their name on the Hub, or that last part).
         initial_weights: For the model card: where the weights came from, `None` for random ones. As `dataset_name`.
         license: For the model card: the Hub's identifier of a licence (default: none is chosen, and the card says so).
-        settings: For the model card: what else was chosen.
+        settings: What else was chosen, for the model card. A run resumes with the same settings only.
         left_out: The corrupt images that were left out before training, for the summary at the end.
         schedule: From `(step, steps per epoch, steps of the run)` to the multiplier of every learning rate; by default
             the schedule is that of `args.lr_scheduler_type`.
         parameter_groups: From the model to the groups of the optimiser; by default those of `Trainer`.
         repeats: How often an image is drawn in a row (default: 1): see [`~pvt_hf.data.samplers.EpochSampler`].
-        ema_decay: EMA decay of the weights (timm's `ModelEmaV3`), which every checkpoint has too; by default there
-            is none.
         channels_last: Whether model and images have that memory format (default: not).
         train_dataset: A data set that is asked for `(index, seed, epoch, position)`, or an iterable one with
             `set_epoch` and `batch_size`. With `data_collator` it makes batches that also have `names`, the images, and
             `skipped`, how many are missing.
-        *args: As of [`~pvt_hf.training.publishing.PublishingTrainer`].
-        **kwargs: As of [`~pvt_hf.training.publishing.PublishingTrainer`].
+        *args: As of [`~pvt_hf.training.resumable.ResumableTrainer`].
+        **kwargs: As of [`~pvt_hf.training.resumable.ResumableTrainer`].
 
     Raises:
         ValueError: If arguments contradict each other, or would be ignored.
-        CheckpointError: If a checkpoint cannot be written, or is of another run.
         UploadError: If `finish` cannot push to the Hub, or the repository cannot be made in the beginning.
-        FloatingPointError: If a loss is not finite, with step, learning rate and images.
     """
 
     metric_names: dict[str, str]
@@ -124,7 +103,6 @@ class VisionTrainer(PublishingTrainer):
         schedule: Schedule | None = None,
         parameter_groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
         repeats: int = 1,
-        ema_decay: float | None = None,
         channels_last: bool = False,
         **kwargs,
     ):
@@ -140,10 +118,7 @@ class VisionTrainer(PublishingTrainer):
             has_code=bool(self.code),
         )
         self.schedule, self.parameter_groups, self.repeats = schedule, parameter_groups, repeats
-        self.ema_decay, self.channels_last = ema_decay, channels_last
-        self.left_out, self._saved_step = list(left_out), -1
-        self.ema, self.skipped, self.skipped_before = None, 0, 0
-        self._unchecked: tuple[torch.Tensor, int, float, list[str]] | None = None
+        self.channels_last, self.left_out = channels_last, list(left_out)
         self._check_arguments()
         self.args.remove_unused_columns = False
         self.args.logging_nan_inf_filter = False  # it waits for the device in every step, and such a loss is an error
@@ -169,44 +144,20 @@ class VisionTrainer(PublishingTrainer):
             raise ValueError("`dataloader_persistent_workers` would repeat the first epoch of a stream.")
         if args.fsdp or self.is_fsdp_enabled:
             self._check_sharding()
-
-    def _check_sharding(self) -> None:
-        if not self.is_fsdp_enabled:
-            raise ValueError(
-                "`fsdp` is set, but accelerate does not shard here (it does not on CPUs, and needs several processes)."
-            )
-        kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
-        if "FULL" not in kind:
-            raise ValueError(
-                f"FSDP would save shards of the weights with the state dict type {kind}: choose FULL_STATE_DICT "
-                "(`fsdp_config` or `accelerate config`)."
-            )
-        if self.ema_decay is not None:
-            raise ValueError("`ema_decay` needs all weights in every process, which FSDP does not have.")
+            if self.ema_decay is not None:
+                raise ValueError("`ema_decay` needs all weights in every process, which FSDP does not have.")
 
     def get_train_dataloader(self) -> DataLoader:
         """Each process reads its own share: nothing is left for accelerate to split."""
-        dataset, args, options = self.train_dataset, self.args, {}
-        if isinstance(dataset, torch.utils.data.IterableDataset):
-            self.epochs = dataset
-            dataset.batch_size = self._train_batch_size
-        else:
-            self.epochs = options["sampler"] = self.build_sampler()
-        loader = DataLoader(
-            dataset,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            drop_last=True,
-            **options,
-        )
+        dataset, args = self.train_dataset, self.args
+        is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+        self.epochs = dataset if is_stream else self.build_sampler()
+        loader = build_loader(dataset, self.epochs, self.data_collator, self._train_batch_size, args)
         if not len(loader):
             raise SettingError(
-                f"`per_device_train_batch_size` ({self._train_batch_size}) is larger than the {len(self.epochs)} "
-                "images that each process has in an epoch."
+                f"A step has {self._images_per_step()} images ({self._train_batch_size} of "
+                f"`per_device_train_batch_size` x {args.gradient_accumulation_steps} accumulated x {args.world_size} "
+                f"processes), more than the {len(self.train_dataset)} of an epoch."
             )
         self.steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
         return loader
@@ -215,7 +166,11 @@ class VisionTrainer(PublishingTrainer):
         """The order of the images, with `set_epoch`."""
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        return EpochSampler(len(self.train_dataset), seed, args.process_index, args.world_size, self.repeats)
+        images, step = len(self.train_dataset), self._images_per_step()
+        return EpochSampler(images, seed, args.process_index, args.world_size, self.repeats, step)
+
+    def _images_per_step(self) -> int:
+        return self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -247,188 +202,30 @@ class VisionTrainer(PublishingTrainer):
         return inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        names = inputs.pop("names")
+        names, bookmark = inputs.pop("names"), inputs.pop("bookmark", None)
         self.skipped += inputs.pop("skipped")
         inputs = self.prepare_batch(self._prepare_inputs(inputs))
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         inputs["pixel_values"] = inputs["pixel_values"].contiguous(memory_format=memory_format)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._check_loss()
-        self._unchecked = (loss.detach(), self.state.global_step + 1, self._get_learning_rate(), names)
+        self._unchecked = (start_reading(loss), self.state.global_step + 1, self._get_learning_rate(), names)
         if loss.device.type == "cpu":
             self._check_loss()
+        if bookmark is not None:
+            self.train_dataset.note(*bookmark)
         return loss
 
-    def _check_loss(self) -> None:
-        """Ends training if the last loss is not finite. An accelerator is asked a step later, so that it need not be
-        waited for, but before anything is saved or evaluated."""
-        if self._unchecked is None:
-            return
-        loss, step, learning_rate, names = self._unchecked
-        self._unchecked = None
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss.item()} at step {step} (process {self.args.process_index}), with a learning rate "
-                f"of {learning_rate:.3g} and the images {escape_control(', '.join(names))}. Training stops; the last "
-                f"good checkpoint is {last_complete_checkpoint(self.args.output_dir)}."
-            )
-
-    @contextmanager
-    def _name_last_checkpoint(self, what: str | Path) -> Iterator[None]:
-        """Makes of what fails in writing a `CheckpointError` that names the last good checkpoint."""
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of them: torch's is the second
-            reason, last = explain_write_error(error, what), last_complete_checkpoint(self.args.output_dir)
-            rest = f"The last good checkpoint is {last}." if last else "No checkpoint is complete."
-            raise CheckpointError(f"{what} could not be written: {reason}. {rest}") from error
-
-    @contextmanager
-    def write_file(self, name: str) -> Iterator[Path]:
-        """A path to write to, whose content becomes a file of `output_dir` when it is complete.
-
-        Args:
-            name: Of the file.
-
-        Raises:
-            CheckpointError: If it cannot be written.
-        """
-        file = Path(self.args.output_dir) / name
-        with self._name_last_checkpoint(file), atomic_file(file) as path:
-            yield path
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As in `Trainer`, where a killed program leaves a part of a file under the name of the model."""
-        if not self.args.should_save:
-            return super()._save(output_dir, state_dict)
-        target = Path(output_dir or self.args.output_dir)
-        with self._name_last_checkpoint(target), hidden_folder(target) as folder, register_code(self.code):
-            super()._save(str(folder), state_dict)
-            for file in (path for path in folder.rglob("*") if path.is_file()):
-                place = target / file.relative_to(folder)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(place)
-
-    def save_metrics(self, *args, **kwargs) -> None:
-        """As in `Trainer`. A full disk is a `CheckpointError`."""
-        with self._name_last_checkpoint(self.args.output_dir):
-            super().save_metrics(*args, **kwargs)
-
-    def _evaluate(self, trial, *args, **kwargs) -> dict[str, float]:
-        """As in `Trainer`, after the checkpoint that is due: an evaluation that fails costs no training."""
-        self._check_loss()
-        if self.control.should_save:
-            self._save_checkpoint(self.model, trial)
-        return super()._evaluate(trial, *args, **kwargs)
-
-    def _add_metrics(self, folder: Path) -> None:
-        """What the evaluation changed since the checkpoint of this step was written: the metrics, and which is best."""
-        best = folder.parent / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            run, state = read_run(folder), folder / f"{TRAINER_STATE_NAME}.partial"
-            with self._name_last_checkpoint(folder):
-                self.state.save_to_json(str(state))
-                mark_incomplete(folder)
-                state.replace(folder / TRAINER_STATE_NAME)
-                mark_complete(folder, run)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """As in `Trainer`, and in the end a list of the files, without which it is not taken for a good checkpoint."""
-        run_dir, args = self._get_output_dir(trial), self.args
-        folder, limit = Path(run_dir) / f"checkpoint-{self.state.global_step}", args.save_total_limit
-        self._check_loss()
-        # A schedule that follows the metrics has taken its step since.
-        if self._saved_step == self.state.global_step and args.lr_scheduler_type not in _METRIC_SCHEDULES:
-            return self._add_metrics(folder)
-        skipped = self.skipped_images()
-        # Older checkpoints go, and the Hub gets this one, when it is complete.
-        args.save_total_limit, push, args.push_to_hub = None, args.push_to_hub, False
-        try:
-            with self._name_last_checkpoint(folder):
-                if args.should_save:
-                    mark_incomplete(folder)
-                super()._save_checkpoint(model, trial)
-                if args.should_save and self.ema is not None:
-                    weights = {key: value.contiguous() for key, value in self.ema.module.state_dict().items()}
-                    save_file(weights, folder / _EMA_WEIGHTS)
-                self.accelerator.wait_for_everyone()
-                if args.should_save:
-                    mark_complete(folder, {"layout": self._layout(), "skipped": skipped})
-        except CheckpointError:
-            shutil.rmtree(folder, ignore_errors=True)  # of no use, and the disk may be full
-            raise
-        finally:
-            args.save_total_limit, args.push_to_hub = limit, push
-        self._saved_step = self.state.global_step
-        if push:
-            self._push_from_checkpoint(str(folder))
-        if args.should_save:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(output_dir=run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in `Trainer`, also from scratch where there is nothing to resume from.
+        """As in [`~pvt_hf.training.resumable.ResumableTrainer`], with a card that can be built in the end.
 
         Args:
             resume_from_checkpoint: A checkpoint, or `True` for the last complete one of `output_dir`.
             *args: As in `Trainer`.
             **kwargs: As in `Trainer`.
-
-        Raises:
-            CheckpointError: If the given checkpoint is not complete, of another run, or not what a run wrote.
         """
-        self._build_card(
-            [{"epoch": 0, "eval_images": 0} | {f"eval_{key}": 0.0 for key in self.metric_names}]
-        )  # it can be
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            logger.warning(
-                f"Training resumes from {resume_from_checkpoint}."
-                if resume_from_checkpoint
-                else "Training starts from scratch: no checkpoint is complete."
-            )
-        if resume_from_checkpoint:
-            if self.is_deepspeed_enabled:
-                raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")
-            saved, now = read_run(resume_from_checkpoint), self._layout()
-            check_states(resume_from_checkpoint)
-            layout = saved["layout"]
-            if changed := [f"{key} is {now[key]}, not {layout.get(key)}" for key in now if layout.get(key) != now[key]]:
-                raise CheckpointError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}.")
-            self.skipped_before = saved["skipped"]
-        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
-        self._check_loss()
-        return result
-
-    def _layout(self) -> dict[str, Any]:
-        """What an exact resume needs to be as it was."""
-        args = self.args
-        layout = {
-            "images per batch": args.per_device_train_batch_size,
-            "accumulated batches": args.gradient_accumulation_steps,
-            "processes": args.world_size,
-            "images of an epoch": len(self.train_dataset),
-            "seed": args.seed,
-            "seed of the data": args.data_seed,
-            "EMA decay": self.ema_decay,
-        }
-        if isinstance(self.train_dataset, torch.utils.data.IterableDataset):
-            layout["workers of the stream"] = args.dataloader_num_workers
-        return layout
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.ema is not None:
-            self.ema.module.load_state_dict(load_file(Path(checkpoint) / _EMA_WEIGHTS))
-
-    def skipped_images(self) -> int:
-        """How many corrupt images the run skipped, over all processes."""
-        count = torch.tensor(self.skipped, device=self.args.device)
-        return self.skipped_before + int(self.accelerator.reduce(count).item())
+        self._build_card([{"epoch": 0, "eval_images": 0} | {f"eval_{key}": 0.0 for key in self.metric_names}])
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As in `Trainer`; the random generators of training are not touched."""
@@ -456,6 +253,10 @@ class VisionTrainer(PublishingTrainer):
         Returns:
             What was reached, in words.
         """
+        with self.end_together():
+            return self._finish()
+
+    def _finish(self) -> str:
         self.save_model(_internal_call=True)  # not pushed yet: the card needs the metrics
         ema: dict[str, float] = self.evaluate_ema() if self.ema is not None else {}
         metrics = ema | self.evaluate()  # whose predictions are the ones that are kept
@@ -479,6 +280,18 @@ class VisionTrainer(PublishingTrainer):
 
     def draw_predictions(self) -> None:
         """Writes the pictures of validation images that the card shows: none, unless a subclass says so."""
+
+    def describe_run(self) -> dict[str, Any]:
+        return describe_run(self)
+
+    def describe_settings(self) -> dict[str, Any]:
+        """What was chosen beside arguments and recipe; a resumed run has to have it too. Of paths the last part."""
+        chosen = self.settings | {
+            "initial weights": self.facts.initial_weights,
+            "schedule": "lr_scheduler_type" if self.schedule is None else OWN_SCHEDULE,
+            "channels_last": self.channels_last,
+        }
+        return {name: Path(value).name if isinstance(value, str) else value for name, value in chosen.items()}
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Curves and a card with the numbers of the run, in place of `Trainer`'s with its gaps to fill in."""

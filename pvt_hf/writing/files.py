@@ -140,4 +140,5 @@ def explain_write_error(error: Exception, folder: str | Path) -> str:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, RuntimeError):
         reason = f"torch's writer failed, {reason}"
-    return f"{reason} ({shutil.disk_usage(there).free / 2**20:.0f} MiB are free there)"
+    free = shutil.disk_usage(there).free / 2**20
+    return f"{'the disk is full: ' if free < 1 else ''}{reason} ({free:.0f} MiB are free there)"

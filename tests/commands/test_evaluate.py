@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForInstanceSegmentation,
     AutoModelForObjectDetection,
     AutoModelForSemanticSegmentation,
+    Mask2FormerConfig,
 )
 
 import pvt_hf
@@ -55,6 +56,8 @@ def checkpoints(tmp_path_factory):
     for name, model in models.items():
         model.save_pretrained(folder / name)
         processors[name].save_pretrained(folder / name)
+    models["classifier"].base_model.save_pretrained(folder / "encoder")
+    Mask2FormerConfig(backbone_config=backbone).save_pretrained(folder / "universal")
     return folder
 
 
@@ -138,11 +141,13 @@ def test_arguments_that_contradict_each_other_are_a_usage_error(arguments, messa
             ["--dataset_name", "./nowhere"],
             r"Split 'validation' of './nowhere' cannot be loaded: .*now",
         ),
+        ("encoder", [], "cannot be measured: the model is a PvtV2Model: it must be a classifier, a"),
+        ("universal", [], "is a universal segmenter of type mask2former: measured are pvt, "),
         ("nothing", [], r"nothing cannot be loaded: it must be a folder with a model's config\.json, or a repository"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error(name, arguments, message, checkpoints, monkeypatch, tmp_path):
-    """Instead of a number for other images than those that were named."""
+    """Instead of a number for other images than those that were named, or for a head at random."""
     with pytest.raises(SystemExit, match=message):
         run(monkeypatch, tmp_path, "--model_name_or_path", checkpoints / name, *arguments)
 

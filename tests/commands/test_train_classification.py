@@ -24,7 +24,7 @@ from pvt_hf.commands.train_classification import (
 from pvt_hf.data.classification import find_labels
 from pvt_hf.data.images import ImageError
 from pvt_hf.recipes import imagenet_recipe
-from pvt_hf.training.run_checkpoints import mark_complete
+from tests.support.run_checkpoints import write_checkpoint
 from tests.support.small_models import small_config
 
 pytestmark = pytest.mark.process
@@ -71,8 +71,7 @@ def test_smoke_run_is_published_and_measured_again(python, hub, tmp_path):
 
 
 def test_output_folder_with_checkpoints_is_not_overwritten(tmp_path):
-    (tmp_path / "checkpoint-1").mkdir()
-    mark_complete(tmp_path / "checkpoint-1", {})
+    write_checkpoint(tmp_path / "checkpoint-1")
     with pytest.raises(SystemExit, match="has checkpoints: --resume_from_checkpoint true resumes from them"):
         main([*SMOKE, "--output_dir", str(tmp_path)])
 
@@ -101,6 +100,7 @@ def test_wrong_arguments_end_before_training(arguments, message, tmp_path, monke
     [
         (["--lora_rank", "4"], "--lora_rank adapts a trained model"),
         (["--train_val_split", "0.2", "--streaming"], "--train_val_split needs all the images"),
+        (["--shuffle_buffer", "0"], "--shuffle_buffer must be at least 1, got 0"),
         (["--dataset_name", "x/*.tar"], "pass --eval_dataset_name with those for evaluation"),
     ],
 )

@@ -1,15 +1,19 @@
 """Where images come from, how corrupt ones are told, and an order that does not depend on processes and workers."""
 
 import io
+import json
 import random
 import tarfile
+from unittest import mock
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 import pvt_hf
 from pvt_hf.data.augmentation import build_training_transform
@@ -29,6 +33,7 @@ from pvt_hf.data.classification import (
 from pvt_hf.data.images import ImageError, decode
 from pvt_hf.data.samplers import EpochSampler
 from pvt_hf.recipes import ImageNetRecipe
+from pvt_hf.training.streams import build_loader
 
 
 def png(value: int) -> bytes:
@@ -245,11 +250,10 @@ def test_stream_is_split_by_process_and_worker(shards, kind):
             shares.append([int(row["labels"]) for batch in loader for row in batch])
         return shares
 
-    for workers, world_size in ((0, 1), (2, 1), (0, 2), (2, 2)):
+    for workers, world_size in ((0, 1), (2, 2)):
         first, again, second = (epoch(number, workers, world_size) for number in (0, 0, 1))
         assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(16))  # each image once
         assert first == again != second
-    assert sorted(sum(epoch(0, 0, 1), [])) == list(range(16))
 
 
 def test_stream_has_as_many_batches_as_it_says(shards):
@@ -262,15 +266,54 @@ def test_stream_has_as_many_batches_as_it_says(shards):
         assert [len(batch) for batch in loader] == [4] * len(loader) == [4] * 7
 
 
-def test_short_stream_begins_again_and_each_worker_needs_a_shard(shards):
+def test_short_stream_begins_again(shards):
     data = load_images(f"{shards}/*.parquet", "train", streaming=True)
     longer = StreamedImages(data, "kind", 16, value_of, 40, seed=0, buffer_size=4)
     counts = np.bincount([row["labels"] for row in longer])
     assert len(longer) == counts.sum() == 40 and counts.min() >= 2 and counts.max() <= 3
-    # Few workers, since torch waits for each to end.
+
+
+@pytest.mark.process
+def test_workers_share_a_shard_where_there_are_fewer(shards, folder):
+    """Of a file of parquet, and of a folder of images, which `datasets` streams as one shard."""
     alone = load_images(f"{shards}/0.parquet", "train", streaming=True)
-    with pytest.raises(ImageError, match="no shard to read"):
-        list(DataLoader(StreamedImages(alone, "kind", 16, value_of, 4, seed=0), 2, collate_fn=list, num_workers=2))
+    images = load_images(str(folder), "train", streaming=True)
+    assert alone.num_shards == images.num_shards == 1
+    for data, column, count in ((alone, "kind", 4), (images, "label", 12)):
+        dataset = StreamedImages(data, column, 16, value_of, count, seed=0, buffer_size=4)
+        rows = [row for batch in DataLoader(dataset, 2, collate_fn=list, num_workers=2) for row in batch]
+        assert len({row["names"] for row in rows}) == count
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("kind", "workers"), [("tar", 2), ("parquet", 0), ("tar", 0)])
+def test_resumed_stream_has_the_images_that_are_left(shards, kind, workers):
+    """The same tensors, by loaders as `Trainer` has them: it leaves out the numbers of the batches that it has had."""
+    column = {"parquet": "kind", "tar": "cls"}[kind]
+
+    def load(state=None):
+        data = load_images(f"{shards}/*.{kind}", "train", streaming=True)
+        dataset = StreamedImages(data, column, 16, value_of, 16, seed=0, buffer_size=3)
+        if state:
+            dataset.restore(state, 2, workers)
+        args = TrainingArguments(per_device_train_batch_size=2, dataloader_num_workers=workers, use_cpu=True)
+        return dataset, build_loader(dataset, dataset, collate, 2, args)
+
+    dataset, loader = load()
+    whole, states = list(loader), []
+    for batch in whole:
+        dataset.note(*batch["bookmark"])
+        states.append(json.loads(json.dumps(dataset.state())))
+    assert sorted(label for batch in whole for label in batch["labels"]) == list(range(16))
+    for seen in (1, 6):
+        dataset, loader = load(states[seen - 1])
+        dataset.augment = mock.Mock(wraps=dataset.augment)
+        rest = list(skip_first_batches(loader, seen))
+        assert dataset.augment.call_count == (0 if workers else 2 * (8 - seen))
+        for batch, expected in zip(rest, whole[seen:], strict=True):
+            assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+            assert torch.equal(batch["labels"], expected["labels"]) and batch["names"] == expected["names"]
+            assert batch["bookmark"] == expected["bookmark"]
 
 
 def test_unreadable_shard_is_an_error(shards):

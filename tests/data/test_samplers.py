@@ -1,6 +1,9 @@
 """Which images each process gets: together those of one process, each once, in the order of timm and mmdetection."""
 
+import tracemalloc
+
 import pytest
+import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler
 
@@ -23,6 +26,73 @@ def test_processes_share_a_larger_batch(repeats):
             assert sorted(index for index, *_ in whole) == list(range(300))
     orders = [index for index, *_ in one], [index for index, *_ in EpochSampler(300, seed=5, repeats=repeats)]
     assert orders[0] != orders[1]  # epoch 1 and epoch 0
+
+
+SPLITS = [
+    (processes, batch, 16 // (processes * batch))
+    for processes in (1, 2, 4, 8)
+    for batch in (1, 2, 4, 8, 16)
+    if processes * batch <= 16
+]
+
+
+@pytest.mark.parametrize("length", [16, 67, 300])
+@pytest.mark.parametrize("kind", ["plain", "repeated", "grouped"])
+def test_the_images_of_a_step_do_not_depend_on_how_they_are_split(kind, length):
+    """Processes, images of a batch and accumulated batches: in every step of 16 images the same ones, augmented
+    alike, and as many steps in an epoch."""
+
+    def list_steps(processes, batch, accumulated):
+        steps = {}
+        for rank in range(processes):
+            if kind == "grouped":
+                sizes = [(3, 4) if index % 3 else (4, 3) for index in range(length)]
+                sampler = AspectRatioSampler(sizes, batch, 5, rank, processes, 16, group_size=4)
+            else:
+                sampler = EpochSampler(length, 5, rank, processes, 3 if kind == "repeated" else 1, 16)
+            sampler.set_epoch(2)
+            keys, share = list(sampler), batch * accumulated
+            assert len(keys) == len(sampler) and len(keys) % share == 0
+            for first in range(0, len(keys), share):
+                steps.setdefault(first // share, []).extend(keys[first : first + share])
+        return [sorted(keys) for keys in steps.values()]
+
+    expected = list_steps(1, 16, 1)
+    assert [len(keys) for keys in expected] == [16] * len(expected) and len({*sum(expected, [])}) == 16 * len(expected)
+    high = -(-length // 3)
+    groups = -(-(length - high) // 4) + -(-high // 4)  # of 4 images
+    steps = {"plain": length // 16, "repeated": min(length, 256) // 16, "grouped": -(-groups // 4)}
+    assert len(expected) == steps[kind]
+    assert all(list_steps(*split) == expected for split in SPLITS)
+
+
+def test_order_is_that_of_a_plain_shuffle():
+    order = torch.randperm(70_001, generator=torch.Generator().manual_seed(5 + 2)).tolist()
+    for rank in (0, 2):
+        sampler = EpochSampler(70_001, seed=5, rank=rank, world_size=3)
+        sampler.set_epoch(2)
+        assert [index for index, *_ in sampler] == order[rank : 70_001 // 3 * 3 : 3]
+
+
+def test_a_thousand_processes_share_an_epoch():
+    """Each image once, but for those that are no image for each process."""
+    length, world_size = 1024 * 9 + 5, 1024
+    shares = [list(EpochSampler(length, seed=1, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {9}
+    together = [index for share in shares for index, *_ in share]
+    assert len(set(together)) == len(together) == 9 * world_size and max(together) < length
+    assert sorted(position for share in shares for *_, position in share) == list(range(9 * world_size))
+
+
+def test_a_sampler_has_no_list_of_all_images():
+    """Python's objects of a sampler are the same for two million images as for two hundred thousand."""
+    peaks = []
+    for length in (2 * 10**5, 2 * 10**6):
+        tracemalloc.start()
+        next(iter(EpochSampler(length, seed=0)))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_repeated_augmentation_is_timms():

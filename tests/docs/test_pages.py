@@ -25,7 +25,16 @@ PYTHON_PAGES = [
     if (blocks := read_blocks(page, "python"))
 ]
 # Of other programs than ours, an option is not looked up.
-OTHER_PROGRAMS = ("accelerate", "hf", "main.py", "mkdocs", "pip", "pytest", "tools/")  # those of mm* among them
+OTHER_PROGRAMS = (
+    "accelerate",
+    "hf",
+    "main.py",
+    "mkdocs",
+    "pip",
+    "pytest",
+    "tools/",
+    "torchrun",
+)  # those of mm* among them
 
 
 def load_script(name: str) -> ModuleType:

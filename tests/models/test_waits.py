@@ -1,35 +1,29 @@
 """When Python has to know what a tensor holds, it waits for a GPU: never in classifiers, backbones and Semantic FPN, in
 detectors once for a batch. On fake CUDA tensors, asking is an error."""
 
-from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from transformers import AutoBackbone, AutoModelForImageClassification
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pvt_hf
-from pvt_hf.models import layers, rois, rpn
+from pvt_hf.models import boxes, chunks, rois, rpn
 from tests.support.dense_models import build_dense_model, dense_inputs
-from tests.support.small_models import STAGES, small_config
+from tests.support.small_models import (
+    STAGES,
+    build_backbone,
+    build_classifier,
+    build_segmenter,
+    draw_inputs,
+    small_config,
+)
+from tests.support.waits import OnDevice, on_device
 
 VERSIONS = ("v1", "v2", "v2_linear")
-
-
-def build_classifier(version: str):
-    return AutoModelForImageClassification.from_config(small_config(version))
-
-
-def build_backbone(version: str):
-    return AutoBackbone.from_config(small_config(version, out_features=STAGES))
-
-
-def build_segmenter(version: str, **settings):
-    backbone = small_config(version, out_features=STAGES)
-    return pvt_hf.SemanticFPNForSemanticSegmentation(
-        pvt_hf.SemanticFPNConfig(backbone_config=backbone, num_labels=5, neck_channels=16, **settings)
-    )
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -114,7 +108,7 @@ def test_accelerators_store_large_maps(device, monkeypatch):
         recomputed.append(function)
         return function(*args)
 
-    monkeypatch.setattr(layers, "checkpoint", record)
+    monkeypatch.setattr(chunks, "checkpoint", record)
     with torch.device("meta"):
         model = build_backbone("v2").train()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -128,34 +122,59 @@ def test_accelerators_store_large_maps(device, monkeypatch):
         assert recomputed
 
 
-# What gives Python a value, or a tensor whose size depends on values.
-WAITS = {"__bool__", "__float__", "__index__", "__int__", "cpu", "item", "masked_select", "nonzero", "numpy", "tolist"}
-WAITS |= {"nms", "unique"}
+class TensorsOfTheCPU(TorchDispatchMode):
+    """The operators that see a tensor which is not on the GPU, as one is that is copied there, and those that write to
+    an input or a parameter."""
+
+    def __init__(self, model: torch.nn.Module, inputs: dict):
+        super().__init__()
+        self.found, self.given = set(), {id(value) for value in inputs.values()}
+        self.given |= {id(value) for value in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        seen = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)]
+        written = [value for value in args if id(value) in self.given] if func._schema.is_mutable else []
+        if written or any(value.device.type == "cpu" for value in seen):
+            self.found.add(str(func))
+        return result
 
 
-class OnDevice(torch.Tensor):
-    """Stands for a tensor on a GPU, and so does what is computed of it; on the CPU it is one as any other."""
-
-    waits: ClassVar[list[str]] = []
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        if name in ("__getitem__", "__setitem__") and has_mask(args[1]):
-            name = "nonzero"
-        if name in WAITS:
-            cls.waits.append(name)
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        return result.as_subclass(torch.Tensor) if name == "cpu" else result
+def find_tensors_of_the_cpu(model: torch.nn.Module, inputs: dict) -> set[str]:
+    """Of a model without weights, which is run as compiled code."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cuda")
+        inputs = {key: value.to("cuda") for key, value in inputs.items()}
+        with TensorsOfTheCPU(model, inputs) as watched, mock.patch.object(torch.compiler, "is_compiling", lambda: True):
+            model(**inputs)
+    return watched.found
 
 
-def has_mask(index):
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
+@pytest.mark.parametrize(("version", "training"), [("v1", True), ("v2", False), ("v2_linear", True)])
+@pytest.mark.parametrize("build", [build_classifier, build_backbone, build_segmenter])
+def test_a_cuda_graph_can_be_made(build, version, training):
+    """Of what a compiler sees: nothing is copied to the GPU, and no input is changed."""
+    fields = {"drop_path_rate": 0.1, "hidden_dropout_prob": 0.1}
+    with torch.device("meta"):
+        model = build(version, **({"backbone": fields} if build is build_segmenter else fields)).train(training)
+    inputs = draw_inputs(build)
+    assert not find_tensors_of_the_cpu(model, inputs if training else {"pixel_values": inputs["pixel_values"]})
 
 
-def on_device(values):
-    return {key: value.as_subclass(OnDevice) for key, value in values.items()}
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["retinanet", "atss", "gfl", "sparse_rcnn", "mask_rcnn", "faster_rcnn", "cascade_mask_rcnn"]
+)
+def test_a_cuda_graph_can_be_made_of_a_detector(name):
+    model = build_dense_model(name, "resnet")
+    assert not find_tensors_of_the_cpu(model.to("meta"), dense_inputs(model, 2, 128, 160))
+
+
+@torch.no_grad()
+def test_the_test_sees_tensors_of_the_cpu(monkeypatch):
+    monkeypatch.setattr(boxes, "place_numbers", lambda values, dtype, device: torch.tensor(values).to(device, dtype))
+    model = build_dense_model("retinanet", "resnet")
+    assert find_tensors_of_the_cpu(model.to("meta"), dense_inputs(model, 2, 128, 160))
 
 
 def run_step(model, batch_size):

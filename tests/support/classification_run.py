@@ -1,5 +1,6 @@
 """A small run of the classifiers' trainer on digits, in this process (`build`) or in others (`main`)."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from accelerate.utils import DistributedType
 from transformers import AutoModelForImageClassification, TrainingArguments, set_seed
 
 from pvt_hf.data.augmentation import build_training_transform
-from pvt_hf.data.classification import EvaluationImages, TrainingImages, load_images
+from pvt_hf.data.classification import EvaluationImages, StreamedImages, TrainingImages, load_images
 from pvt_hf.recipes import ImageNetRecipe
 from pvt_hf.training.classification import ImageClassificationTrainer
+from tests.support.preempted import train_until
 from tests.support.small_models import small_config
 from tests.support.training_processes import pause_after, write_result
 
@@ -30,13 +32,30 @@ class Processor:
         return type("Features", (), {"pixel_values": square(image)})
 
 
-def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, recipe=None, trainer=None, **arguments):
+@functools.cache
+def load_split(split: str):
+    """The bundled images, which are encoded for it."""
+    return load_images(None, split)
+
+
+def build(
+    output_dir,
+    *,
+    version="v2",
+    images=64,
+    streaming=False,
+    evaluation=13,
+    model=None,
+    recipe=None,
+    trainer=None,
+    **arguments,
+):
     """The trainer of a run with 8 batches of 8 images in an epoch."""
     set_seed(0)
     options = {"drop_path_rate": 0.0, "num_labels": 10} | (model or {})
     network = AutoModelForImageClassification.from_config(small_config(version, **options))
     recipe = ImageNetRecipe(**(PLAIN | (recipe or {})))
-    train, validation = (load_images(None, split) for split in ("train", "validation"))
+    train, validation = (load_split(split) for split in ("train", "validation"))
     arguments = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": 8,
@@ -51,25 +70,28 @@ def build(output_dir, *, version="v2", images=64, evaluation=13, model=None, rec
         "disable_tqdm": True,
         "use_cpu": True,
     } | arguments
+    args, transform = TrainingArguments(output_dir=str(output_dir), **arguments), build_training_transform(recipe, 32)
+    if streaming:
+        share = {"rank": args.process_index, "world_size": args.world_size, "buffer_size": 9}
+        stream = load_images(None, "train", streaming=True)
+        rows = StreamedImages(stream, "label", 10, transform, images, seed=0, **share)
+    else:
+        rows = TrainingImages(train.select(range(images)), "label", 10, transform)
     return ImageClassificationTrainer(
         model=network,
-        args=TrainingArguments(output_dir=str(output_dir), **arguments),
+        args=args,
         recipe=recipe,
-        train_dataset=TrainingImages(train.select(range(images)), "label", 10, build_training_transform(recipe, 32)),
+        train_dataset=rows,
         eval_dataset=EvaluationImages(validation.select(range(evaluation)), "label", 10, Processor()),
         **(trainer or {}),
     )
 
 
 SHARDED = {
-    "fsdp": True,
-    "fsdp_config": {
-        "fsdp_version": 2,
-        "transformer_layer_cls_to_wrap": ["PvtV2BlockLayer"],
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "state_dict_type": "FULL_STATE_DICT",
-        "cpu_ram_efficient_loading": False,
-    },
+    "fsdp_version": 2,
+    "transformer_layer_cls_to_wrap": ["PvtV2BlockLayer"],
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "cpu_ram_efficient_loading": False,
 }
 
 
@@ -88,18 +110,20 @@ def shard_on_cpus() -> None:
 def main(output_dir: Path, settings: dict[str, Any]) -> None:
     """A run with its losses, metrics and seed in `result-{rank}.json` afterwards."""
     settings = dict(settings)
-    resume, pause = settings.pop("resume", None), settings.pop("pause_after", None)
-    if settings.pop("sharded", False):
+    resume, pause, end = (settings.pop(name, None) for name in ("resume", "pause_after", "end_at"))
+    if kind := settings.pop("sharded", None):  # a state dict type
         shard_on_cpus()
-        settings |= SHARDED
+        settings |= {"fsdp": True, "fsdp_config": SHARDED | {"state_dict_type": kind}}
     trainer = build(output_dir, **settings)
     mixed, seeds = trainer.mix, []
     # What this process draws for its first batch.
     trainer.mix = lambda *batch: (seeds.append(torch.initial_seed()), mixed(*batch))[1]
     pause_after(trainer, pause)
+    if end is not None:
+        return train_until(trainer, end, resume)
     trainer.train(resume)
     metrics = trainer.evaluate()
     trainer.save_model()
-    write_result(trainer, output_dir, metrics=metrics, seed=seeds[0])
+    write_result(trainer, output_dir, metrics=metrics, seed=next(iter(seeds), None))
     if trainer.is_world_process_zero() and trainer.ema is not None:
         torch.save(trainer.ema.module.state_dict(), output_dir / "ema.pt")

@@ -1,9 +1,11 @@
 """Small models and random weights for the tests."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoBackbone, AutoModelForImageClassification
 
 import pvt_hf
 
@@ -27,6 +29,35 @@ def small_config(version: str, **overrides):
     if version == "v1":
         return pvt_hf.PvtConfig(**(SMALL_V1 | overrides))
     return pvt_hf.PvtV2Config(**(SMALL_V2 | {"linear_attention": version == "v2_linear"} | overrides))
+
+
+def build_classifier(version: str, **fields: object) -> nn.Module:
+    return AutoModelForImageClassification.from_config(small_config(version, **fields))
+
+
+def build_backbone(version: str, **fields: object) -> nn.Module:
+    return AutoBackbone.from_config(small_config(version, out_features=STAGES, **fields))
+
+
+def build_segmenter(version: str, backbone: dict[str, object] | None = None, **fields: object) -> nn.Module:
+    """Semantic FPN; `fields` are its own."""
+    config = small_config(version, out_features=STAGES, **(backbone or {}))
+    sizes = {"num_labels": 5, "neck_channels": 16, "head_channels": 16}
+    return pvt_hf.SemanticFPNForSemanticSegmentation(
+        pvt_hf.SemanticFPNConfig(backbone_config=config, **(sizes | fields))
+    )
+
+
+def draw_inputs(build: Callable[..., nn.Module], batch: int = 2, height: int = 64, width: int = 96) -> dict:
+    """What a model of one of these three functions is trained with: random images, and labels where it takes them."""
+    inputs = {"pixel_values": torch.randn(batch, 3, height, width)}
+    shapes = {build_classifier: (batch,), build_segmenter: (batch, height, width)}
+    return inputs | ({"labels": torch.randint(5, shapes[build])} if build in shapes else {})
+
+
+def find_loss(outputs) -> torch.Tensor:
+    """The loss of the outputs, or something like one of a backbone's."""
+    return outputs.loss if "loss" in outputs else sum(values.square().mean() for values in outputs.feature_maps)
 
 
 def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 2e-5) -> None:

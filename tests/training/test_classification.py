@@ -1,8 +1,10 @@
 """Training: the same result however it is split, interrupted or computed, and a clear end where it cannot continue."""
 
 import errno
+import io
 import json
 import re
+import shutil
 from unittest import mock
 
 import numpy as np
@@ -10,17 +12,20 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from transformers import AutoModelForImageClassification
 
 from pvt_hf.data.images import ImageError
-from pvt_hf.training import trainer as training
+from pvt_hf.training import resumable
 from pvt_hf.training.optimization import freeze_stages, scheduled_learning_rate
-from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint, mark_complete
+from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
+from pvt_hf.training.streams import restore_stream
+from pvt_hf.writing.files import explain_write_error
 from pvt_hf.writing.hub import UploadError
 from tests.support import classification_run
 from tests.support.classification_run import build
 from tests.support.disk import full_disk
+from tests.support.run_checkpoints import RUN, write_checkpoint
 from tests.support.small_models import assert_close, small_config
 from tests.support.training_processes import kill_after, read_result
 
@@ -74,7 +79,7 @@ def test_sharding_that_accelerate_would_ignore_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"per_device_train_batch_size": 16}, "images per batch is 16, not 8"),
+        ({"per_device_train_batch_size": 16}, r"images per step are 16, not 8 \(--allow_batch_change"),
         ({"trainer": {"ema_decay": 0.9}}, "EMA decay is 0.9, not None"),
         ({"data_seed": 7}, "seed of the data is 7, not None"),
     ],
@@ -88,10 +93,11 @@ def test_resuming_another_run_is_an_error(settings, message, tmp_path):
 
 def test_training_resumes_from_no_forged_state(tmp_path):
     """An array of NumPy in the optimiser's state, which torch refuses with the advice to run the file's code."""
-    trainer, folder = build(tmp_path), tmp_path / "checkpoint-1"
-    folder.mkdir()
-    torch.save({"state": np.zeros(3)}, folder / "optimizer.pt")
-    mark_complete(folder, {"layout": trainer._layout(), "skipped": 0})
+    trainer, state = build(tmp_path), io.BytesIO()
+    torch.save({"state": np.zeros(3)}, state)
+    weights = save({"weight": torch.ones(1)})
+    run = RUN | {"layout": trainer._layout(), "run": trainer.describe_run()}
+    folder = write_checkpoint(tmp_path / "checkpoint-1", run, optimizer=state.getvalue(), model=weights)
     with pytest.raises(CheckpointError, match=r"optimizer\.pt is refused: it calls `numpy\."):
         trainer.train(str(folder))
 
@@ -157,6 +163,46 @@ def test_stream_resumes_where_a_corrupt_shard_ended_it(tmp_path):
     assert all(torch.equal(value, final[key]) for key, value in repaired.model.state_dict().items())
 
 
+def streamed(folder, **settings):
+    """A trainer on a stream of the digits, with two steps of two batches in an epoch."""
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    return build(folder, streaming=True, images=32, gradient_accumulation_steps=2, **saved, **settings)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_sharded_stream_resumes_bit_for_bit(workers, tmp_path):
+    """In the middle of an epoch and at its end. No image is decoded again."""
+    settings = {"dataloader_num_workers": workers, "recipe": {"random_erasing": 0.25}}
+    uninterrupted = streamed(tmp_path, **settings)
+    uninterrupted.train()
+    expected = {key: value.clone() for key, value in uninterrupted.model.state_dict().items()}
+    for step in (1, 2):
+        resumed = streamed(tmp_path, **settings)
+        resumed.train_dataset.augment = mock.Mock(wraps=resumed.train_dataset.augment)
+        resumed.train(str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.train_dataset.augment.call_count == (0 if workers else 64 - step * 16)
+        assert all(torch.equal(value, expected[key]) for key, value in resumed.model.state_dict().items())
+
+
+def test_place_in_a_stream_that_does_not_fit_is_refused(tmp_path):
+    """The checkpoint is named."""
+    trainer = streamed(tmp_path, dataloader_num_workers=2)
+    trainer.get_train_dataloader()
+    stream, file = trainer.train_dataset, tmp_path / "checkpoint-1" / "stream.json"
+    with pytest.raises(CheckpointError, match=r"stream\.json cannot be read"):
+        restore_stream(stream, file.parent, trainer.args)
+    for content, message in (
+        ("[", r"stream\.json is not JSON"),
+        ("{}", "checkpoint-1 cannot be resumed from: The place in the stream must be epoch, images of an epoch"),
+        ({"lanes": 3}, r"checkpoint-1 cannot be resumed from: .* dealt to 3 workers .* not with 2 \(1 x 2\)"),
+        ({"images of an epoch": 33}, "checkpoint-1 cannot be resumed from: .* images of an epoch is 32, not 33"),
+    ):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content if isinstance(content, str) else json.dumps(stream.state() | content))
+        with pytest.raises(CheckpointError, match=message):
+            restore_stream(stream, file.parent, trainer.args)
+
+
 def test_evaluation_draws_no_random_numbers_of_training(tmp_path):
     """Evaluation, which lies between that checkpoint and the next epoch, draws no random numbers of training."""
     settings = {"model": {"drop_path_rate": 0.3}, "save_strategy": "steps", "save_steps": 8, "eval_strategy": "epoch"}
@@ -208,13 +254,22 @@ def test_incomplete_checkpoint_is_never_used(tmp_path, caplog, monkeypatch):
     with pytest.raises(CheckpointError, match="checkpoint-7 is not a complete checkpoint: there is no such folder"):
         build(tmp_path).train(str(tmp_path / "checkpoint-7"))
     optimizer = tmp_path / "checkpoint-4" / "optimizer.pt"
-    optimizer.write_bytes(optimizer.read_bytes()[:-1])
-    assert incompleteness(tmp_path / "checkpoint-4") == "optimizer.pt is missing or has another size"
+    content = optimizer.read_bytes()
+    optimizer.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert incompleteness(tmp_path / "checkpoint-4").startswith("optimizer.pt is damaged: it has another checksum")
     assert last_complete_checkpoint(tmp_path) is None
 
 
 def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_is_called_so(monkeypatch, tmp_path):
+    """torch says where it was in a file."""
+    usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = explain_write_error(RuntimeError("[enforce fail] unexpected pos 64 vs 0"), tmp_path)
+    assert message.startswith("the disk is full: torch's writer failed, [enforce fail]")
 
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path):
@@ -230,8 +285,8 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path):
         *(full_disk(room) for room in no_room),
         mock.patch.object(trainer, "_save_rng_state", full),
         mock.patch.object(transformers.TrainerState, "save_to_json", full),
-        mock.patch.object(training, "save_file", full),  # of the EMA weights
-        mock.patch.object(training, "mark_complete", full),
+        mock.patch.object(resumable, "save_file", full),  # of the EMA weights
+        mock.patch.object(resumable, "mark_complete", full),
     ]
     for place in places:
         with place, pytest.raises(CheckpointError) as raised:
@@ -319,7 +374,7 @@ def test_loss_of_an_accelerator_is_checked_before_anything_is_saved(tmp_path):
         lambda: trainer._evaluate(None, None),
         lambda: trainer.train(),
     ):
-        trainer._unchecked = (torch.tensor(float("inf")), 7, 0.5, ["a.png"])
+        trainer._unchecked = (lambda: float("inf"), 7, 0.5, ["a.png"])
         with pytest.raises(FloatingPointError, match=r"The loss is inf at step 7 .* learning rate of 0.5 .* a\.png"):
             act()
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -358,7 +413,10 @@ def test_mixup_gives_mixtures_and_probabilities(tmp_path):
         ({"recipe": {"warmup_epochs": 1}, "max_steps": 8}, "`warmup_epochs` must be less than the 1 epochs"),
         ({"warmup_steps": 5}, "`warmup_steps` .* has no effect"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no effect"),
-        ({"per_device_train_batch_size": 100}, r"`per_device_train_batch_size` \(100\) is larger than the 64 images"),
+        (
+            {"per_device_train_batch_size": 100},
+            r"has 100 images \(100 of `per_device_train_batch_size` x 1 .* the 64 of",
+        ),
     ],
 )
 def test_arguments_that_would_be_ignored_are_errors(settings, message, tmp_path):
@@ -380,8 +438,9 @@ def test_corrupt_images_are_counted_and_named(tmp_path, caplog, monkeypatch):
     trainer.train()
     assert trainer.skipped == trainer.skipped_images() == 2
     resumed = build(tmp_path, num_train_epochs=2)
+    resumed.train_dataset = data
     resumed.train(True)
-    assert resumed.skipped == 0 and resumed.skipped_images() == 2
+    assert resumed.skipped == 2 and resumed.skipped_images() == 4
     assert "broken.png cannot be read" in caplog.text and "image 9 is missing" in caplog.text
 
 

@@ -4,7 +4,9 @@ import _codecs
 import json
 import os
 import random
+import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from safetensors.torch import save_file
 from pvt_hf.training.run_checkpoints import (
     CheckpointError,
     check_states,
+    incompleteness,
     last_complete_checkpoint,
-    mark_complete,
     mark_incomplete,
     read_run,
+    replace_file,
 )
+from tests.support.run_checkpoints import RUN, STATES, write_checkpoint
 
 
 class Made:
@@ -66,6 +70,24 @@ FORGED = {
 }
 
 
+class OldReader:
+    """torch's reader of files as it was before torch 2.12."""
+
+    def __init__(self, path):
+        reader = torch_reader(path)
+        self.get_all_records, self.get_record = reader.get_all_records, reader.get_record
+
+
+torch_reader = torch._C.PyTorchFileReader
+
+
+@pytest.fixture(params=["of this torch", "before 2.12"])
+def reader(request, monkeypatch):
+    if request.param == "before 2.12":
+        monkeypatch.setattr(torch._C, "PyTorchFileReader", OldReader)
+
+
+@pytest.mark.usefixtures("reader")
 @pytest.mark.parametrize("name", FORGED)
 def test_forged_state_is_refused(name, tmp_path):
     state, message = FORGED[name]
@@ -74,6 +96,7 @@ def test_forged_state_is_refused(name, tmp_path):
         check_states(tmp_path)
 
 
+@pytest.mark.usefixtures("reader")
 def test_honest_states_are_accepted(tmp_path):
     weight = torch.nn.Parameter(torch.ones(3))
     weight.sum().backward()
@@ -90,6 +113,7 @@ def test_honest_states_are_accepted(tmp_path):
     check_states(tmp_path)
 
 
+@pytest.mark.usefixtures("reader")
 def test_damaged_states_are_refused(tmp_path):
     """A storage of fewer bytes than its tensor is read beyond its end by torch, checksum or not."""
     path = tmp_path / "optimizer.pt"
@@ -116,11 +140,117 @@ def test_damaged_states_are_refused(tmp_path):
         check_states(tmp_path)
 
 
-@pytest.mark.parametrize("run", [{}, {"layout": 3, "skipped": 0}, {"layout": {}, "skipped": "0"}])
-def test_run_that_is_none_is_refused(run, tmp_path):
-    mark_complete(tmp_path, run)
-    with pytest.raises(CheckpointError, match=r"run\.json must say `layout`, an object, and `skipped`, an integer"):
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("layout", 3),
+        ("run", None),
+        ("skipped", "0"),
+        ("skipped", True),
+        ("step offset", None),
+        ("last logged step", "3"),
+        ("unlogged loss", 1),
+    ],
+)
+def test_run_that_is_none_is_refused(name, wrong, tmp_path):
+    write_checkpoint(tmp_path, RUN | {name: wrong})
+    with pytest.raises(CheckpointError, match=rf"run\.json must say `{name}`, an? (object|integer|number), got "):
         read_run(tmp_path)
+
+
+def listed(folder: Path) -> dict:
+    return json.loads((folder / "complete.json").read_text())
+
+
+def test_damage_that_keeps_the_size_is_seen(tmp_path):
+    """A bit of any file that is listed: weights of the EMA in a folder too, which nothing but a list knows."""
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "optimizer_0").mkdir(parents=True)
+    (checkpoint / "optimizer_0" / "0.distcp").write_bytes(b"shard")
+    (checkpoint / "ema.safetensors").write_bytes(b"weights")
+    write_checkpoint(checkpoint)
+    assert incompleteness(checkpoint) is None
+    names = [*STATES, "run.json", "ema.safetensors", "optimizer_0/0.distcp"]
+    assert sorted(names) == sorted(listed(checkpoint)["files"])
+    for name in names:
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        assert incompleteness(checkpoint) == f"{name} is damaged: it has another checksum than when it was written"
+        (checkpoint / name).write_bytes(content[:-1])
+        assert incompleteness(checkpoint) == f"{name} is damaged: it has another size than when it was written"
+        (checkpoint / name).unlink()
+        assert incompleteness(checkpoint) == f"{name} is missing"
+        (checkpoint / name).write_bytes(content)
+    assert last_complete_checkpoint(tmp_path) == str(checkpoint)
+
+
+ENTRY = {"size": 7, "xxh3_128": "0" * 32}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{}", r"complete\.json must say `files`, an object, got \[\]"),
+        ("[]", r"complete\.json must hold an object, got list"),
+        ('{"files": []}', "must say `files`, an object"),
+        ('{"files": {}, "replaced": 1}', "must say `files`, an object"),
+        ('{"files": {"optimizer.pt": 7}}', r"must say `size`, an integer, and `xxh3_128`, of 'optimizer\.pt'"),
+        ('{"optimizer.pt": 7}', r"must say `files`, an object, got \['optimizer\.pt'\]"),  # sizes alone
+        (json.dumps({"files": {"optimizer.pt": ENTRY | {"size": "7"}}}), "must say `size`, an integer"),
+        (json.dumps({"files": {"optimizer.pt": ENTRY | {"size": True}}}), "must say `size`, an integer"),
+        (json.dumps({"files": {"optimizer.pt": ENTRY | {"xxh3_128": None}}}), "must say `size`, an integer"),
+        ('{"files": {}}', "lists no run.json and no state of the trainer and no weights and no state of the optimiser"),
+        ("{", "is not JSON"),
+        ("\xff", "is not JSON"),
+        ("[" * 10**5, "nested too deeply"),
+    ],
+)
+def test_list_that_is_none_makes_a_checkpoint_incomplete(content, reason, tmp_path):
+    write_checkpoint(tmp_path)
+    (tmp_path / "complete.json").write_bytes(content.encode("latin-1"))
+    assert re.search(reason, incompleteness(tmp_path) or "")
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint: complete.json"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_list_without_a_state_makes_a_checkpoint_incomplete(name, tmp_path):
+    """Whether that is there or not: `Trainer` would leave it at random, or would not see that it is damaged."""
+    write_checkpoint(tmp_path)
+    files = {other: entry for other, entry in listed(tmp_path)["files"].items() if other != name}
+    (tmp_path / "complete.json").write_text(json.dumps({"files": files}))
+    assert "complete.json lists no " in incompleteness(tmp_path)
+    (tmp_path / name).unlink()
+    assert "complete.json lists no " in incompleteness(tmp_path)
+
+
+def test_file_that_trainer_would_read_unlisted_makes_a_checkpoint_incomplete(tmp_path):
+    write_checkpoint(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "trainer_state.json.partial").touch()  # of a program that was killed
+    assert incompleteness(tmp_path) is None
+    for name in ("scaler.pt", "adapter_model.safetensors", "optimizer.bin", "model.safetensors.index.json"):
+        (tmp_path / name).touch()
+        assert incompleteness(tmp_path) == f"{name} is not in the list of its files"
+        (tmp_path / name).unlink()
+
+
+def test_checkpoint_is_complete_while_a_file_of_it_is_replaced(tmp_path, monkeypatch):
+    """At every moment: a program that is killed then leaves what was there, or what was to be there."""
+    write_checkpoint(tmp_path)
+    replace, seen = Path.replace, []
+
+    def look(path, target):
+        for step in (None, lambda: replace(path, target)):
+            if step:
+                step()
+            seen.append((incompleteness(tmp_path), (tmp_path / "trainer_state.json").read_text()))
+
+    monkeypatch.setattr(Path, "replace", look)
+    replace_file(tmp_path, "trainer_state.json", "new")
+    assert seen == [(None, "content")] * 3 + [(None, "new")] * 3
+    (tmp_path / "trainer_state.json").write_text("content")
+    assert incompleteness(tmp_path) == "trainer_state.json is damaged: it has another size than when it was written"
 
 
 def test_what_is_waited_for_is_refused(tmp_path):
@@ -131,9 +261,8 @@ def test_what_is_waited_for_is_refused(tmp_path):
 
 def test_folders_of_others_are_passed_over(tmp_path):
     for name in ("checkpoint-2", "checkpoint-\u00b2", "checkpoint-", "checkpoint-a-3"):
-        (tmp_path / name).mkdir()
-        mark_complete(tmp_path / name, {})
+        write_checkpoint(tmp_path / name)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     mark_incomplete(tmp_path / "checkpoint-2")
-    (tmp_path / "checkpoint-2" / "complete.json").write_text(json.dumps({"a" * 300: 1}))
+    (tmp_path / "checkpoint-2" / "complete.json").write_text(json.dumps({"files": {"a" * 300: ENTRY}}))
     assert last_complete_checkpoint(tmp_path) is None

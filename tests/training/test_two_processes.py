@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import AutoModelForObjectDetection
 
 from pvt_hf.data.digits import write_scenes
 from pvt_hf.evaluation.metrics import COCO_METRICS
+from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness
+from pvt_hf.training.sharded import load_model_shards, load_optimizer_shards
 from tests.support import classification_run, detection_run, normalizers_run, segmentation_run
 from tests.support.small_models import assert_close
 from tests.support.training_processes import Run, read_result, run_in_two_processes
@@ -23,7 +26,8 @@ MODELS = [(version, is_backbone) for version in ("v1", "v2") for is_backbone in 
 GLOBAL_NORMALIZERS = ("atss", "gfl", "sparse_rcnn")
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 CLASSIFICATION = SGD | {"trainer": {"ema_decay": 0.9}}
-SHARDED = {"sharded": True, "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 6}
+SHARDED = {"sharded": "FULL_STATE_DICT", "adam_epsilon": 1e-3, "save_strategy": "steps", "save_steps": 6}
+SHARDS = SHARDED | {"sharded": "SHARDED_STATE_DICT", "max_steps": 4, "save_steps": 2}
 # With accumulation, workers and everything random.
 RANDOM = {
     "recipe": {
@@ -64,12 +68,16 @@ def list_runs(folder: Path) -> list[Run]:
         ("classification", "classification", CLASSIFICATION | part),
         ("classification", "random", RANDOM),
         ("classification", "resumed", RANDOM | {"resume": folder / "random" / "checkpoint-12"}),
+        ("classification", "ended", RANDOM | {"end_at": 3}),
+        ("classification", "ended", RANDOM | {"resume": True}),
         ("detection", "detection", detection),
         *(("normalizers", architecture, {"architecture": architecture}) for architecture in GLOBAL_NORMALIZERS),
         ("segmentation", "segmentation", SEGMENTATION | part | {"scenes": maps}),
         # The last ones: what is done so that CPUs shard stays.
         ("classification", "sharded", SHARDED | part),
         ("classification", "sharded_resumed", SHARDED | part | {"resume": folder / "sharded" / "checkpoint-12"}),
+        ("classification", "shards", SHARDS | part),
+        ("classification", "shards_resumed", SHARDS | part | {"resume": folder / "shards" / "checkpoint-2"}),
     ]
     return [(task, folder / name, settings) for task, name, settings in runs]
 
@@ -113,13 +121,50 @@ def test_classifier_of_two_processes_is_that_of_one(folder, tmp_path):
 
 def test_sharded_classifier_is_that_of_one_process(folder, tmp_path):
     """FSDP2 over two processes: the same losses and weights, complete in every file, also after a resume."""
-    classification_run.main(tmp_path, SHARDED | {"sharded": False, "per_device_train_batch_size": 8})
+    classification_run.main(tmp_path, SHARDED | {"sharded": None, "per_device_train_batch_size": 8})
     one, two = read_result(tmp_path), read_result(folder / "sharded")
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert_close(weights(folder / "sharded"), weights(tmp_path))
     assert two["metrics"]["eval_accuracy"] == one["metrics"]["eval_accuracy"] and two["metrics"]["eval_images"] == 13
     assert read_result(folder / "sharded_resumed")["losses"] == two["losses"]
     assert_close(weights(folder / "sharded_resumed"), weights(tmp_path))
+
+
+def test_any_number_of_processes_resumes_from_shards(folder, tmp_path):
+    """Bit for bit in two processes; as closely as sums in another order allow in one, without FSDP."""
+    run, resumed = folder / "shards", folder / "shards_resumed"
+    assert len(read_result(run)["losses"]) == 4
+    assert read_result(resumed)["losses"] == read_result(run)["losses"]
+    final = weights(resumed)
+    assert all(torch.equal(value, final[key]) for key, value in weights(run).items())
+    alone = SHARDS | {"sharded": None, "save_strategy": "no", "per_device_train_batch_size": 8}
+    classification_run.main(tmp_path, alone | {"resume": run / "checkpoint-2"})
+    assert read_result(tmp_path)["losses"] == pytest.approx(read_result(run)["losses"], rel=1e-4)
+    assert_close(weights(tmp_path), weights(run))
+
+
+def test_shards_are_complete_if_those_of_all_processes_are(folder, tmp_path):
+    checkpoint = shutil.copytree(folder / "shards" / "checkpoint-4", tmp_path / "checkpoint-4")
+    assert not (checkpoint / "model.safetensors").exists() and incompleteness(checkpoint) is None
+    written = {path.suffix for path in checkpoint.glob("*_shards/*")}
+    assert written == {".safetensors"}  # and nothing that would be unpickled
+    lost = next(checkpoint.glob("optimizer_shards/*00002*"))
+    lost.unlink()
+    assert incompleteness(checkpoint) == f"optimizer_shards/{lost.name} is missing"
+
+
+def test_a_run_refuses_what_another_kind_of_run_wrote(folder, tmp_path):
+    """Shards of another model, and whole states of FSDP without it."""
+    trainer = classification_run.build(tmp_path, model={"num_labels": 7})
+    with pytest.raises(CheckpointError, match="has no shards of this model and optimiser: .*Size mismatch"):
+        load_model_shards(folder / "shards" / "checkpoint-4", trainer.model)
+    with pytest.raises(CheckpointError, match="was written with FSDP and FULL_STATE_DICT"):
+        trainer._check_kind(str(folder / "sharded" / "checkpoint-16"))
+    trainer._check_kind(str(folder / "shards" / "checkpoint-4"))
+    trainer._check_kind(str(folder / "random" / "checkpoint-12"))
+    optimizer = torch.optim.SGD(trainer.model.parameters(), momentum=0.9)
+    with pytest.raises(CheckpointError, match="optimizer.json is of another optimiser: it differs in "):
+        load_optimizer_shards(folder / "shards" / "checkpoint-4", trainer.model, optimizer)
 
 
 def test_resumed_classifier_is_bit_for_bit_that_of_an_uninterrupted_run(folder):
@@ -129,6 +174,39 @@ def test_resumed_classifier_is_bit_for_bit_that_of_an_uninterrupted_run(folder):
     final = weights(folder / "resumed")
     assert all(torch.equal(value, final[key]) for key, value in weights(folder / "random").items())
     assert [read_result(folder / "random", rank)["seed"] for rank in (0, 1)] == [0, 1]
+
+
+def test_classifier_of_which_one_process_was_asked_to_end_is_that_of_an_uninterrupted_run(folder):
+    """Both end at the same step, which is no step of a checkpoint otherwise, and go on from there."""
+    uninterrupted, ended = read_result(folder / "random"), read_result(folder / "ended")
+    assert (folder / "ended" / "checkpoint-3" / "complete.json").exists()
+    assert ended["losses"] == uninterrupted["losses"]
+    final = weights(folder / "ended")
+    assert all(torch.equal(value, final[key]) for key, value in weights(folder / "random").items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_run_of_two_processes_then_one_then_two_is_that_of_two(streaming, tmp_path):
+    """Images, augmentation, losses and weights, where nothing else is random. A stream keeps the images per batch."""
+    settings = CLASSIFICATION | {"recipe": {"auto_augment": "rand-m9-mstd0.5-inc1"}, "streaming": streaming}
+    pair, alone = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 8}
+    if streaming:
+        alone = pair | {"gradient_accumulation_steps": 2}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_in_two_processes(
+        [
+            ("classification", whole, settings | pair),
+            ("classification", parts, settings | pair | {"end_at": 3}),
+        ]
+    )
+    classification_run.main(parts, settings | alone | {"end_at": 11, "resume": True})
+    run_in_two_processes([("classification", parts, settings | pair | {"resume": True})])
+    assert {path.name for path in parts.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-11"}
+    assert read_result(parts)["losses"] == pytest.approx(read_result(whole)["losses"], rel=1e-4)
+    assert len(read_result(whole)["losses"]) == 16
+    assert_close(weights(parts), weights(whole))
+    assert_close(*(torch.load(run / "ema.pt") for run in (parts, whole)))
 
 
 def test_detections_of_two_processes_are_those_of_one(folder, tmp_path):
