@@ -208,11 +208,11 @@ def gpu_benchmark_table() -> str:
 
 
 TABLES = {
-    "training_needs": training_needs_table,
     "variants": variants_table,
     "paper_results": paper_results_table,
     "overview": overview_table,
     "extras": extras_table,
+    "training_needs": training_needs_table,
     "changes": changes_table,
     "benchmark": benchmark_table,
     "gpu_benchmark": gpu_benchmark_table,
