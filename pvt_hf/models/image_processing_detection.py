@@ -181,7 +181,7 @@ class _DetectionPreprocessing(DensePreprocessing):
     ) -> BatchFeature:
         sizes = [tuple(image.shape[-2:]) for image in images]
         padded = compute_padded_size(sizes, pad_size, pad_size_divisor) if do_pad else None
-        settings = {
+        settings: dict[str, Any] = {
             "do_rescale": do_rescale,
             "rescale_factor": rescale_factor,
             "do_normalize": do_normalize,

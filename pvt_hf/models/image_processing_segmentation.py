@@ -108,7 +108,7 @@ class _SegmentationPreprocessing(DensePreprocessing):
                 'Process them one by one, or give them the same size with `size={"height": ..., "width": ...}`.'
             )
         maps = None if segmentation_maps is None else _read_label_maps(segmentation_maps, images)
-        settings = {
+        settings: dict[str, Any] = {
             "do_rescale": do_rescale,
             "rescale_factor": rescale_factor,
             "do_normalize": do_normalize,
