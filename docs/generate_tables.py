@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from pvt_hf.benchmark.rows import PRESETS
 from pvt_hf.benchmark.table import (
     HEADER,
     RATES_HEADER,
@@ -177,17 +178,21 @@ def changes_table() -> str:
     return markdown_table(("setting", "what happens"), rows)
 
 
-def describe_machines(results: Sequence[Result]) -> str:
-    """On what the rows were measured, a sentence for each that there is."""
+def describe_machines(results: Sequence[Result], preset: str) -> str:
+    """What printed the rows, and on what, a line for each machine that there is."""
+    names = list(dict.fromkeys(result.row for result in results))
+    words = ["pvt-hf benchmark", *["--preset gpu"] * (preset == "gpu")]
+    words += [] if names == [row.name for row in PRESETS[preset]] else ["--rows", *names]
+    words += ["--cpu_time"] * any(result.clock == "CPU time" for result in results)
     machines = dict.fromkeys(describe_machine(result) for result in results)
-    return "\n".join(f"Measured on {machine}." for machine in machines) + "\n\n"
+    return "\n".join([f"Printed by `{' '.join(words)}`:", "", *(f"- {machine}" for machine in machines), "", ""])
 
 
 def benchmark_table() -> str:
     """What `pvt-hf benchmark` printed last on a CPU."""
     results = read_results(BENCHMARKS / "performance.csv")
     parts = list_parts(results)
-    table = describe_machines(results) + markdown_table(HEADER, list_ratios(results))
+    table = describe_machines(results, "cpu") + markdown_table(HEADER, list_ratios(results))
     if parts:
         table += "\n" + markdown_table(("from image to result", "image processor", "post-processing"), parts)
     return table
@@ -199,15 +204,15 @@ def gpu_benchmark_table() -> str:
     if not file.exists():
         return "No GPU has been measured yet.\n"
     results = read_results(file)
-    return describe_machines(results) + markdown_table(RATES_HEADER, list_rates(results))
+    return describe_machines(results, "gpu") + markdown_table(RATES_HEADER, list_rates(results))
 
 
 TABLES = {
-    "training_needs": training_needs_table,
     "variants": variants_table,
     "paper_results": paper_results_table,
     "overview": overview_table,
     "extras": extras_table,
+    "training_needs": training_needs_table,
     "changes": changes_table,
     "benchmark": benchmark_table,
     "gpu_benchmark": gpu_benchmark_table,

@@ -1,43 +1,46 @@
 """The speed and memory that the README states, measured beside the peers. `pytest -m slow tests/test_speed.py`."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+import torch
 
-from tests.support.small_models import ROOT
+from pvt_hf.benchmark.rows import OTHERS, PRESETS
+from pvt_hf.benchmark.run import Bench
+from pvt_hf.benchmark.timing import Clock
 
-
-def read_rows(variant: str, *arguments: str) -> list[list[str]]:
-    """The cells of the table that the benchmark prints."""
-    command = [sys.executable, "examples/benchmark.py", "--variants", variant, "--device", "cpu", "--repeats", "5"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if variant in line]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+ROWS = {row.name: row for row in (*PRESETS["cpu"], *OTHERS)}
+# How many times as fast as the peer, and how much of its memory at most.
+WANTED = {
+    ("v2", "transformers"): (1.0, 1.0),
+    ("v2", "timm"): (1.0, 1.0),
+    ("v2_training", "transformers"): (1.0, 1.1),
+    ("v2_training", "timm"): (1.0, 1.1),
+    ("v2_backbone", "transformers"): (2.5, 0.7),
+    ("v2_backbone", "timm"): (1.5, 0.7),
+    ("v2_backbone_training", "transformers"): (1.2, 0.7),
+    ("v2_backbone_training", "timm"): (1.2, 0.7),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_against_transformers_and_timm():
-    rows = read_rows("pvt_v2_b2")
-    assert len(rows) == 8
-    for _, task, step, peer, speed, memory, _ in rows:
-        wanted = 1.0
-        if "backbone" in task:
-            wanted = {"transformers": 2.5, "timm": 1.5}[peer] if step == "inference" else 1.2
-            assert float(memory) <= 0.7, (task, step, peer)
-        assert float(speed) >= wanted * 0.95, (task, step, peer)  # a noisy machine's 5 %
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in WANTED))
+def test_against_transformers_and_timm(name):
+    first, *others = Bench(Clock(torch.device("cpu")), rounds=5).run(ROWS[name])
+    assert len(others) >= 2
+    for result in others:
+        if (name, result.entrant) in WANTED:
+            speed, memory = WANTED[name, result.entrant]
+            assert result.speed >= speed * 0.95, result.entrant  # a noisy machine's 5 %
+            assert first.peak_bytes / result.peak_bytes <= memory, result.entrant
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_heads_of_one_stage_take_as_long_for_a_multiply_add():
+@pytest.mark.parametrize("step", ["inference", "training"])
+def test_heads_of_one_stage_take_as_long_for_a_multiply_add(step):
     """As RetinaNet's, but for their group norms, which multiply nothing that is counted."""
-    rows = read_rows("pvt_v2_b0", "--detectors", "retinanet", "atss", "gfl", "--cpu_time")
-    heads = {(name.split()[0], step): float(rate) for _, name, step, *_, rate in rows if "head" in name}
-    assert len(heads) == 6
-    for (name, step), rate in heads.items():
-        assert rate <= 1.1, (name, step)
+    first, *others = Bench(Clock(torch.device("cpu"), cpu_time=True), rounds=5).run(ROWS[f"heads_{step}"])
+    assert len(others) == 2
+    for result in others:
+        own, firsts = (entrant.seconds / entrant.multiply_adds for entrant in (result, first))
+        assert own / firsts <= 1.1, result.entrant

@@ -84,10 +84,12 @@ def make_result_step(
         clock: With the device of the model.
     """
     device = clock.device
+    run: Step
     photo = draw_photo(*(round(side * _SHRINKS) for side in size))
     if library == "torchvision":
         model = _build_of_torchvision(architecture, size).eval().to(device)
-        run = partial(_run_fcn if architecture == "fcn" else _run_detector_of_torchvision, model, photo, size, clock)
+        run_peer: Callable[..., None] = _run_fcn if architecture == "fcn" else _run_detector_of_torchvision
+        run = partial(run_peer, model, photo, size, clock)
     else:
         own = build_own(architecture, build_backbone).eval().to(device)
         run = partial(_run_own, own, architecture, photo, size, clock)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Entrant(NamedTuple):
@@ -71,7 +71,7 @@ class Row:
         return ", ".join(words)
 
 
-def _with(libraries: str, **settings: str) -> tuple[Entrant, ...]:
+def _with(libraries: str, **settings: Any) -> tuple[Entrant, ...]:
     return tuple(Entrant(library, **settings) for library in libraries.split())
 
 
@@ -92,8 +92,8 @@ def _list_cpu_rows() -> Iterator[Row]:
     yield Row("v1_backbone", "inference", v1_backbone, "pvt_small", 1, _DENSE)
     yield Row("v1_backbone_training", "training", v1_backbone, "pvt_small", 1, _DENSE)
     for model, peer in (("retinanet",) * 2, ("mask_rcnn",) * 2, ("semantic_fpn", "fcn")):
-        entrants = Entrant("pvt_hf", model), Entrant("torchvision", peer)
-        yield Row(model, "inference", entrants, "pvt_small", 1, _DENSE)
+        two = Entrant("pvt_hf", model), Entrant("torchvision", peer)
+        yield Row(model, "inference", two, "pvt_small", 1, _DENSE)
     images = "pvt_hf torchvision transformers"
     for model, size in (("classification", (375, 500)), ("detection", (480, 640)), ("segmentation", (512, 683))):
         entrants = _with(images, model=f"{model} images")

@@ -115,7 +115,8 @@ class Bench:
         if model in ("classification", "backbone") or model.endswith((" network", " head")):
             with device:  # where random weights are drawn sooner
                 network = self._build(row, entrant)
-            return Contestant(entrant, *make_step(network, entrant, row, pixels))
+            has_peak = entrant.compiler != "reduce-overhead"  # the memory of a recording is held from then on
+            return Contestant(entrant, *make_step(network, entrant, row, pixels), has_peak=has_peak)
         build_backbone = partial(self.build_config, row.variant)
         step, forward = make_result_step(entrant.library, model, build_backbone, size, self.clock)
         return Contestant(entrant, step, forward)

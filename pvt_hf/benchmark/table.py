@@ -184,7 +184,7 @@ def list_ratios(results: Sequence[Result]) -> list[tuple[str, ...]]:
         results: Row by row, the first entrant first.
     """
     firsts: dict[str, Result] = {}
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for result in results:
         first = firsts.setdefault(result.row, result)
         if result is not first:

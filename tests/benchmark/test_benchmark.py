@@ -21,6 +21,7 @@ from pvt_hf.commands import benchmark
 from tests.support.small_models import small_config
 
 CPU = torch.device("cpu")
+FROM_IMAGE_TO_RESULT = {"retinanet", "mask_rcnn", "semantic_fpn"}
 VERSIONS = {"pvt_small": "v1", "pvt_v2_b2_li": "v2_linear"}
 
 
@@ -49,23 +50,25 @@ def test_rows_have_their_names_alone_in_a_preset():
         choose_rows("cpu", ["v1", "v3"])
 
 
-# Of each kind of work one row, in every setting that there is.
+# All rows, of which these take little time on small models.
+CHEAP = {"v1_backbone_training", "batch_1", "semantic_fpn"}
+ROWS = {f"{preset}-{row.name}": row for preset, rows in (PRESETS | {"others": OTHERS}).items() for row in rows}
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["v1_backbone_training", "gpu_training", "gpu_settings", "gpu_reduce_overhead", "semantic_fpn", "heads_training"],
+    "row", [pytest.param(row, id=key, marks=() if row.name in CHEAP else pytest.mark.slow) for key, row in ROWS.items()]
 )
-def test_rows_run(bench, name):
-    rows = {row.name: row for row in (*PRESETS["cpu"], *PRESETS["gpu"], *OTHERS)}
-    row = shrink(rows[name])
+def test_rows_run(bench, row):
+    row = row if row.step == "image processing" else shrink(row)
     results = bench.run(row)
     assert [result.entrant.split()[0] for result in results] == [entrant.library for entrant in row.entrants]
     assert all(0 < result.seconds_min <= result.seconds <= result.seconds_max for result in results)
     assert results[0].speed_min == results[0].speed == results[0].speed_max == 1
-    for result in results:
+    for result in results if row.step != "image processing" else ():
         assert result.multiply_adds > 0 and result.moved_bytes > 0 and result.machine_flops > 0
         assert result.floor > 0 and result.utilization == result.flops / result.machine_flops
         assert result.flops == 2 * (3 if row.step == "training" else 1) * result.multiply_adds / result.seconds
-    assert math.isnan(results[0].post_processing) == (name != "semantic_fpn")
+    assert math.isnan(results[0].post_processing) == (row.entrants[0].model not in FROM_IMAGE_TO_RESULT)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v2_linear"])
@@ -130,7 +133,7 @@ def test_peers_prepare_the_same_image(name, size):
         other = other.reshape(-1, *other.shape[-3:])
         height, width = min(own.shape[2], other.shape[2]), min(own.shape[3], other.shape[3])  # ours is padded
         difference = (own[..., :height, :width] - other[..., :height, :width]).abs() * 0.225 * 255
-        assert difference.mean() < 2.5
+        assert difference.mean() < 4  # of pixels beside one another it is 13
     # (transformers rounds the longer side down.)
     assert (height, width) == {"classification": (224, 224), "detection": (800, 1066)}[name]
 
@@ -197,21 +200,23 @@ def test_command_writes_row_by_row_and_names_what_failed(bench, monkeypatch, tmp
     assert "aten::addmm" in capsys.readouterr().out
 
 
-def test_gpu_table_is_of_shares(bench, monkeypatch, tmp_path, capsys):
-    results = bench.run(ROW)
-    monkeypatch.setattr(benchmark, "RATES_HEADER", benchmark.RATES_HEADER)
-    cells = benchmark.list_rates(results)
-    assert len(cells) == 2 and len(cells[0]) == len(benchmark.RATES_HEADER)
-    assert cells[0][4].endswith(" %") and cells[0][5].endswith(" %")
+def test_gpu_table_is_of_shares():
+    fields = {"multiply_adds": 1e12, "machine_flops": 1e13, "moved_bytes": 1e9, "machine_bytes": 1e10}
+    result = make_result("gpu", "pvt_hf", 0.5, batch=128, step="training", peak_bytes=2.0**30, **fields)
+    (cells,) = benchmark.list_rates([result])
+    assert len(cells) == len(benchmark.RATES_HEADER)
+    assert cells[2:] == ("256", "12", "120 %", "60 %", "1024 MiB")
 
 
-def test_wrong_options_end_before_any_work(tmp_path):
+def test_wrong_options_end_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "_measure", lambda *args: pytest.fail("there is work"))
+    (tmp_path / "file").write_text("")
     for arguments, message in (
         (["--rows", "v3"], "--rows must be some of"),
         (["--rounds", "0"], "--rounds must be a number above 0"),
         (["--minutes", "nan"], "--minutes must be a number above 0"),
         (["--device", "gpu"], "--device must be cpu or cuda, got 'gpu'"),
-        (["--rows", "v2", "--output_dir", "/proc/nothing"], "--output_dir /proc/nothing"),
+        (["--output_dir", str(tmp_path / "file" / "out")], "--output_dir .*: Not a directory"),
         (["--plot", str(tmp_path / "none.csv")], "none.csv"),
     ):
         with pytest.raises(SystemExit, match=message):
