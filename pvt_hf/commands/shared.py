@@ -1,5 +1,6 @@
 """What several commands do alike: the variant of a checkpoint, a backbone's weights, the bundled scenes, the end."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,7 +128,8 @@ def exit_on_bad_run() -> Iterator[None]:
     line; and so does a job that has lost one of its processes. Any other error is not the user's, and has a
     traceback."""
     try:
-        with EndSignals(*SIGNALS):
+        # One of several processes would leave the others alone: before training a signal is noted, for the first step.
+        with EndSignals(*SIGNALS, postpone=int(os.environ.get("WORLD_SIZE", 1)) > 1):
             yield
     except (KeyboardInterrupt, Ended) as reason:
         print_error("interrupted; the same command with --resume_from_checkpoint true continues")

@@ -51,7 +51,9 @@ class EndSignals:
             return self
         for number in self.numbers:
             handler = signal.getsignal(number)
-            is_ours = isinstance(getattr(handler, "__self__", None), EndSignals)
+            outer = getattr(handler, "__self__", None)
+            if is_ours := isinstance(outer, EndSignals):
+                self.received, self._time = outer.received, outer._time  # what it noted is still to be done
             if is_ours or handler in (signal.SIG_DFL, signal.SIG_IGN):
                 self._former[number] = signal.signal(number, self._receive)
         return self

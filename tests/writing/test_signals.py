@@ -48,6 +48,13 @@ def test_what_is_inside_has_the_signal():
         signal.raise_signal(signal.SIGTERM)
 
 
+def test_what_was_noted_before_is_not_forgotten_inside():
+    with EndSignals(*ASKED, postpone=True):
+        signal.raise_signal(signal.SIGUSR1)
+        with EndSignals(*ASKED, postpone=True) as inner:
+            assert inner.received == signal.SIGUSR1
+
+
 @pytest.mark.parametrize("postpone", [True, False])
 def test_another_signal_kills(postpone, monkeypatch):
     monkeypatch.setattr(signals, "_ONE_SIGNAL", 0.01)
