@@ -43,7 +43,7 @@ def test_other_steps_are_another_run_unless_they_are_allowed():
 
 
 @pytest.mark.parametrize("wrong", [None, 0, True, "4", [4]])
-@pytest.mark.parametrize("name", [*LAYOUT.keys() - {"seed"}, STEPS_PER_EPOCH, GROUP_SIZE])
+@pytest.mark.parametrize("name", [*sorted(LAYOUT.keys() - {"seed"}), STEPS_PER_EPOCH, GROUP_SIZE])
 def test_layouts_that_are_none_are_another_run(name, wrong):
     assert "must be at least 1" in compare_layouts(SAVED | {name: wrong}, LAYOUT | {GROUP_SIZE: 4}, False, True)[0]
 
