@@ -296,9 +296,9 @@ class ResumableTrainer(DistributedTrainer):
                 raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")
             saved, now = read_run(resume_from_checkpoint), self._layout()
             check_states(resume_from_checkpoint)
-            is_known = isinstance(self.train_dataset, ShardedStream)
+            is_sharded = isinstance(self.train_dataset, ShardedStream)  # it says itself what it can go on with
             changed = compare_layouts(
-                saved["layout"], now, self._is_stream() and not is_known, None if is_known else allow_batch_change
+                saved["layout"], now, self._is_stream() and not is_sharded, None if is_sharded else allow_batch_change
             )
             refused, said = find_changes(saved["run"], self.run)
             if changed := [*changed, *refused]:
