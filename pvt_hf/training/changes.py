@@ -25,7 +25,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "learning_rate",
     ),
     "The schedule goes on as that of a run of this length, which must not be over before the step that is resumed from."
-    " A run that has ended trains on.": ("num_train_epochs", "max_steps", "recipe.steps"),
+    " A run that has reached its end trains on.": ("num_train_epochs", "max_steps", "recipe.steps"),
     "The next step has it.": ("weight_decay", "max_grad_norm"),
     "It holds from the next step on. An evaluation that it makes due at the step that is resumed from comes first.": (
         *("logging_*", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_*"),
