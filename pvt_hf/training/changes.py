@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.fingerprint import fingerprint
 from ..writing.text import escape_control
-from .machines import check_same_run
+from .machines import check_same_run, is_first_of_machine
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -81,7 +81,7 @@ def describe_run(trainer: VisionTrainer) -> dict[str, Any]:
     Raises:
         SettingError: If it is not the same on all machines.
     """
-    return check_same_run(_describe(trainer) if trainer.is_local_process_zero() else {})
+    return check_same_run(_describe(trainer) if is_first_of_machine() else {})
 
 
 def _describe(trainer: VisionTrainer) -> dict[str, Any]:

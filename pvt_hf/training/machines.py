@@ -44,7 +44,7 @@ def is_first_of_machine() -> bool:
         return True
     from accelerate import PartialState
 
-    return PartialState().local_process_index == 0
+    return PartialState().local_process_index <= 0  # -1: no launcher has said it, and each looks for itself
 
 
 def ask_machines(look: Callable[[], Any]) -> list[Answer]:

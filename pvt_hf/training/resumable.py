@@ -264,6 +264,7 @@ class ResumableTrainer(DistributedTrainer):
         """As in `Trainer`. The last checkpoint stays beside the best one: a run that has ended is finished again from
         it."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._find_best()  # which a machine may not have seen when it was written, and all of them are to load
         try:
             return super()._finalize_training(*args, **kwargs)
         finally:

@@ -277,7 +277,7 @@ def test_only_the_first_process_of_a_machine_looks_at_the_data(tmp_path, monkeyp
     """For the fingerprint: it stats each file, and every shard of a stream."""
     trainer = build(tmp_path)
     monkeypatch.setattr("pvt_hf.training.changes.fingerprint", lambda data: pytest.fail("looks at the data"))
-    monkeypatch.setattr(trainer, "is_local_process_zero", lambda: False)
+    monkeypatch.setattr("pvt_hf.training.changes.is_first_of_machine", lambda: False)
     assert trainer.describe_run() == {}
 
 
