@@ -37,10 +37,10 @@ def scale_sides(height: int, width: int, factor: float) -> tuple[int, int]:
 def _find_taps(source: int, target: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """For every target pixel of an axis the left one of its two source pixels, which may lie outside the image, and
     the weight of the right one: int64 and float32, `(target,)`."""
-    centres = (torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5
+    centres = (torch.arange(target, dtype=torch.float64, device=device) + 0.5) * (source / target) - 0.5
     centres = centres.float()
     left = centres.floor()
-    return left.long().to(device), (centres - left).to(device)
+    return left.long(), centres - left
 
 
 def resize_bilinear(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -147,7 +147,7 @@ def resize_nearest(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         size: `(height, width)` in pixels.
     """
     rows, columns = (
-        (torch.arange(target, dtype=torch.float64) * (1 / (target / source))).long().to(image.device)
+        (torch.arange(target, dtype=torch.float64, device=image.device) * (1 / (target / source))).long()
         for source, target in zip(image.shape[-2:], size, strict=True)
     )
     return image[..., rows.clamp(max=image.shape[-2] - 1), :][..., columns.clamp(max=image.shape[-1] - 1)]

@@ -358,6 +358,21 @@ def test_what_mmdetection_does_not_train_on_is_skipped(processor_class, caplog):
 
 
 @BACKENDS
+def test_images_are_prepared_on_a_device(processor_class):
+    """As transformers' fast processors do, with nothing that is asked of it on the way: this one has no values."""
+    annotations = {"image_id": 1, "annotations": [annotation([4, 5, 20, 30])]}
+    image = np.zeros((50, 70, 3), dtype=np.uint8)
+    on_device = processor_class()(image, annotations=annotations, return_tensors="pt", device="meta")
+    on_cpu = processor_class()(image, annotations=annotations, return_tensors="pt")
+    for ours, expected in ((on_device, on_cpu), (on_device["labels"][0], on_cpu["labels"][0])):
+        tensors = {name: value for name, value in ours.items() if name != "labels"}
+        assert {value.device.type for value in tensors.values()} == {"meta"}
+        assert {name: value.shape for name, value in tensors.items()} == {
+            name: expected[name].shape for name in tensors
+        }
+
+
+@BACKENDS
 def test_images_without_objects_have_empty_labels(processor_class):
     target = {"image_id": 1, "annotations": []}
     arguments = {"annotations": [target] * 2, "return_segmentation_masks": True, "return_tensors": "pt"}
