@@ -181,9 +181,11 @@ def _check_found(source: str, paths: Sequence[str], videos: bool) -> None:
         raise ImageError(f"{named} is a video: images are needed.")
     if paths:
         return
-    others = map(str, Path(source).rglob("*")) if os.path.isdir(source) else glob.glob(source, recursive=True)
-    passed = min(filter(_is_video, others), default=None) if videos else None
-    hint = "" if passed is None else f". Videos have to be named, as {passed} or as '{Path(passed).parent}/*.mp4'"
+    hint = ""
+    if videos:
+        others = Path(source).rglob("*") if os.path.isdir(source) else map(Path, glob.glob(source, recursive=True))
+        for video in map(Path, _select(others, VIDEO_ENDINGS)[:1]):
+            hint = f". Videos have to be named, as {video} or as '{video.parent}/*{video.suffix}'"
     raise ImageError(f"There are no images in {source}: their names end with {_ENDINGS}{hint}")
 
 

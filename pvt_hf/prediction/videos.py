@@ -97,7 +97,7 @@ def read_frames(path: str, interval: int = 1) -> Iterator[tuple[Frame, Image.Ima
             start = time if start is None else start
             frame = Frame(index, float(index / rate) if time is None else round(time - (start or 0), 6), rate)
             if isinstance(found, Exception) or found.is_corrupt:
-                reason = found if isinstance(found, Exception) else "parts of it are missing"
+                reason = _explain(found) if isinstance(found, Exception) else "parts of it are missing"
                 yield frame, ImageError(f"{path}, {frame} cannot be decoded: {reason}.")
             elif index % interval == 0:
                 yield frame, _turn(found)
@@ -112,7 +112,12 @@ def _open(path: str) -> Iterator[tuple[Any, Any]]:
         with av.open(check_source(path), options={"format_whitelist": _FORMATS}) as container:
             yield container, _find_stream(container, path)
     except (OSError, av.error.FFmpegError) as error:
-        raise ImageError(f"{path} cannot be read: {type(error).__name__}: {error}.") from error
+        raise ImageError(f"{path} cannot be read: {_explain(error)}.") from error
+
+
+def _explain(error: Exception) -> str:
+    """What PyAV or the system says, without the number and the path."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _find_stream(container: Any, path: str) -> Any:
@@ -175,25 +180,27 @@ def write_video(path: Path, rate: Fraction) -> Iterator[AddPicture]:
         A function that adds a picture at its number, in their order. All of them get the size of the first.
     """
     import av
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     codec = next(name for name in _CODECS if name in av.codecs_available)
     step = (1 / rate).limit_denominator(65535)  # seconds; MPEG-4 has no finer ones
-    size = None
-    with (
-        atomic_file(path) as partial,
-        av.open(str(partial), "w", "mp4", options={"movflags": "faststart"}) as container,
-    ):
+    options, size = {"movflags": "faststart"}, None  # for players that read from the beginning
+    with atomic_file(path) as partial, av.open(str(partial), "w", "mp4", options=options) as container:
         stream = container.add_stream(codec, rate=1 / step)
+        stream.pix_fmt = "yuv420p"  # which every player knows
+        # Where a file does not say how its colours are meant, players guess.
+        encoder = stream.codec_context
+        encoder.colorspace, encoder.color_range = Colorspace.ITU709, ColorRange.MPEG
+        encoder.color_primaries, encoder.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
 
         def add(picture: Image.Image, number: int) -> None:
             nonlocal size
             if size is None:
                 size = picture.size
-                # Both codecs halve the colours' sides.
-                stream.width, stream.height = (side + side % 2 for side in size)
-                stream.pix_fmt = "yuv420p"
+                stream.width, stream.height = (side + side % 2 for side in size)  # of yuv420p they are even
             fitting = picture if picture.size == size else ImageOps.pad(picture, size)
             frame = av.VideoFrame.from_image(fitting.crop((0, 0, stream.width, stream.height)))
+            frame = frame.reformat(format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709)
             frame.pts, frame.time_base = number, step
             container.mux(stream.encode(frame))
 
