@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import pytest
 import torch
@@ -104,6 +105,31 @@ def test_rounds_interleave_after_a_warm_up():
     assert [len(kept.seconds) for kept in times] == [3, 3]
     parts = measure([lambda: {"half": 0.5}], 2, clock)[0].parts
     assert parts == {"half": [0.5, 0.5]}
+
+
+def test_threads_of_a_runtime_rest_between_turns(tmp_path):
+    """Those of onnxruntime would else wait in a loop for what comes next."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    side = [256, 256]
+    maps = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, side) for name in ("pixel_values", "y")]
+    product = onnx.helper.make_node("MatMul", ["pixel_values", "pixel_values"], ["y"])
+    graph = onnx.helper.make_graph([product], "product", maps[:1], maps[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+    step = networks.run_onnxruntime(tmp_path / "model.onnx", torch.ones(side), threads=4)
+    for _ in range(10):
+        step()
+    before = time.process_time()
+    time.sleep(0.1)
+    assert time.process_time() - before < 0.02
+
+
+def test_there_is_a_pause_before_each_turn(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    measure([lambda: None] * 2, 3, Clock(CPU, least_seconds=0), warmups=1)
+    assert len(pauses) == 6 and min(pauses) > 0.01
 
 
 def test_peak_is_of_the_step_alone():
