@@ -16,7 +16,7 @@ from pvt_hf.benchmark.networks import build_network
 from pvt_hf.benchmark.plots import draw_plots
 from pvt_hf.benchmark.rows import OTHERS, PRESETS, Entrant, Row, choose_rows
 from pvt_hf.benchmark.run import Bench
-from pvt_hf.benchmark.table import list_ratios, merge_results, read_results, write_results
+from pvt_hf.benchmark.table import PARTS_HEADER, list_parts, list_ratios, merge_results, read_results, write_results
 from pvt_hf.benchmark.timing import Clock, measure, measure_peak
 from pvt_hf.commands import benchmark
 from tests.support.small_models import small_config
@@ -69,7 +69,13 @@ def test_rows_run(bench, row):
         assert result.multiply_adds > 0 and result.moved_bytes > 0 and result.machine_flops > 0
         assert result.floor > 0 and result.utilization == result.flops / result.machine_flops
         assert result.flops == 2 * (3 if row.step == "training" else 1) * result.multiply_adds / result.seconds
-    assert math.isnan(results[0].post_processing) == (row.entrants[0].model not in FROM_IMAGE_TO_RESULT)
+    own = results[0]
+    shares = own.image_processor, own.backbone, own.neck, own.head, own.post_processing
+    if row.entrants[0].model in FROM_IMAGE_TO_RESULT:
+        assert min(shares) > 0 and sum(shares) == pytest.approx(1, abs=0.1)
+        assert len(list_parts(results)) == 1 and len(list_parts(results)[0]) == len(PARTS_HEADER)
+    else:
+        assert all(map(math.isnan, shares)) and not list_parts(results)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v2_linear"])
@@ -183,6 +189,18 @@ def test_csv_keeps_what_was_measured(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=r"benchmark\.csv is no CSV of `pvt-hf benchmark`"):
             read_results(file)
+
+
+def test_csv_of_before_has_no_parts_of_the_network(tmp_path):
+    file = tmp_path / "benchmark.csv"
+    write_results([make_result("retinanet", "pvt_hf", 0.5, post_processing=0.25)], file)
+    header, values = (line.split(",") for line in file.read_text().splitlines())
+    kept = [place for place, name in enumerate(header) if name not in ("backbone", "neck", "head")]
+    assert len(kept) == len(header) - 3
+    file.write_text("\n".join(",".join(line[place] for place in kept) for line in (header, values)))
+    (result,) = read_results(file)
+    assert math.isnan(result.neck) and result.post_processing == 0.25
+    assert list_parts([result]) == [("x", "100.0 %", "", "", "", "25.0 %")]
 
 
 def test_table_says_ratios_by_step_and_by_multiply_add():
