@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import signature
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,36 +73,32 @@ def cast_once(hidden_states: torch.Tensor) -> torch.Tensor:
 
 def cast_together(
     hidden_states: torch.Tensor, groups: Sequence[Sequence[nn.Module]]
-) -> list[tuple[torch.Tensor, torch.Tensor | None]] | None:
+) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
     """The weight and bias for the product that each group of linear layers is, in autocast's type, or `None` where the
     layers have to be called: adapters, quantised layers, hooks, and outside of autocast.
 
     Autocast would copy each weight and bias apart, and a GPU with few images waits for each of these to be started.
 
     Args:
-        hidden_states: What the layers read, or something of its type and device.
+        hidden_states: What the layers read, or something on its device.
         groups: Layers that read the same, all with as many outputs as inputs.
     """
     if runs_transformed(hidden_states) or (dtype := find_autocast_dtype(hidden_states)) is None:
         return None
-    layers = [layer for group in groups for layer in group]
-    if not all(type(layer) is nn.Linear and is_unwatched(layer) for layer in layers):
-        return None
-    tensors = [tensor for layer in layers for tensor in layer._parameters.values() if tensor is not None]
-    weights, biases = ([tensor for tensor in tensors if tensor.ndim == ndim] for ndim in (2, 1))
-    if len(weights) != len(layers) or len(biases) not in (0, len(layers)):
-        return None
-    kinds = {(type(tensor), tensor.dtype, tensor.shape[-1]) for tensor in tensors}
-    channels, weight_dtype = len(weights[0]), weights[0].dtype
-    if kinds != {(nn.Parameter, weight_dtype, channels)} or weight_dtype in (dtype, torch.float64):
-        return None
-    numbers = torch.cat([tensor.flatten() for tensor in (*weights, *biases)]).to(dtype)
-    sizes = [len(group) * channels**ndim for ndim in (2, 1)[: 1 + bool(biases)] for group in groups]
-    parts = numbers.split(sizes)
-    biases_of_groups = parts[len(groups) :] or [None] * len(groups)
-    return [
-        (weight.view(-1, channels), bias) for weight, bias in zip(parts[: len(groups)], biases_of_groups, strict=True)
-    ]
+    weights, biases = [], []
+    for layer in chain.from_iterable(groups):
+        if type(layer) is not nn.Linear or not is_unwatched(layer):
+            return None
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if type(weight) is not nn.Parameter or type(bias) is not nn.Parameter or weight.dtype in (dtype, torch.float64):
+            return None
+        weights.append(weight.view(-1))
+        biases.append(bias)
+    numbers = torch.cat(weights + biases).to(dtype)
+    channels = bias.shape[0]
+    sizes = [len(group) * channels for group in groups]
+    parts = numbers.split_with_sizes([size * channels for size in sizes] + sizes)
+    return [(weight.view(-1, channels), bias) for weight, bias in zip(parts, parts[len(groups) :], strict=False)]
 
 
 def place_numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
