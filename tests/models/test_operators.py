@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pvt_hf.models.layers import cast_together
 from tests.support.small_models import SMALL_V2, build_classifier, randomize
+from tests.support.waits import OnDevice
 
 VIEWS = {
     "_unsafe_view",
@@ -109,3 +111,34 @@ def test_weights_that_autocast_leaves_alone_are_not_copied(change):
     with torch.no_grad(), Count() as count, torch.autocast("cpu", torch.bfloat16):
         block.attention(torch.randn(2, 64, CHANNELS[0], dtype=block.attention.key.weight.dtype), *SIZE)
     assert not count.found["cat"]
+
+
+class Adapted(nn.Linear):
+    """Another class of layers: an adapter, or a quantised one."""
+
+
+def offload(layer: nn.Module) -> None:
+    layer.forward = layer.forward
+
+
+CHANGES = [
+    lambda layer: layer.register_forward_hook(print),
+    lambda layer: layer.register_forward_pre_hook(print),
+    lambda layer: layer.register_full_backward_hook(print),
+    lambda layer: layer.register_full_backward_pre_hook(print),
+    lambda layer: setattr(layer, "__class__", Adapted),
+    lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().as_subclass(OnDevice))),
+    offload,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_layers_that_are_not_as_they_were_built_are_called(change):
+    states = torch.ones(1, 1, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        for changed in range(3):
+            layers = [nn.Linear(4, 4) for _ in range(3)]
+            groups = [layers[:1], layers[1:]]
+            assert [weight.shape for weight, _ in cast_together(states, groups)] == [(4, 4), (8, 4)]
+            change(layers[changed])
+            assert cast_together(states, groups) is None
