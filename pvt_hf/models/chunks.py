@@ -1,4 +1,4 @@
-"""How a CPU computes the MLPs of PVT v1 and v2: in chunks whose hidden states fit its cache, in compiled code too."""
+"""How a CPU computes the second half of a block of PVT v1 and v2: in chunks whose hidden states fit its cache."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -298,7 +298,7 @@ def _compute_nothing(hidden_states, *_):
 
 
 # By the layers with parameters of norm and MLP: what computes them, eager and compiled.
-_BRANCHES = {
+_BRANCHES: dict[tuple[type[nn.Module], ...], tuple[Callable[..., torch.Tensor], ...]] = {
     (nn.LayerNorm, nn.Linear, nn.Linear): (_add_mlp, _add_mlp_as_operator),
     (nn.LayerNorm, nn.Linear, nn.Conv2d, nn.Linear): (_add_conv_mlp, _add_conv_mlp_as_operator),
 }
