@@ -22,7 +22,7 @@ EXTRAS = (
     "sklearn",
     "timm",
 )
-EXTRAS += ("gradio", "mkdocs", "onnx", "onnxruntime", "onnxscript", "openvino")
+EXTRAS += ("av", "gradio", "mkdocs", "onnx", "onnxruntime", "onnxscript", "openvino")
 # They may be installed here, so the process is told that they are not.
 WITHOUT = f"""
 import importlib.util, sys

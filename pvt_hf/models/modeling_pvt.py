@@ -17,11 +17,13 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .chunks import chunk_tokens
+from .chunks import chunk_tokens, compute_in_chunks
 from .configuration_pvt import PvtConfig
 from .layers import (
+    Dropout,
     DropPath,
     SpatialReductionAttention,
+    cast_once,
     drop_path_rates,
     is_traced,
     make_traceable,
@@ -67,7 +69,7 @@ class PvtPatchEmbeddings(nn.Module):
             stride=config.strides[stage],
         )
         self.layer_norm = nn.LayerNorm(hidden_size, eps=config.patch_layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def interpolate_position_embeddings(self, height: int, width: int) -> torch.Tensor:
         """(1, height * width, channels): the stored embeddings of the patches, bilinear wherever the grid differs."""
@@ -110,7 +112,7 @@ class PvtEfficientSelfAttention(SpatialReductionAttention):
         self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
-        reduced_states = hidden_states
+        reduced_states = hidden_states = cast_once(hidden_states)
         if self.ratio > 1:
             reduced_states = self.sequence_reduction(tokens_to_map(hidden_states, height, width))
             reduced_states = self.layer_norm(map_to_tokens(reduced_states))
@@ -123,7 +125,7 @@ class PvtSelfOutput(nn.Module):
     def __init__(self, config: PvtConfig, hidden_size: int):
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.dense(hidden_states))
@@ -147,7 +149,7 @@ class PvtAttention(nn.Module):
 class PvtFFN(nn.Module):
     """The MLP."""
 
-    chunk_bytes = 2 * 2**20
+    chunk_bytes = 4 * 2**20
 
     def __init__(self, config: PvtConfig, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -155,7 +157,7 @@ class PvtFFN(nn.Module):
         self.dense1 = nn.Linear(hidden_size, intermediate_size)
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
         self.dense2 = nn.Linear(intermediate_size, hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     @chunk_tokens
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -182,9 +184,13 @@ class PvtLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         attended, attention = self.attention(self.layer_norm_1(hidden_states), height, width, output_attentions)
+        return self.add_branches(hidden_states, attended), attention
+
+    @compute_in_chunks
+    def add_branches(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The block's input and what its attention gives, both (batch, tokens, channels) -> its result."""
         hidden_states = hidden_states + self.drop_path(attended)
-        hidden_states = hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states)))
-        return hidden_states, attention
+        return hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states)))
 
 
 class PvtEncoder(nn.Module):

@@ -16,12 +16,14 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .chunks import chunk_rows
+from .chunks import chunk_rows, compute_in_chunks
 from .configuration_pvt_v2 import PvtV2Config
 from .layers import (
     AdaptiveAvgPool2d,
+    Dropout,
     DropPath,
     SpatialReductionAttention,
+    cast_once,
     drop_path_rates,
     make_traceable,
     map_to_tokens,
@@ -78,7 +80,7 @@ class PvtV2SelfAttention(SpatialReductionAttention):
         if self.linear or ratio > 1:
             self.layer_norm = nn.LayerNorm(hidden_size, eps=config.patch_layer_norm_eps)
         self.proj = nn.Linear(hidden_size, hidden_size)
-        self.proj_drop = nn.Dropout(config.hidden_dropout_prob)
+        self.proj_drop = Dropout(config.hidden_dropout_prob)
 
     def reduce(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """(batch, height * width, channels) -> (batch, reduced keys, channels)"""
@@ -94,6 +96,8 @@ class PvtV2SelfAttention(SpatialReductionAttention):
         self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
+        if not self.linear:  # or else the pooling would read what is cast
+            hidden_states = cast_once(hidden_states)
         reduced_states = self.reduce(hidden_states, height, width)
         hidden_states, attention = self.attend(hidden_states, reduced_states, output_attentions)
         return self.proj_drop(self.proj(hidden_states)), attention
@@ -106,11 +110,12 @@ class PvtV2DepthWiseConv(nn.Module):
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
 
-    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice = slice(None)) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice | None = None) -> torch.Tensor:
         """(batch, height * width, channels) -> those rows of the map as tokens, by default all."""
         feature_map = self.dwconv(tokens_to_map(hidden_states, height, width))
         # (Rows of the map as such would have their gradient in PyTorch's default layout, and the convolution copy it.)
-        return feature_map.permute(0, 2, 3, 1)[:, rows].flatten(1, 2)
+        tokens = feature_map.permute(0, 2, 3, 1)  # (batch, height, width, channels)
+        return (tokens if rows is None else tokens[:, rows]).flatten(1, 2)
 
 
 class PvtV2ConvFeedForwardNetwork(nn.Module):
@@ -132,10 +137,10 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
         self.dwconv = PvtV2DepthWiseConv(intermediate_size)
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
         self.dense2 = nn.Linear(intermediate_size, hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     @chunk_rows
-    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice = slice(None)) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice | None = None) -> torch.Tensor:
         """(batch, height * width, channels) -> the same of those rows, by default of all."""
         hidden_states = self.relu(self.dense1(hidden_states))
         hidden_states = self.dwconv(hidden_states, height, width, rows)
@@ -162,9 +167,15 @@ class PvtV2BlockLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         attended, attention = self.attention(self.layer_norm_1(hidden_states), height, width, output_attentions)
+        return self.add_branches(hidden_states, attended, height, width), attention
+
+    @compute_in_chunks
+    def add_branches(
+        self, hidden_states: torch.Tensor, attended: torch.Tensor, height: int, width: int
+    ) -> torch.Tensor:
+        """The block's input and what its attention gives, both (batch, tokens, channels) -> its result."""
         hidden_states = hidden_states + self.drop_path(attended)
-        hidden_states = hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states), height, width))
-        return hidden_states, attention
+        return hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states), height, width))
 
 
 class PvtV2EncoderLayer(nn.Module):

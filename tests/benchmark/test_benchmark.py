@@ -80,7 +80,7 @@ def test_rows_run(bench, row):
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v2_linear"])
 def test_peers_are_the_same_network(version):
-    """As many parameters and multiply-adds (PVT v2's chunks compute a few rows twice)."""
+    """As many parameters and multiply-adds (but for the rows around PVT v2's chunks)."""
     config, pixels = small_config(version), torch.zeros(1, 3, 64, 64)
     own = build_network("pvt_hf", "classification", config).eval()
     for library in ("transformers", "timm"):
@@ -98,6 +98,8 @@ def test_work_is_counted():
     """Of a product, a convolution and attention: each operand is read once, each result written once."""
     linear, convolution = nn.Linear(3, 5), nn.Conv2d(4, 4, 3, groups=4, bias=False)
     assert count_work(lambda: linear(torch.zeros(2, 3))) == (30, 4 * (6 + 15 + 5 + 10))
+    operands = linear.bias, torch.zeros(2, 3), linear.weight.t()
+    assert count_work(lambda: torch.addmm(*operands, out=torch.zeros(2, 5))) == (30, 4 * (6 + 15 + 5 + 10))
     assert count_work(lambda: convolution(torch.zeros(1, 4, 5, 5))) == (4 * 9 * 9, 4 * (100 + 36 + 36))
     query, key = torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 10, 8)
     attention = count_work(lambda: nn.functional.scaled_dot_product_attention(query, key, key))
