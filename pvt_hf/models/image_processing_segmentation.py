@@ -193,7 +193,7 @@ def _segment(logits: torch.Tensor, stride: int, size: tuple[int, int]) -> torch.
     classes = _find_possible_classes(logits)
     is_channels_last = logits.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if is_channels_last else torch.contiguous_format
-    logits = logits[:, classes].float().contiguous(memory_format=layout)  # (1, possible classes, height, width)
+    logits = _take_classes(logits, classes).float().contiguous(memory_format=layout)  # (1, possible, height, width)
     chunk = max(1, _CHUNK // max(map(math.prod, sizes)) // _LANES) * _LANES
     maps: dict[tuple[int, ...], torch.Tensor] = {}
     best, labels, first = None, None, 0
@@ -208,6 +208,14 @@ def _segment(logits: torch.Tensor, stride: int, size: tuple[int, int]) -> torch.
             best = torch.maximum(values, best)
         first += scores.shape[1]
     return classes[labels]
+
+
+def _take_classes(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Some classes of `(1, classes, height, width)`, in its layout."""
+    if logits.is_contiguous():
+        return logits.index_select(1, classes)
+    rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (height * width, classes), of which a CPU takes columns soonest
+    return rows.index_select(1, classes).reshape(1, *logits.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def _resize_into(
