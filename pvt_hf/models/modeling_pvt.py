@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .chunks import chunk_tokens
+from .chunks import chunk_tokens, compute_in_chunks
 from .configuration_pvt import PvtConfig
 from .layers import (
     Dropout,
@@ -149,7 +149,7 @@ class PvtAttention(nn.Module):
 class PvtFFN(nn.Module):
     """The MLP."""
 
-    chunk_bytes = 2 * 2**20
+    chunk_bytes = 4 * 2**20
 
     def __init__(self, config: PvtConfig, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -184,9 +184,13 @@ class PvtLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         attended, attention = self.attention(self.layer_norm_1(hidden_states), height, width, output_attentions)
+        return self.add_branches(hidden_states, attended), attention
+
+    @compute_in_chunks
+    def add_branches(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The block's input and what its attention gives, both (batch, tokens, channels) -> its result."""
         hidden_states = hidden_states + self.drop_path(attended)
-        hidden_states = hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states)))
-        return hidden_states, attention
+        return hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states)))
 
 
 class PvtEncoder(nn.Module):
