@@ -33,7 +33,7 @@ BLOCKS = [
     ("v2", 3),
     ("v2_linear", 0),
 ]
-SIZE, CHANNELS = (8, 8), SMALL_V2["hidden_sizes"]
+SIZE, CHANNELS = (16, 16), SMALL_V2["hidden_sizes"]
 
 
 class Count(TorchDispatchMode):
@@ -101,7 +101,10 @@ def test_keys_and_values_are_one_product_unless_somebody_watches(version, stage)
     assert apart.found["addmm"] - stacked.found["addmm"] == (2 if attention.key.in_features == 32 else 1)
     torch.testing.assert_close(watched, output, rtol=2e-2, atol=2e-2)
     for name, parameter in block.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=5e-2, atol=5e-2 * expected[name].abs().max())
+        if not name.endswith("key.bias"):  # whose gradient is zero but for rounding
+            largest = expected[name].abs().max().item()
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=0.1 * largest, msg=name)
+            assert largest > 0, name
 
 
 @pytest.mark.parametrize("change", [nn.Module.double, nn.Module.bfloat16], ids=["float64", "bfloat16"])
@@ -109,7 +112,7 @@ def test_weights_that_autocast_leaves_alone_are_not_copied(change):
     """Its type is theirs, or it does not cast theirs."""
     block = change(build_block("v2", 0)).eval()
     with torch.no_grad(), Count() as count, torch.autocast("cpu", torch.bfloat16):
-        block.attention(torch.randn(2, 64, CHANNELS[0], dtype=block.attention.key.weight.dtype), *SIZE)
+        block.attention(torch.randn(2, 256, CHANNELS[0], dtype=block.attention.key.weight.dtype), *SIZE)
     assert not count.found["cat"]
 
 
