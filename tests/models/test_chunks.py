@@ -94,7 +94,7 @@ def test_hidden_states_take_the_bytes_of_a_chunk(version):
             found.extend([args[0].nbytes] if function is torch.nn.functional.gelu else [])
             return function(*args, **(kwargs or {}))
 
-    arguments = draw_arguments(version, 2, 16, 8)  # 128 KiB of hidden states, in all
+    arguments = draw_arguments(version, 2, 16, 8)
     block.mlp.chunk_bytes = 2 * 128 * block.mlp.intermediate_size * 4 // 8
     with Watch():
         block.add_branches(*arguments)
