@@ -50,7 +50,7 @@ NEEDED_LATER = {
     "demo": "`demo`",
     "export": "`export`; for ExecuTorch `executorch`",
     "info": "none",
-    "predict": "`training` for masks of instances",
+    "predict": "`training` for masks of instances, `video` for videos",
 }
 INHERITED = f"""
 ## Arguments of Trainer

@@ -49,6 +49,7 @@ EXTRAS = {
     "export": "`pvt-hf export` to ONNX, OpenVINO and the web",
     "executorch": "`pvt-hf export` to ExecuTorch",
     "demo": "`pvt-hf demo`",
+    "video": "videos for `pvt-hf predict`",
     "examples": "all programs of `examples/`, the recipes of this site, and the notebooks",
     "docs": "this site: `mkdocs serve`",
     "test": "the tests",

@@ -38,7 +38,7 @@ MAY_IMPORT = {
 }
 OPTIONAL = {"accelerate", "datasets", "evaluate", "faster_coco_eval", "matplotlib", "peft", "scipy", "sklearn", "timm"}
 OPTIONAL |= {"executorch", "nncf", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "openvino"}
-OPTIONAL |= {"gradio", "pytorch_grad_cam", "xxhash"}
+OPTIONAL |= {"av", "cv2", "gradio", "pytorch_grad_cam", "xxhash"}
 
 
 def module_name(path: Path) -> str:

@@ -10,8 +10,19 @@ from tests.support.small_models import ROOT
 
 pytestmark = pytest.mark.process
 
-EXTRAS = ("accelerate", "datasets", "evaluate", "faster_coco_eval", "matplotlib", "peft", "scipy", "sklearn", "timm")
-EXTRAS += ("gradio", "mkdocs", "onnx", "onnxruntime", "onnxscript", "openvino")
+EXTRAS = (
+    "accelerate",
+    "cv2",
+    "datasets",
+    "evaluate",
+    "faster_coco_eval",
+    "matplotlib",
+    "peft",
+    "scipy",
+    "sklearn",
+    "timm",
+)
+EXTRAS += ("av", "gradio", "mkdocs", "onnx", "onnxruntime", "onnxscript", "openvino")
 # They may be installed here, so the process is told that they are not.
 WITHOUT = f"""
 import importlib.util, sys

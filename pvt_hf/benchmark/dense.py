@@ -104,7 +104,7 @@ def _run_own(
     segments = architecture == "semantic_fpn"
     processor = (PvtSegmentationImageProcessor if segments else PvtDetectionImageProcessor)(size=sides)
     times = [clock.read()]
-    pixels = processor(photo, return_tensors="pt")["pixel_values"].to(clock.device)
+    pixels = processor(photo, return_tensors="pt", device=clock.device)["pixel_values"]
     times.append(clock.read())
     outputs = model(pixels)
     times.append(clock.read())

@@ -6,10 +6,10 @@
     pvt-hf export runs/classification site/model --target web         # for transformers.js
 
 MODEL is a folder, a repository of the Hub, or the name of a released variant, whose checkpoint is downloaded and
-converted once. The file is run in its runtime at three sizes beside the model; with --calibration_images, the classes,
-pixels or detections that are the same on them are counted, too. If the largest difference is above the tolerance, or
-anything else goes wrong, nothing is left. OUT is a new folder, or an export of the same weights, to which a file is
-added: onnx/model.onnx, onnx/model_fp16.onnx, onnx/model_quantized.onnx.
+converted once. The file is run in its runtime beside the model, on three inputs, of three sizes where it takes them;
+with --calibration_images, the classes, pixels or detections that are the same on them are counted, too. If the largest
+difference is above the tolerance, or anything else goes wrong, nothing is left. OUT is a new folder, or an export of
+the same weights, to which a file is added: onnx/model.onnx, onnx/model_fp16.onnx, onnx/model_quantized.onnx.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def print_report(report: ExportReport, output_dir: Path) -> None:
     print_line(f"{output_dir / report.file}: {report.dtype}, {report.megabytes:.1f} MB, for {report.shapes}")
     print_line(f"  {', '.join(report.inputs)} -> {', '.join(report.outputs)}")
     print_line(
-        f"  largest difference to the model at three sizes: {report.difference:.1e} of the largest value of "
+        f"  largest difference to the model on three inputs: {report.difference:.1e} of the largest value of "
         f"{report.output} (tolerance {report.tolerance:g})"
     )
     if report.agreement is not None:

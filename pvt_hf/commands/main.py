@@ -30,7 +30,7 @@ COMMANDS = {
     ),
     "train-segmentation": Command("train Semantic FPN or UperNet", "training", (*_TRAINING, "evaluate")),
     "evaluate": Command("measure checkpoints beside the papers' numbers", "training", ("accelerate", "datasets")),
-    "predict": Command("predict what is in images, and draw it", "training"),
+    "predict": Command("predict what is in images and videos, and draw it", "training"),
     "info": Command("say what a model is: size, stages, origin of weights", "training"),
     "export": Command("export to ONNX, OpenVINO, ExecuTorch or the web, verified", "export"),
     "benchmark": Command("measure speed and memory beside transformers, timm and others", "benchmark", ("tqdm",)),
@@ -39,9 +39,9 @@ COMMANDS = {
 }
 # What a command may need beside that. Other packages come with pvt_hf, and their absence is an error as any other.
 _OPTIONAL = {"evaluate", "faster_coco_eval", "gradio", "peft", "pytorch_grad_cam", "scipy", "sklearn", "timm", "xxhash"}
-_OPTIONAL |= {"matplotlib", "executorch", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino"}
+_OPTIONAL |= {"av", "matplotlib", "executorch", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino"}
 # The extra of a package, where it is not the command's.
-_EXTRAS = {"peft": "lora", "executorch": "executorch"}
+_EXTRAS = {"av": "video", "peft": "lora", "executorch": "executorch"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,10 +21,10 @@ from ..models.backbone import get_backbone_config, load_pretrained_backbone
 from ..prediction.loading import ModelError, read_saved_config
 from ..training.arguments import DetectionDataArguments, EvaluationArguments, TrainingOptions
 from ..training.changes import describe_arguments, find_changes
-from ..training.machines import explain_lost_process, is_lost_process
+from ..training.machines import agree_on_checkpoint, explain_lost_process, is_lost_process, read_agreed_run
 from ..training.optimization import SettingError
 from ..training.preemption import PREEMPTED
-from ..training.run_checkpoints import CheckpointError, last_complete_checkpoint, read_run
+from ..training.run_checkpoints import CheckpointError
 from ..training.trainer import VisionTrainer
 from ..variants import build_config, find_variant
 from ..writing.hub import UploadError
@@ -87,11 +87,8 @@ def check_resume(args: TrainingArguments, recipe: Any = None) -> None:
         args: Of the run.
         recipe: Of the run (default: none, it depends on the data).
     """
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is True:
-        checkpoint = last_complete_checkpoint(args.output_dir)
-    if checkpoint:
-        saved, now = read_run(checkpoint)["run"], describe_arguments(args, recipe)
+    if checkpoint := agree_on_checkpoint(args.output_dir, args.resume_from_checkpoint):
+        saved, now = read_agreed_run(checkpoint)["run"], describe_arguments(args, recipe)
         refused, _ = find_changes({name: value for name, value in saved.items() if name in now}, now)
         if refused:
             raise CheckpointError(f"{checkpoint} is of another run: {'; '.join(refused)}.")

@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 
 from .image_processing_common import ImagePreprocessing
+from .layers import place_numbers
 from .resize import keep_ratio_size, scale_sides
 
 
@@ -106,14 +108,13 @@ def normalize(
     factor = rescale_factor if do_rescale else 1.0
     if not do_normalize:
         return torch.mul(image.float(), factor, out=out)
-    mean, std = (
-        (torch.tensor(value, dtype=torch.float64) / factor).float().reshape(-1, 1, 1).to(image.device)
-        for value in (image_mean, image_std)
-    )
+    levels = ((np.atleast_1d(value) / factor).tolist() for value in (image_mean, image_std))
+    mean, std = (place_numbers(level, torch.float32, image.device).reshape(-1, 1, 1) for level in levels)
     if out is None:  # one channel becomes as many as there are means
         out = torch.empty(torch.broadcast_shapes(image.shape, mean.shape), device=image.device)
-    # A few rows at a time, which stay in the cache.
-    for pixels, target in zip(image.split(64, dim=-2), out.split(64, dim=-2), strict=True):
+    # A few rows at a time, which stay in the cache of a CPU.
+    rows = 64 if image.device.type == "cpu" else image.shape[-2]
+    for pixels, target in zip(image.split(rows, dim=-2), out.split(rows, dim=-2), strict=True):
         target.copy_(pixels).sub_(mean).div_(std)
     return out
 

@@ -199,8 +199,11 @@ class _DetectionPreprocessing(DensePreprocessing):
                 data = {name: list(values) for name, values in data.items()}
         batch = BatchFeature(data, tensor_type=return_tensors)
         if targets is not None:
+            device = images[0].device
             batch["labels"] = [
-                BatchFeature(_build_labels(**target, size=size, padded=padded), tensor_type=return_tensors)
+                BatchFeature(
+                    _build_labels(**target, size=size, padded=padded, device=device), tensor_type=return_tensors
+                )
                 for target, size in zip(targets, sizes, strict=True)
             ]
         return batch
@@ -297,6 +300,7 @@ def _build_labels(
     orig_size: tuple[int, int],
     size: tuple[int, int],
     padded: tuple[int, int] | None,
+    device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """The labels of one image, as [`preprocess`] returns them; sizes are (height, width) in pixels."""
     corners, sides = objects.boxes[:, :2], objects.boxes[:, 2:] - objects.boxes[:, :2]
@@ -314,7 +318,7 @@ def _build_labels(
         labels["masks"] = pad(objects.masks, padded)
     if objects.has_masks is not None and not objects.has_masks.all():
         labels["has_masks"] = objects.has_masks
-    return labels
+    return {name: value.to(device) for name, value in labels.items()}
 
 
 class PvtDetectionImageProcessor(_DetectionPreprocessing, TorchvisionBackend):

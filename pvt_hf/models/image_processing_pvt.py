@@ -130,7 +130,9 @@ class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
     """
 
     def lay_out(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.contiguous()  # torchvision resizes other layouts to other bits
+        # torchvision resizes 8 bits in whole numbers, the same of every layout, and soonest the one that is read.
+        as_read = pixels.dtype == torch.uint8 and pixels.permute(1, 2, 0).is_contiguous()
+        return pixels if as_read else pixels.contiguous()
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
         from torchvision.transforms.v2 import functional

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as transformers_sdpa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -45,6 +46,56 @@ def runs_transformed(value: Any = None) -> bool:
         value: As for `is_traced`.
     """
     return is_traced(value) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def is_unwatched(module: nn.Module) -> bool:
+    """Whether nobody wants to see what goes through a module, nor has given it a `forward` of its own, as offloading
+    does, which brings its tensors."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in module.__dict__
+
+
+def find_autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The type in which autocast computes products on the device of a tensor, or `None` outside of it."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def cast_once(hidden_states: torch.Tensor) -> torch.Tensor:
+    """What several products will read, as autocast would copy it for each of them. (A compiler sees to that itself.)"""
+    dtype = None if runs_transformed(hidden_states) else find_autocast_dtype(hidden_states)
+    is_cast = dtype is not None and hidden_states.dtype != torch.float64  # which autocast leaves alone
+    return hidden_states.to(dtype) if is_cast else hidden_states
+
+
+def stack_layers(
+    hidden_states: torch.Tensor, layers: Sequence[nn.Module]
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """The weight and bias with which one product does what several layers do one by one, or `None`.
+
+    Under autocast, which copies all weights, one product for all layers is less to start on a GPU, forward and
+    backward. Elsewhere the copies would cost more. Adapters, quantised layers and hooks get their modules called.
+
+    Args:
+        hidden_states: What the layers read.
+        layers: With as many outputs each.
+    """
+    if len(layers) == 1 or runs_transformed(hidden_states):
+        return None
+    if (dtype := find_autocast_dtype(hidden_states)) is None:
+        return None
+    if not all(type(layer) is nn.Linear and is_unwatched(layer) for layer in layers):
+        return None
+    tensors = [tensor for layer in layers for tensor in layer._parameters.values() if tensor is not None]
+    weights, biases = ([tensor for tensor in tensors if tensor.ndim == ndim] for ndim in (2, 1))
+    if len(weights) != len(layers) or len(biases) not in (0, len(layers)):
+        return None
+    kinds = {(type(tensor), tensor.dtype) for tensor in tensors}
+    if kinds != {(nn.Parameter, weights[0].dtype)} or weights[0].dtype in (dtype, torch.float64):
+        return None
+    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 def place_numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -97,6 +148,13 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
         end = ((output + 1) * side + self.output_size - 1) // self.output_size
         pixel = torch.arange(side, device=like.device)
         return ((start <= pixel) & (pixel < end)).to(like.dtype) / (end - start)
+
+
+class Dropout(nn.Dropout):
+    """PyTorch's, without its calls where it drops nothing: a GPU with few images to compute waits for Python."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) if self.training and self.p else hidden_states
 
 
 class DropPath(nn.Module):
@@ -157,6 +215,28 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
+def sdpa_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, None]:
+    """What transformers' function of this name does with these arguments. It asks first for masks, caches and groups of
+    heads, none of which there are here, and on the way to a GPU that takes longer than the call of PyTorch's own.
+
+    Args:
+        As those of [`eager_attention_forward`], without a mask.
+
+    Returns:
+        (batch, queries, heads, head_dim), and None.
+    """
+    context = nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
+    return context.transpose(1, 2), None
+
+
 class SpatialReductionAttention(nn.Module):
     """Multi-head attention of all tokens to a spatially reduced copy of themselves (v1 section 3.3, v2 section 3.2).
 
@@ -176,6 +256,16 @@ class SpatialReductionAttention(nn.Module):
         self.key = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
         self.value = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
 
+    def project(self, hidden_states: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
+        """(batch, tokens, channels) -> what each layer makes of it, as (batch, heads, tokens, head_dim)."""
+        sizes = hidden_states.shape[0], hidden_states.shape[1]
+        if (stacked := stack_layers(hidden_states, layers)) is not None:
+            projected = nn.functional.linear(hidden_states, *stacked)
+            parts = projected.view(*sizes, len(layers), self.num_attention_heads, self.head_dim).unbind(2)
+        else:
+            parts = [layer(hidden_states).reshape(*sizes, self.num_attention_heads, self.head_dim) for layer in layers]
+        return [part.transpose(1, 2) for part in parts]
+
     def attend(
         self, hidden_states: torch.Tensor, reduced_states: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -189,22 +279,18 @@ class SpatialReductionAttention(nn.Module):
         Returns:
             (batch, queries, channels), and (batch, heads, queries, reduced keys) or None.
         """
-        query, key, value = (  # each (batch, heads, tokens, head_dim)
-            projection(states)
-            .reshape(states.shape[0], states.shape[1], self.num_attention_heads, self.head_dim)
-            .transpose(1, 2)
-            for projection, states in (
-                (self.query, hidden_states),
-                (self.key, reduced_states),
-                (self.value, reduced_states),
-            )
-        )
-        attention = eager_attention_forward
+        if reduced_states is hidden_states:
+            query, key, value = self.project(hidden_states, self.query, self.key, self.value)
+        else:
+            (query,) = self.project(hidden_states, self.query)
+            key, value = self.project(reduced_states, self.key, self.value)
+        attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = eager_attention_forward
         # transformers' interfaces branch on the number of queries, which a proxy of torch.fx does not know, and
         # reshape to a size that an empty batch leaves open.
         is_odd = isinstance(query, torch.fx.Proxy) or (not runs_transformed() and len(query) == 0)
         if not output_attentions and not is_odd:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention)
+            attention = sdpa_attention_forward if attention is transformers_sdpa else attention
         context, weights = attention(  # (batch, queries, heads, head_dim)
             self,
             query,

@@ -21,8 +21,10 @@ from .chunk_gradients import recompute_hidden_states
 from .chunks import chunk_tokens
 from .configuration_pvt import PvtConfig
 from .layers import (
+    Dropout,
     DropPath,
     SpatialReductionAttention,
+    cast_once,
     drop_path_rates,
     is_traced,
     make_traceable,
@@ -68,7 +70,7 @@ class PvtPatchEmbeddings(nn.Module):
             stride=config.strides[stage],
         )
         self.layer_norm = nn.LayerNorm(hidden_size, eps=config.patch_layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def interpolate_position_embeddings(self, height: int, width: int) -> torch.Tensor:
         """(1, height * width, channels): the stored embeddings of the patches, bilinear wherever the grid differs."""
@@ -111,7 +113,7 @@ class PvtEfficientSelfAttention(SpatialReductionAttention):
         self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
-        reduced_states = hidden_states
+        reduced_states = hidden_states = cast_once(hidden_states)
         if self.ratio > 1:
             reduced_states = self.sequence_reduction(tokens_to_map(hidden_states, height, width))
             reduced_states = self.layer_norm(map_to_tokens(reduced_states))
@@ -124,7 +126,7 @@ class PvtSelfOutput(nn.Module):
     def __init__(self, config: PvtConfig, hidden_size: int):
         super().__init__()
         self.dense = nn.Linear(hidden_size, hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.dense(hidden_states))
@@ -157,7 +159,7 @@ class PvtFFN(nn.Module):
         self.dense1 = nn.Linear(hidden_size, intermediate_size)
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
         self.dense2 = nn.Linear(intermediate_size, hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     @recompute_hidden_states
     @chunk_tokens

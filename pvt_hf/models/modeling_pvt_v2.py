@@ -21,8 +21,10 @@ from .chunks import chunk_rows
 from .configuration_pvt_v2 import PvtV2Config
 from .layers import (
     AdaptiveAvgPool2d,
+    Dropout,
     DropPath,
     SpatialReductionAttention,
+    cast_once,
     drop_path_rates,
     make_traceable,
     map_to_tokens,
@@ -79,7 +81,7 @@ class PvtV2SelfAttention(SpatialReductionAttention):
         if self.linear or ratio > 1:
             self.layer_norm = nn.LayerNorm(hidden_size, eps=config.patch_layer_norm_eps)
         self.proj = nn.Linear(hidden_size, hidden_size)
-        self.proj_drop = nn.Dropout(config.hidden_dropout_prob)
+        self.proj_drop = Dropout(config.hidden_dropout_prob)
 
     def reduce(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """(batch, height * width, channels) -> (batch, reduced keys, channels)"""
@@ -95,6 +97,8 @@ class PvtV2SelfAttention(SpatialReductionAttention):
         self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
+        if not self.linear:  # or else the pooling would read what is cast
+            hidden_states = cast_once(hidden_states)
         reduced_states = self.reduce(hidden_states, height, width)
         hidden_states, attention = self.attend(hidden_states, reduced_states, output_attentions)
         return self.proj_drop(self.proj(hidden_states)), attention
@@ -107,11 +111,12 @@ class PvtV2DepthWiseConv(nn.Module):
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
 
-    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice = slice(None)) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice | None = None) -> torch.Tensor:
         """(batch, height * width, channels) -> those rows of the map as tokens, by default all."""
         feature_map = self.dwconv(tokens_to_map(hidden_states, height, width))
         # (Rows of the map as such would have their gradient in PyTorch's default layout, and the convolution copy it.)
-        return feature_map.permute(0, 2, 3, 1)[:, rows].flatten(1, 2)
+        tokens = feature_map.permute(0, 2, 3, 1)  # (batch, height, width, channels)
+        return (tokens if rows is None else tokens[:, rows]).flatten(1, 2)
 
 
 class PvtV2ConvFeedForwardNetwork(nn.Module):
@@ -134,11 +139,11 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
         self.dwconv = PvtV2DepthWiseConv(intermediate_size)
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
         self.dense2 = nn.Linear(intermediate_size, hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     @recompute_hidden_states
     @chunk_rows
-    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice = slice(None)) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice | None = None) -> torch.Tensor:
         """(batch, height * width, channels) -> the same of those rows, by default of all."""
         hidden_states = self.relu(self.dense1(hidden_states))
         hidden_states = self.dwconv(hidden_states, height, width, rows)

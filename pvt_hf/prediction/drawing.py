@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -22,18 +23,20 @@ _BACKGROUND = (128, 128, 128)  # of the first class of a segmenter, often the ba
 _BAR, _TEXT, _PANEL = (70, 120, 190), (25, 25, 25), (250, 250, 250)
 
 
-def draw(image: Image.Image, prediction: Prediction) -> Image.Image:
+def draw(image: Image.Image, prediction: Prediction, steady: bool = False) -> Image.Image:
     """Draws a prediction on its image.
 
     Args:
         image: The one that it was predicted of, of any mode.
         prediction: Of [`~pvt_hf.prediction.predictor.Predictor`].
+        steady: Whether pictures of images of one size have one size, as frames of a video must: with room for the names
+            of all classes (default: `False`, with room for those that are shown).
 
     Returns:
         A PIL image, RGB. Its longest side is that of the image, but 512 to 2048 pixels; the classes of a classifier,
         and the legend of a segmenter, are on a panel to the right of it.
     """
-    return _DRAW[type(prediction)](image.convert("RGB"), prediction)
+    return _DRAW[type(prediction)](image.convert("RGB"), prediction, steady)
 
 
 def _choose_size(image: Image.Image) -> tuple[int, int]:
@@ -43,13 +46,13 @@ def _choose_size(image: Image.Image) -> tuple[int, int]:
     return max(1, round(image.width * factor)), max(1, round(image.height * factor))
 
 
-def _draw_classification(image: Image.Image, prediction: Classification) -> Image.Image:
+def _draw_classification(image: Image.Image, prediction: Classification, steady: bool) -> Image.Image:
     best = prediction.list_best()
     rows = [(name, f"{100 * score:.1f} %", score, _BAR) for _, name, score in best]
-    return _add_panel(image.resize(_choose_size(image)), rows)
+    return _add_panel(image.resize(_choose_size(image)), rows, prediction.label_names if steady else ())
 
 
-def _draw_detections(image: Image.Image, prediction: Detections) -> Image.Image:
+def _draw_detections(image: Image.Image, prediction: Detections, steady: bool) -> Image.Image:
     height = _choose_size(image)[1]
     picture = draw_objects(
         image,
@@ -65,10 +68,10 @@ def _draw_detections(image: Image.Image, prediction: Detections) -> Image.Image:
     return picture
 
 
-def _draw_segmentation(image: Image.Image, prediction: Segmentation) -> Image.Image:
+def _draw_segmentation(image: Image.Image, prediction: Segmentation, steady: bool) -> Image.Image:
     shares = prediction.list_shares()
     rows = [(name, f"{100 * share:.1f} %", None, pick_map_color(label)) for label, name, share in shares]
-    return _add_panel(paint(image, prediction), rows)
+    return _add_panel(paint(image, prediction), rows, prediction.label_names if steady else ())
 
 
 def pick_map_color(label: int) -> tuple[int, int, int]:
@@ -110,18 +113,29 @@ def _write_note(picture: Image.Image, text: str) -> None:
     draw.text((8 - left, y + 6 - top), text, font=font, fill="white")
 
 
-def _add_panel(picture: Image.Image, rows: Sequence[Row]) -> Image.Image:
-    """Puts a panel to the right of a picture, with a line for each row. What does not fit is counted."""
+@functools.lru_cache(maxsize=16)
+def _measure_names(names: tuple[str, ...], size: int) -> float:
+    """In pixels the longest line of a panel that may show any of these classes, at a size of the font."""
+    font, lines = ImageFont.load_default(size), [shorten_name(name) for name in names]
+    return max(font.getlength(f"{line}    100.0 %") for line in [*lines, f"... and {len(names)} others"])
+
+
+def _add_panel(picture: Image.Image, rows: Sequence[Row], all_names: Sequence[str]) -> Image.Image:
+    """Puts a panel to the right of a picture, with a line for each row. What does not fit is counted.
+
+    With `all_names`, those of all classes, its size does not depend on the rows.
+    """
     size = _font_size(picture)
     font, step = ImageFont.load_default(size), size * 2
-    room = max(picture.height, 6 * step)
-    if len(rows) * step > room:
-        fitting = room // step - 1
+    room = max(picture.height, 6 * step + size)
+    if len(rows) * step + size > room:
+        fitting = (room - size) // step - 1
         rows = [*rows[:fitting], (f"... and {len(rows) - fitting} others", "", None, _PANEL)]
     names = [shorten_name(name) for name, *_ in rows]
-    width = round(max(font.getlength(f"{name}    {value}") for name, (_, value, *_) in zip(names, rows, strict=True)))
-    width += 4 * size
-    sheet = Image.new("RGB", (picture.width + width, max(picture.height, len(rows) * step + size)), _PANEL)
+    lines = (font.getlength(f"{name}    {value}") for name, (_, value, *_) in zip(names, rows, strict=True))
+    width = round(_measure_names(tuple(all_names), size) if all_names else max(lines)) + 4 * size
+    height = room if all_names else max(picture.height, len(rows) * step + size)
+    sheet = Image.new("RGB", (picture.width + width, height), _PANEL)
     sheet.paste(picture, (0, 0))
     draw, left, right = ImageDraw.Draw(sheet), picture.width + size, picture.width + width - size
     for number, (name, (_, value, length, color)) in enumerate(zip(names, rows, strict=True)):
@@ -137,7 +151,7 @@ def _add_panel(picture: Image.Image, rows: Sequence[Row]) -> Image.Image:
     return sheet
 
 
-_DRAW: dict[type, Callable[[Image.Image, Any], Image.Image]] = {
+_DRAW: dict[type, Callable[[Image.Image, Any, bool], Image.Image]] = {
     Classification: _draw_classification,
     Detections: _draw_detections,
     Segmentation: _draw_segmentation,

@@ -6,6 +6,7 @@
 import json
 import os
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from ..data.box_formats import BBOX_FORMATS
 from ..recipes import DETECTION_RECIPES, SEGMENTATION_RECIPES, DetectionRecipe, ImageNetRecipe, SegmentationRecipe
 from ..variants import VARIANTS
 from ..writing.files import why_unwritable
-from .machines import find_missing_processes, gather, start_cpu_group
+from .machines import ask_machines, find_missing_processes, start_cpu_group
 from .optimization import images_per_step
 from .report import check_license
 from .run_checkpoints import last_complete_checkpoint
@@ -443,7 +444,7 @@ def build_training_arguments(options: TrainingOptions, recipe: Any, **recipe_val
 
     Raises:
         SystemExit: If `output_dir` cannot be written, or has checkpoints and `resume_from_checkpoint` does not say what
-            to do with them.
+            to do with them; or if DeepSpeed is asked for and missing, or with `resume_from_checkpoint`.
     """
     given = {entry.name: getattr(options, entry.name) for entry in fields(TrainingArguments) if entry.init}
     given = {name: value for name, value in given.items() if value is not None}
@@ -452,6 +453,7 @@ def build_training_arguments(options: TrainingOptions, recipe: Any, **recipe_val
     recipe_values |= {"weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm}
     if options.output_dir and (reason := why_unwritable(options.output_dir)):
         raise SystemExit(f"--output_dir {options.output_dir} cannot be written: {reason}")
+    _check_deepspeed(options)
     if options.bf16 and not torch.accelerator.is_available():
         given["use_cpu"] = True  # which `TrainingArguments` wants to hear, although there is nothing else
     if given.get("use_cpu") or strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")):
@@ -463,8 +465,21 @@ def build_training_arguments(options: TrainingOptions, recipe: Any, **recipe_val
         os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
     if str(args.resume_from_checkpoint).lower() in ("true", "false"):
         args.resume_from_checkpoint = args.resume_from_checkpoint.lower() == "true"
-    if not args.resume_from_checkpoint and any(gather(last_complete_checkpoint(args.output_dir))):
+    has_checkpoints = ask_machines(lambda: last_complete_checkpoint(args.output_dir))
+    if not args.resume_from_checkpoint and any(answer.value for answer in has_checkpoints):
         raise SystemExit(f"{args.output_dir} has checkpoints: --resume_from_checkpoint true resumes from them")
     if options.learning_rate is None:
         args.learning_rate = recipe.learning_rate * images_per_step(args) / recipe.reference_batch_size
     return args
+
+
+def _check_deepspeed(options: TrainingOptions) -> None:
+    if not (options.deepspeed or strtobool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false"))):
+        return
+    if str(options.resume_from_checkpoint).lower() not in ("none", "false"):
+        raise SystemExit(
+            f"--resume_from_checkpoint {options.resume_from_checkpoint}: runs of DeepSpeed are not resumed, because "
+            "DeepSpeed unpickles its states. FSDP shards a run that can be resumed"
+        )
+    if find_spec("deepspeed") is None:
+        raise SystemExit("DeepSpeed is asked for, and is missing; install it with: pip install deepspeed")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.fingerprint import fingerprint
 from ..writing.text import escape_control
-from .machines import check_same_run
+from .machines import check_same_run, is_first_of_machine
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -25,7 +25,7 @@ MAY_CHANGE: dict[str, tuple[str, ...]] = {
         "learning_rate",
     ),
     "The schedule goes on as that of a run of this length, which must not be over before the step that is resumed from."
-    " A run that has ended trains on.": ("num_train_epochs", "max_steps", "recipe.steps"),
+    " A run that has reached its end trains on.": ("num_train_epochs", "max_steps", "recipe.steps"),
     "The next step has it.": ("weight_decay", "max_grad_norm"),
     "It holds from the next step on. An evaluation that it makes due at the step that is resumed from comes first.": (
         *("logging_*", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_*"),
@@ -81,7 +81,7 @@ def describe_run(trainer: VisionTrainer) -> dict[str, Any]:
     Raises:
         SettingError: If it is not the same on all machines.
     """
-    return check_same_run(_describe(trainer) if trainer.is_local_process_zero() else {})
+    return check_same_run(_describe(trainer) if is_first_of_machine() else {})
 
 
 def _describe(trainer: VisionTrainer) -> dict[str, Any]:

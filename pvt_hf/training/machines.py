@@ -2,17 +2,17 @@
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from ..writing.files import hidden_folder
 from .optimization import SettingError
-from .run_checkpoints import CheckpointError, incompleteness, last_complete_checkpoint
+from .run_checkpoints import CheckpointError, check_states, last_complete_checkpoint, read_run, recall_incompleteness
 
 _NUMBER_OF_PROCESSES = "WORLD_SIZE"  # the launchers' variable
 
@@ -28,6 +28,33 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+class Answer(NamedTuple):
+    """What one machine of a job says."""
+
+    process: int  # the number of its first process
+    host: str
+    value: Any
+
+
+def is_first_of_machine() -> bool:
+    """Whether this process is the one that looks at the disk for all processes of its machine."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    from accelerate import PartialState
+
+    return PartialState().local_process_index <= 0  # -1: no launcher has said it, and each looks for itself
+
+
+def ask_machines(look: Callable[[], Any]) -> list[Answer]:
+    """What the first process of each machine finds on its disk. All processes have to ask; the others wait for it.
+
+    Args:
+        look: Gives what pickle can write, and raises nothing.
+    """
+    found = gather((socket.gethostname(), look()) if is_first_of_machine() else None)
+    return [Answer(number, *answer) for number, answer in enumerate(found) if answer is not None]
 
 
 def start_cpu_group(backend: str | None, timeout: int) -> None:
@@ -113,7 +140,8 @@ def check_same_run(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def agree_on_checkpoint(output_dir: str | Path, given: str | bool | None) -> str | None:
-    """The checkpoint that all processes resume from, each from its own disk; `None` if none of them has one.
+    """The checkpoint that all processes resume from, each from its own disk; `None` if none of them has one. The first
+    process of each machine looks, once for files that have not changed since.
 
     Args:
         output_dir: Of the run.
@@ -123,7 +151,7 @@ def agree_on_checkpoint(output_dir: str | Path, given: str | bool | None) -> str
         CheckpointError: In all of them, if some have a checkpoint that others lack.
     """
     if given is True:
-        found = gather(last_complete_checkpoint(output_dir))
+        found = [answer.value for answer in ask_machines(lambda: last_complete_checkpoint(output_dir))]
         steps = [int(Path(path).name.rpartition("-")[2]) for path in found if path]
         if len(set(found)) == 1:
             return found[0]
@@ -131,13 +159,41 @@ def agree_on_checkpoint(output_dir: str | Path, given: str | bool | None) -> str
         given = str(Path(output_dir) / f"checkpoint-{min(steps)}")
     if not given:
         return None
-    reasons = gather((incompleteness(given), socket.gethostname()))
-    lacking = [(number, reason, host) for number, (reason, host) in enumerate(reasons) if reason]
-    if lacking and len(reasons) > 1:
-        number, reason, host = lacking[0]
+    answers = ask_machines(lambda: recall_incompleteness(given))
+    lacking = [answer for answer in answers if answer.value]
+    if lacking and len(answers) > 1:
+        number, host, reason = lacking[0]
         raise CheckpointError(
             f"{given} is not a complete checkpoint for process {number} (on {host}): {reason}. Every machine reads "
             "what it resumes from: let all of them share the output folder, copy the checkpoint to each, or let each "
             "write it (--save_on_each_node true)."
         )
     return str(given)
+
+
+def read_agreed_run(checkpoint: str | Path, states: bool = False) -> dict[str, Any]:
+    """What the run that wrote a checkpoint was like, for all processes of the job, as the main one reads it.
+
+    Args:
+        checkpoint: Which all machines have.
+        states: Whether the first process of each machine also looks at what `Trainer` will read (default: `False`).
+
+    Raises:
+        CheckpointError: In all of them, if one machine cannot resume from it.
+    """
+
+    def look() -> tuple[dict[str, Any], str | None]:
+        try:
+            run = read_run(checkpoint)
+            if states:
+                check_states(checkpoint)
+        except CheckpointError as error:
+            return {}, str(error)
+        return run, None
+
+    answers = ask_machines(look)
+    for number, host, (_, reason) in answers:
+        if reason:
+            raise CheckpointError(reason if len(answers) == 1 else f"Process {number} (on {host}): {reason}")
+    run, _ = answers[0].value
+    return run

@@ -96,13 +96,17 @@ class PreemptibleTrainer(ResumableTrainer):
         """
         received = self.signals.received is not None
         if self.args.world_size == 1:
-            self.is_ending |= received
-            return self.is_ending
+            return self._note_end(received)
         flag = torch.full((), float(received), device=self.args.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         former, self._answer = self._answer, start_reading(flag)
         answer = self._answer if wait or flag.device.type == "cpu" else former
-        self.is_ending |= answer is not None and answer() > 0
+        return self._note_end(answer is not None and answer() > 0)
+
+    def _note_end(self, is_asked: bool) -> bool:
+        self.is_ending |= is_asked
+        if self.is_ending and self.args.save_only_model:  # the last checkpoint is to be resumed from
+            self.args.save_only_model, self._saved_step = False, -1
         return self.is_ending
 
     @contextmanager
@@ -110,6 +114,7 @@ class PreemptibleTrainer(ResumableTrainer):
         """While it lasts, a signal ends the run where all processes can: with [`Preempted`], after a checkpoint of the
         last step."""
         self.is_preemptible, self.is_ending = True, False
+        save_only_model = self.args.save_only_model
         with self.signals:  # also while the checkpoint is written
             try:
                 yield
@@ -117,7 +122,7 @@ class PreemptibleTrainer(ResumableTrainer):
                 self._save_last_step()
                 raise
             finally:
-                self.is_preemptible = False
+                self.is_preemptible, self.args.save_only_model = False, save_only_model
 
     def _save_last_step(self) -> None:
         """Unless it is saved, or the model has become another one since."""

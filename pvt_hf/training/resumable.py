@@ -24,19 +24,18 @@ from ..untrusted import UntrustedFileError
 from ..writing.files import atomic_file, explain_write_error, hidden_folder
 from ..writing.hub import register_code
 from ..writing.text import escape_control
+from .callbacks import find_early_stop, list_states, restore_counts
 from .changes import METRIC_SCHEDULES, find_changes
 from .distributed import DistributedTrainer
 from .elastic import STEPS_PER_EPOCH, compare_layouts, count_images, find_position, seed_of_process
-from .machines import agree_on_checkpoint, is_lost_process
+from .machines import agree_on_checkpoint, ask_machines, is_lost_process, read_agreed_run
 from .optimization import set_schedule
 from .run_checkpoints import (
     CheckpointError,
-    check_states,
     incompleteness,
     last_complete_checkpoint,
     mark_complete,
     mark_incomplete,
-    read_run,
     replace_file,
 )
 from .streams import restore_stream, save_stream
@@ -140,16 +139,21 @@ class ResumableTrainer(DistributedTrainer):
         with self._name_last_checkpoint(self.args.output_dir):
             super().save_metrics(*args, **kwargs)
 
-    def _evaluate(self, trial, *args, **kwargs) -> dict[str, float]:
-        """As in `Trainer`, after the checkpoint that is due: an evaluation that fails costs no training."""
+    def _evaluate(self, trial, *args, skip_scheduler: bool = False, **kwargs) -> dict[str, float]:
+        """As in `Trainer`, after the checkpoint that is due: an evaluation that fails costs no training. That of
+        `eval_on_start`, which skips the schedule, is made where the run lacks it."""
+        if skip_scheduler and self.resumed_from and self._is_evaluated(0, self.state.global_step):
+            return {}
         self._check_loss()
         if self.control.should_save:
             self._save_checkpoint(self.model, trial)
-        return super()._evaluate(trial, *args, **kwargs)
+        return super()._evaluate(trial, *args, skip_scheduler=skip_scheduler, **kwargs)
 
     def _add_metrics(self, folder: Path) -> None:
-        """What the evaluation changed since the checkpoint of this step was written: the metrics, and which is best."""
+        """What the evaluation changed since the checkpoint of this step was written: the metrics, which is best, and
+        what callbacks have counted."""
         self._find_best()
+        self.state.stateful_callbacks = list_states(self._callbacks)
         if self.args.should_save:
             with self._name_last_checkpoint(folder):
                 replace_file(folder, TRAINER_STATE_NAME, json.dumps(dataclasses.asdict(self.state), indent=2))
@@ -170,6 +174,9 @@ class ResumableTrainer(DistributedTrainer):
                 if args.should_save:
                     mark_incomplete(folder)
                 super()._save_checkpoint(model, trial)
+                self.state.stateful_callbacks = list_states(self._callbacks)
+                if args.should_save:  # where `Trainer` appends to what was saved before
+                    self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
                 if args.should_save and self.ema is not None:
                     weights = {key: value.contiguous() for key, value in self.ema.module.state_dict().items()}
                     save_file(weights, folder / _EMA_WEIGHTS)
@@ -199,8 +206,10 @@ class ResumableTrainer(DistributedTrainer):
 
     def _load_best_model(self) -> None:
         """As in `Trainer`, if it is as it was written."""
-        if reason := incompleteness(best := self.state.best_model_checkpoint):
-            raise CheckpointError(f"The best checkpoint, {best}, cannot be loaded: {reason}.")
+        best = self.state.best_model_checkpoint
+        for _, host, reason in ask_machines(lambda: incompleteness(best)):
+            if reason:
+                raise CheckpointError(f"The best checkpoint, {best}, cannot be loaded on {host}: {reason}.")
         super()._load_best_model()
 
     def _begin(self) -> None:
@@ -229,6 +238,13 @@ class ResumableTrainer(DistributedTrainer):
             is_own = folder.is_dir() and folder.samefile(self.resumed_from)
             if is_own and args.lr_scheduler_type not in METRIC_SCHEDULES:
                 self._add_metrics(folder)
+        if stopped := find_early_stop(self._callbacks):
+            logger.warning(f"The run has ended at step {state.global_step}: {stopped}.")
+            self.control.should_training_stop = True
+
+    def _is_evaluated(self, *steps: int) -> bool:
+        made = (entry for entry in self.state.log_history if any(key.startswith("eval_") for key in entry))
+        return any(entry["step"] in steps for entry in made)
 
     def _lacks_evaluation(self) -> bool:
         """Whether the program that wrote the checkpoint was ended before the evaluation that was due at its step."""
@@ -236,12 +252,11 @@ class ResumableTrainer(DistributedTrainer):
         flow.on_step_end(self.args, state, due)
         if self.run_step % self.steps_per_epoch == 0 or state.global_step >= state.max_steps:
             flow.on_epoch_end(self.args, state, due)
-        made = (entry for entry in state.log_history if any(key.startswith("eval_") for key in entry))
-        return due.should_evaluate and state.global_step not in {entry["step"] for entry in made}
+        return due.should_evaluate and not self._is_evaluated(state.global_step)
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """As in `Trainer`, which takes a step before it looks whether the run has ended."""
-        if self.state.global_step < self.state.max_steps:
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             return super()._run_epoch(*args, **kwargs)
         self.control.should_training_stop = True
 
@@ -249,6 +264,7 @@ class ResumableTrainer(DistributedTrainer):
         """As in `Trainer`. The last checkpoint stays beside the best one: a run that has ended is finished again from
         it."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._find_best()  # which a machine may not have seen when it was written, and all of them are to load
         try:
             return super()._finalize_training(*args, **kwargs)
         finally:
@@ -281,6 +297,8 @@ class ResumableTrainer(DistributedTrainer):
         Raises:
             CheckpointError: If the given checkpoint is not complete, of another run, or not what a run wrote.
         """
+        if resume_from_checkpoint and self.is_deepspeed_enabled:
+            raise CheckpointError("Runs of DeepSpeed are not resumed, because DeepSpeed unpickles its states.")
         self.run = self.describe_run()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = agree_on_checkpoint(self.args.output_dir, True)
@@ -292,10 +310,7 @@ class ResumableTrainer(DistributedTrainer):
         elif resume_from_checkpoint:
             agree_on_checkpoint(self.args.output_dir, resume_from_checkpoint)
         if resume_from_checkpoint:
-            if self.is_deepspeed_enabled:
-                raise CheckpointError(f"{resume_from_checkpoint} is not resumed from: DeepSpeed unpickles its states.")
-            saved, now = read_run(resume_from_checkpoint), self._layout()
-            check_states(resume_from_checkpoint)
+            saved, now = read_agreed_run(resume_from_checkpoint, states=True), self._layout()
             is_sharded = isinstance(self.train_dataset, ShardedStream)  # it says itself what it can go on with
             changed = compare_layouts(
                 saved["layout"], now, self._is_stream() and not is_sharded, None if is_sharded else allow_batch_change
@@ -358,6 +373,21 @@ class ResumableTrainer(DistributedTrainer):
         self.state.max_steps += self.step_offset
         epoch, step = divmod(self.run_step, steps_per_epoch)
         return epoch, 0 if self.args.ignore_data_skip else step * self.args.gradient_accumulation_steps
+
+    @property
+    def _callbacks(self) -> list[Any]:
+        """With what `Trainer` saves as one of them."""
+        return [*self.callback_handler.callbacks, self.control]
+
+    def _load_callback_state(self) -> None:
+        """As in `Trainer` where that is asked for. Else callbacks count on, with the settings that they have now."""
+        control, saved = self.control, self.state.stateful_callbacks
+        if self.args.restore_callback_states_from_checkpoint:
+            super()._load_callback_state()
+            self.control = control  # what was due at the checkpoint is done
+        else:
+            restore_counts(self._callbacks, saved)
+        self.state.stateful_callbacks = list_states(self._callbacks)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """As in `Trainer`. With another number of processes each has random numbers of its own anew."""

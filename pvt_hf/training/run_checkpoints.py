@@ -1,11 +1,13 @@
 """Checkpoints of a training run that are complete or not there."""
 
 import fnmatch
+import functools
 import hashlib
 import json
 import os
 import re
 import struct
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,8 @@ _GLOBALS = (
 )
 # What zipfile, torch and safetensors raise for files that are not what they say.
 _DAMAGE = (EOFError, LookupError, OSError, RuntimeError, SafetensorError, ValueError, struct.error, zipfile.BadZipFile)
+# Nanoseconds within which two writes may have one time: a file that was just written may have changed since.
+_TICK = 2 * 10**9
 _WORDS = 624  # of 32 bits, in the state of NumPy's random generator
 
 
@@ -80,6 +84,30 @@ def incompleteness(checkpoint: str | Path) -> str | None:
         return f"{_LIST} {str(error).removesuffix('.')}"
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
+
+
+def recall_incompleteness(checkpoint: str | Path) -> str | None:
+    """As [`incompleteness`], which is not asked again in this process about files that have not changed since: a run
+    that resumes asks several times, and checkpoints are large."""
+    folder = Path(checkpoint)
+    try:
+        files = tuple(sorted((str(path), *_identify(path)) for path in folder.rglob("*") if path.is_file()))
+    except OSError:
+        return incompleteness(folder)
+    changed = max((modified for *_, modified in files), default=0)
+    if time.time_ns() - changed < _TICK:
+        return incompleteness(folder)
+    return _judge(folder.absolute(), files)
+
+
+def _identify(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=16)
+def _judge(folder: Path, files: tuple[Any, ...]) -> str | None:
+    return incompleteness(folder)
 
 
 def _find_damage(folder: Path) -> str | None:
@@ -130,7 +158,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint of a run, if there is one. Those that are passed over are logged."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
     for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        if (reason := incompleteness(folder)) is None:
+        if (reason := recall_incompleteness(folder)) is None:
             return str(folder)
         logger.warning(f"{folder} is not used: {reason}.")
     return None
@@ -193,7 +221,7 @@ def read_run(checkpoint: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the checkpoint is not complete.
     """
-    if reason := incompleteness(checkpoint):
+    if reason := recall_incompleteness(checkpoint):
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {reason}.")
     file = Path(checkpoint) / _RUN
     try:

@@ -133,6 +133,11 @@ class VisionTrainer(PreemptibleTrainer):
                 f"One process would train on {args.n_gpu} GPUs (`DataParallel`): start one process per GPU with "
                 "`accelerate launch`, or choose a GPU with CUDA_VISIBLE_DEVICES."
             )
+        if args.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` would change the images per step in the middle of a run, and not its learning "
+                "rates: set `per_device_train_batch_size`, with `gradient_accumulation_steps` for larger steps."
+            )
         if self.schedule is not None and args.warmup_steps:
             raise ValueError(
                 f"`warmup_steps` ({args.warmup_steps}) has no effect on the recipe's schedule; set the recipe's own "

@@ -34,7 +34,7 @@ def test_it_prints_what_was_written_and_how_near_it_is(saved, exporter, photos, 
     printed = capsys.readouterr().out
     assert f"{tmp_path}/out/onnx/model_quantized.onnx: int8" in printed
     assert "height and width from 64 pixels on" in printed and "pixel_values -> logits" in printed
-    assert "largest difference to the model at three sizes: 0.0e+00" in printed and "(tolerance 0.5)" in printed
+    assert "largest difference to the model on three inputs: 0.0e+00" in printed and "(tolerance 0.5)" in printed
     assert "the same: 100.0 % (the best class of an image, 3 images)" in printed
     assert "base_model" not in (tmp_path / "out" / "README.md").read_text()
 

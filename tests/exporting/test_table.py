@@ -80,7 +80,7 @@ def test_row_says_what_a_program_takes(name):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "target"), EXPORTED)
 def test_what_the_table_says_is_exported(name, target, tmp_path):
-    """The export compares three sizes itself, and leaves nothing that differs."""
+    """The export compares three inputs itself, and leaves nothing that differs."""
     pytest.importorskip({"web": "onnxruntime", "onnx": "onnxruntime"}.get(target, target))
     model, processor = build(name)
     report = export_model(model, tmp_path / "out", target, "fp32", processor)

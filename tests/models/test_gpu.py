@@ -145,7 +145,7 @@ def test_the_test_sees_waits(device):
     [
         (build_classifier, "v1", "default", True),
         (build_classifier, "v2", "reduce-overhead", True),
-        (build_classifier, "v2_linear", "max-autotune", False),
+        (build_classifier, "v2_linear", "reduce-overhead", False),
         (build_backbone, "v1", "reduce-overhead", False),
         (build_backbone, "v2", "default", True),
         (build_segmenter, "v2", "reduce-overhead", True),

@@ -13,6 +13,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 
 import pvt_hf
+from pvt_hf.models import resize
 from pvt_hf.models.annotations import SKIPPED, AnnotationError, rasterize
 from pvt_hf.models.image_processing_dense import compute_resized_size
 from pvt_hf.models.resize import keep_ratio_size, resize_bilinear, resize_nearest
@@ -42,8 +43,13 @@ def annotation(bbox, category_id=0, **fields) -> dict:
     return {"bbox": bbox, "category_id": category_id, "area": bbox[2] * bbox[3], "iscrowd": 0} | fields
 
 
-def test_resize_has_the_bits_of_opencv():
+@pytest.mark.parametrize("installed", [True, False], ids=["with_opencv", "without_opencv"])
+def test_resize_has_the_bits_of_opencv(installed, monkeypatch):
     """Up and down, sides of one pixel, exact halves and doubles (where OpenCV takes another way)."""
+    if installed:
+        assert resize.find_opencv() is cv2
+    else:
+        monkeypatch.setattr(resize, "find_opencv", lambda: None)
     draw = np.random.default_rng(0)
     sizes = [tuple(draw.integers(1, 300, 4).tolist()) for _ in range(150)]
     sizes += [(60, 80, 120, 160), (60, 80, 30, 40), (61, 83, 61, 83), (1, 1, 7, 5), (60, 80, 60, 37), (1, 90, 40, 1)]
@@ -57,6 +63,27 @@ def test_resize_has_the_bits_of_opencv():
         ours = resize_bilinear(tensor.float(), target).permute(1, 2, 0).numpy()
         theirs = cv2.resize(image.astype(np.float32), target[::-1], interpolation=cv2.INTER_LINEAR)
         np.testing.assert_allclose(ours, theirs, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(5, 30, 40), (1, 30, 40), (2, 3, 30, 40), (30, 40), (0, 30, 40)])
+def test_resize_takes_any_channels_with_opencv_and_without(shape):
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    for given in (image, image.transpose(-1, -2)):  # of any strides
+        ours, expected = resize_bilinear(given, (41, 23)), resize._resize_uint8(given, (41, 23))
+        assert ours.shape == (*shape[:-2], 41, 23) and ours.equal(expected)
+
+
+def test_opencv_of_other_bits_is_not_used(monkeypatch):
+    """Nor more threads of it than torch has, as in a worker of a data loader."""
+    uint8 = np.random.default_rng(0).integers(0, 256, (3, 30, 40), dtype=np.uint8)
+    monkeypatch.setattr(cv2, "getNumThreads", lambda: 64)
+    set_to = []
+    monkeypatch.setattr(cv2, "setNumThreads", set_to.append)
+    resize_bilinear(torch.from_numpy(uint8), (41, 23))
+    assert set_to == [torch.get_num_threads()]
+    wrong = cv2.resize
+    monkeypatch.setattr(cv2, "resize", lambda *args, **kwargs: wrong(*args, **kwargs) | 1)
+    assert resize.find_opencv.__wrapped__() is None
 
 
 def test_sizes_round_to_the_nearest_pixel():
@@ -328,6 +355,21 @@ def test_what_mmdetection_does_not_train_on_is_skipped(processor_class, caplog):
     assert sorted(SKIPPED.values()) == [2, 2, 2, 4, 4]
     assert caplog.text.count("is skipped") == 5  # the first of each kind
     assert "Annotation number 5 of image 3 is skipped: its box lies outside the image" in caplog.text
+
+
+@BACKENDS
+def test_images_are_prepared_on_a_device(processor_class):
+    """As transformers' fast processors do, with nothing that is asked of it on the way: this one has no values."""
+    annotations = {"image_id": 1, "annotations": [annotation([4, 5, 20, 30])]}
+    image = np.zeros((50, 70, 3), dtype=np.uint8)
+    on_device = processor_class()(image, annotations=annotations, return_tensors="pt", device="meta")
+    on_cpu = processor_class()(image, annotations=annotations, return_tensors="pt")
+    for ours, expected in ((on_device, on_cpu), (on_device["labels"][0], on_cpu["labels"][0])):
+        tensors = {name: value for name, value in ours.items() if name != "labels"}
+        assert {value.device.type for value in tensors.values()} == {"meta"}
+        assert {name: value.shape for name, value in tensors.items()} == {
+            name: expected[name].shape for name in tensors
+        }
 
 
 @BACKENDS

@@ -50,6 +50,15 @@ def test_equals_mmsegmentations_pipeline(processor_class, size):
 
 
 @BACKENDS
+def test_images_and_maps_are_prepared_on_a_device(processor_class):
+    image, labels = np.zeros((50, 70, 3), dtype=np.uint8), np.zeros((50, 70), dtype=np.uint8)
+    settings = {"segmentation_maps": labels, "do_reduce_labels": True, "return_tensors": "pt"}
+    on_device = processor_class()(image, **settings, device="meta")  # without values that could be asked
+    for name, expected in processor_class()(image, **settings).items():
+        assert on_device[name].device.type == "meta" and on_device[name].shape == expected.shape
+
+
+@BACKENDS
 def test_reduced_labels_count_from_zero(processor_class):
     labels = np.array([[0, 1, 150], [255, 2, 0]], dtype=np.uint8)
     settings = {"do_resize": False, "return_tensors": "pt", "num_labels": 150}

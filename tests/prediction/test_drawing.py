@@ -47,3 +47,17 @@ def test_legend_has_the_classes_that_are_there_and_counts_what_does_not_fit():
     many = torch.arange(480 * 640).reshape(480, 640) % 200
     picture = draw(image, Segmentation([f"class {label}" for label in range(200)], many))
     assert picture.height < 560  # and not 200 lines
+
+
+@pytest.mark.parametrize("size", [(640, 480), (600, 90)])
+def test_steady_pictures_have_one_size_whatever_is_found(size):
+    image, names = draw_image(*size), [*NAMES, *map(str, range(50))]
+    labels = torch.arange(size[0] * size[1]).reshape(size[::-1])
+    scores = torch.eye(len(names)) + torch.linspace(0.1, 0.2, len(names))
+    for pictures in (
+        [draw(image, Segmentation(names, labels % count), steady=True) for count in (1, 3, 54)],
+        [draw(image, Classification(names, row.softmax(0)), steady=True) for row in scores[:4]],
+    ):
+        assert len({picture.size for picture in pictures}) == 1
+        assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+    assert draw(image, Segmentation(names, labels * 0)).width < pictures[0].width

@@ -1,6 +1,8 @@
 """A small run of the classifiers' trainer on digits, in this process (`build`) or in others (`main`)."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import AutoModelForImageClassification, TrainingArguments, set
 from pvt_hf.data.augmentation import build_training_transform
 from pvt_hf.data.classification import EvaluationImages, StreamedImages, TrainingImages, load_images
 from pvt_hf.recipes import ImageNetRecipe
+from pvt_hf.training import run_checkpoints
 from pvt_hf.training.classification import ImageClassificationTrainer
 from tests.support.preempted import train_until
 from tests.support.small_models import small_config
@@ -107,6 +110,17 @@ def shard_on_cpus() -> None:
     PartialState.__init__ = start_as_if_on_gpus
 
 
+@contextmanager
+def count_checksums() -> Iterator[list[Path]]:
+    """The files of run checkpoints of which checksums are computed while it lasts."""
+    describe, paths = run_checkpoints._describe_file, []
+    run_checkpoints._describe_file = lambda path: paths.append(path) or describe(path)
+    try:
+        yield paths
+    finally:
+        run_checkpoints._describe_file = describe
+
+
 def main(output_dir: Path, settings: dict[str, Any]) -> None:
     """A run with its losses, metrics and seed in `result-{rank}.json` afterwards."""
     settings = dict(settings)
@@ -121,9 +135,10 @@ def main(output_dir: Path, settings: dict[str, Any]) -> None:
     pause_after(trainer, pause)
     if end is not None:
         return train_until(trainer, end, resume)
-    trainer.train(resume)
+    with count_checksums() as checksums:
+        trainer.train(resume)
     metrics = trainer.evaluate()
     trainer.save_model()
-    write_result(trainer, output_dir, metrics=metrics, seed=next(iter(seeds), None))
+    write_result(trainer, output_dir, metrics=metrics, seed=next(iter(seeds), None), checksums=len(checksums))
     if trainer.is_world_process_zero() and trainer.ema is not None:
         torch.save(trainer.ema.module.state_dict(), output_dir / "ema.pt")

@@ -412,6 +412,7 @@ def test_mixup_gives_mixtures_and_probabilities(tmp_path):
         ({"recipe": {"warmup_epochs": 2}}, "`warmup_epochs` must be less than the 2 epochs"),
         ({"recipe": {"warmup_epochs": 1}, "max_steps": 8}, "`warmup_epochs` must be less than the 1 epochs"),
         ({"warmup_steps": 5}, "`warmup_steps` .* has no effect"),
+        ({"auto_find_batch_size": True}, "`auto_find_batch_size` would change the images per step"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` has no effect"),
         (
             {"per_device_train_batch_size": 100},

@@ -25,12 +25,15 @@ from pvt_hf.training.machines import (
     explain_lost_process,
     find_missing_processes,
     is_lost_process,
+    read_agreed_run,
     shares_folder,
 )
 from pvt_hf.training.optimization import SettingError
 from pvt_hf.training.run_checkpoints import CheckpointError, incompleteness
 from tests.support.classification_run import build
 from tests.support.machines import Machine, can_isolate, find_free_port, two_machines
+from tests.support.run_checkpoints import RUN
+from tests.support.run_checkpoints import write_checkpoint as write_run_checkpoint
 from tests.support.small_models import ROOT
 
 PROGRAMS = {
@@ -228,23 +231,54 @@ def write_checkpoint(folder: Path, monkeypatch) -> None:
     folder.mkdir(parents=True)
     (folder / "complete").touch()
     found = lambda path: None if (Path(path) / "complete").exists() else "there is no such folder"  # noqa: E731
-    monkeypatch.setattr(machines, "incompleteness", found)
-    monkeypatch.setattr("pvt_hf.training.run_checkpoints.incompleteness", found)
+    monkeypatch.setattr(machines, "recall_incompleteness", found)
+    monkeypatch.setattr("pvt_hf.training.run_checkpoints.recall_incompleteness", found)
 
 
 def test_all_processes_resume_from_the_newest_checkpoint_that_each_has(job, tmp_path, monkeypatch):
     for step in (2, 4):
         write_checkpoint(tmp_path / f"checkpoint-{step}", monkeypatch)
-    job += [lambda own: own.replace("checkpoint-4", "checkpoint-2"), lambda own: own]
+    job += [lambda own: ("b", own[1].replace("checkpoint-4", "checkpoint-2")), lambda own: own]
     assert agree_on_checkpoint(tmp_path, True) == str(tmp_path / "checkpoint-2")
-    job += [lambda own: None, lambda own: ("there is no such folder", "b")]
+    job += [lambda own: ("b", None), lambda own: ("b", "there is no such folder")]
     with pytest.raises(CheckpointError, match=r"checkpoint-4 is not a complete checkpoint for process 1 \(on b\)"):
         agree_on_checkpoint(tmp_path, True)
-    job += [lambda own: ("there is no such folder", "b")]
+    job += [lambda own: ("b", "there is no such folder")]
     with pytest.raises(CheckpointError, match="copy the checkpoint to each"):
         agree_on_checkpoint(tmp_path, str(tmp_path / "checkpoint-2"))
-    job += [lambda own: None]
+    job += [lambda own: ("b", None)]
     assert agree_on_checkpoint(tmp_path / "none", True) is None
+
+
+def test_one_process_of_each_machine_looks_at_the_checkpoint_for_all(tmp_path, monkeypatch):
+    """The other has its verdict, and what the run was, without a look at the disk."""
+    found = ("a", str(tmp_path / "checkpoint-2")), ("a", None), ("a", (RUN, None)), ("a", ({}, "is damaged"))
+    answers = iter(found)
+    monkeypatch.setattr(machines, "is_first_of_machine", lambda: False)
+    monkeypatch.setattr(machines, "gather", lambda value: [next(answers), value])
+    for name in ("last_complete_checkpoint", "recall_incompleteness", "read_run", "check_states"):
+        monkeypatch.setattr(machines, name, lambda *args: pytest.fail("looks at the disk"))
+    checkpoint = agree_on_checkpoint(tmp_path, True)
+    assert checkpoint == agree_on_checkpoint(tmp_path, checkpoint) == str(tmp_path / "checkpoint-2")
+    assert read_agreed_run(checkpoint, states=True) == RUN
+    with pytest.raises(CheckpointError, match="^is damaged$"):
+        read_agreed_run(checkpoint)
+
+
+def test_all_machines_end_if_one_cannot_read_the_checkpoint(job, tmp_path):
+    write_run_checkpoint(tmp_path, RUN)
+    job += [lambda own: own, lambda own: ("b", ({}, "optimizer.pt is damaged"))]
+    assert read_agreed_run(tmp_path) == RUN
+    with pytest.raises(CheckpointError, match=r"Process 1 \(on b\): optimizer\.pt is damaged"):
+        read_agreed_run(tmp_path)
+
+
+def test_only_the_first_process_of_a_machine_looks_at_the_data(tmp_path, monkeypatch):
+    """For the fingerprint: it stats each file, and every shard of a stream."""
+    trainer = build(tmp_path)
+    monkeypatch.setattr("pvt_hf.training.changes.fingerprint", lambda data: pytest.fail("looks at the data"))
+    monkeypatch.setattr("pvt_hf.training.changes.is_first_of_machine", lambda: False)
+    assert trainer.describe_run() == {}
 
 
 def test_a_folder_is_shared_if_all_see_what_the_main_process_makes(job, tmp_path, monkeypatch):
@@ -335,3 +369,28 @@ def test_errors_of_lost_processes_are_known_by_what_torch_raises():
     assert is_lost_process(closed) and is_lost_process(torch.distributed.DistNetworkError("Connection refused"))
     assert not is_lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert "Connection reset by peer. It ended, and said why" in explain_lost_process(closed)
+
+
+@pytest.mark.parametrize("program", [train_classification, train_detection, train_segmentation])
+def test_deepspeed_is_refused_where_it_cannot_be(program, tmp_path, monkeypatch):
+    """Where it is missing, and for a resume: before anything is read, by argument and by accelerate's variable."""
+    arguments = ["--smoke", "--use_cpu", "true", "--output_dir", str(tmp_path / "run")]
+    monkeypatch.setattr("pvt_hf.training.arguments.find_spec", lambda name: None)
+    resumed = "^--resume_from_checkpoint {}: runs of DeepSpeed are not resumed, because DeepSpeed unpickles its states"
+    for options in (["--deepspeed", "zero.json"], []):
+        with pytest.raises(SystemExit, match="^DeepSpeed is asked for, and is missing; .* pip install deepspeed$"):
+            program.main([*arguments, *options])
+        for value in ("true", "run/checkpoint-1"):
+            with pytest.raises(SystemExit, match=resumed.format(value)):
+                program.main([*arguments, *options, "--resume_from_checkpoint", value])
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trainer_of_deepspeed_does_not_resume(tmp_path, monkeypatch):
+    """Nor does it begin anew, because no checkpoint of such a run is complete."""
+    trainer = build(tmp_path)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    monkeypatch.setattr(trainer, "_inner_training_loop", None)
+    with pytest.raises(CheckpointError, match="Runs of DeepSpeed are not resumed"):
+        trainer.train(True)

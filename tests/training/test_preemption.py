@@ -85,6 +85,18 @@ def test_detectors_and_segmenters_end_at_the_next_step(task, tmp_path):
     assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
 
 
+@pytest.mark.parametrize(("method", "step"), [("training_step", 1), ("save_model", 2)])
+def test_the_last_checkpoint_can_be_resumed_from_where_others_cannot(method, step, tmp_path):
+    """With `save_only_model`: that of a step between two, or of a step of which the model is saved already."""
+    settings = {"images": 16, "max_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    trainer = build(tmp_path, **settings)
+    ask_in(trainer, method, 1)
+    with pytest.raises(Preempted):
+        trainer.train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
+    assert trainer.args.save_only_model
+
+
 def test_a_handler_of_the_program_stays(tmp_path):
     seen = []
     former = signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pvt_hf.commands.shared import check_resume
+from pvt_hf.training import machines, run_checkpoints
 from pvt_hf.training.run_checkpoints import (
     CheckpointError,
     check_states,
@@ -22,6 +24,7 @@ from pvt_hf.training.run_checkpoints import (
     read_run,
     replace_file,
 )
+from tests.support.classification_run import build
 from tests.support.run_checkpoints import RUN, STATES, write_checkpoint
 
 
@@ -265,4 +268,43 @@ def test_folders_of_others_are_passed_over(tmp_path):
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     mark_incomplete(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "complete.json").write_text(json.dumps({"files": {"a" * 300: ENTRY}}))
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def count_checksums(folder: Path, monkeypatch) -> list[str]:
+    """The names of the files of which checksums are computed from now on. None was written a moment ago."""
+    describe, names = run_checkpoints._describe_file, []
+    monkeypatch.setattr(run_checkpoints, "_describe_file", lambda path: names.append(path.name) or describe(path))
+    for path in folder.rglob("*"):
+        os.utime(path, (0, path.stat().st_mtime - 60))
+    return names
+
+
+def test_program_that_resumes_computes_each_checksum_once(tmp_path, monkeypatch):
+    """It asks before it looks at the data, and when it trains; the states too are looked at once."""
+    settings = {"images": 8, "max_steps": 1, "save_strategy": "epoch"}
+    trainer = build(tmp_path, **settings)
+    trainer.train()
+    listed_names, looks = sorted(listed(tmp_path / "checkpoint-1")["files"]), []
+    monkeypatch.setattr(machines, "check_states", looks.append)
+    names = count_checksums(tmp_path, monkeypatch)
+    resumed = build(tmp_path, **settings, resume_from_checkpoint=True)
+    check_resume(resumed.args, resumed.recipe)
+    resumed.train(True)
+    assert sorted(names) == listed_names and len(looks) == 1
+
+
+def test_file_that_has_changed_since_is_looked_at_again(tmp_path, monkeypatch):
+    """Whatever has changed of it, also in the same moment; and another file in its place."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint-1", RUN)
+    names, model = count_checksums(tmp_path, monkeypatch), checkpoint / "model.safetensors"
+    assert last_complete_checkpoint(tmp_path) == str(checkpoint) and read_run(checkpoint) == RUN
+    assert len(names) == len(STATES) + 1
+    times = model.stat().st_mtime_ns
+    for content in (b"another content", b"CONTENT"):  # the second is as large, and has been written since
+        model.write_bytes(content)
+        assert last_complete_checkpoint(tmp_path) is None
+    model.rename(tmp_path / "former")
+    model.write_bytes(b"CONTENT")
+    os.utime(model, ns=(times, times))
     assert last_complete_checkpoint(tmp_path) is None
