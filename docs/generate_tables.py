@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from pvt_hf.benchmark.rows import PRESETS
 from pvt_hf.benchmark.table import (
     HEADER,
+    PARTS_HEADER,
     RATES_HEADER,
     Result,
     describe_machine,
@@ -195,7 +196,7 @@ def benchmark_table() -> str:
     parts = list_parts(results)
     table = describe_machines(results, "cpu") + markdown_table(HEADER, list_ratios(results))
     if parts:
-        table += "\n" + markdown_table(("from image to result", "image processor", "post-processing"), parts)
+        table += "\n" + markdown_table(PARTS_HEADER, parts)
     return table
 
 

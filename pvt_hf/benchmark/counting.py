@@ -35,6 +35,7 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result, kwargs = func(*args, **(kwargs or {})), dict(kwargs or {})
+        kwargs.pop("out", None)  # it is the result
         operator = func.overloadpacket
         is_attention = operator.__name__.startswith(_ATTENTION)
         # Attention on a CPU is not known, but it does the same.

@@ -28,7 +28,7 @@ from .timing import Clock, Step
 _CLASSES = {"retinanet": 80, "mask_rcnn": 80, "semantic_fpn": 150}
 _AUTO = {"mask_rcnn": AutoModelForInstanceSegmentation, "semantic_fpn": AutoModelForSemanticSegmentation}
 _SHRINKS = 3 / 4  # of the images beside what the network gets: COCO's and ADE20K's are enlarged
-_PARTS = ("image processor", "network", "post-processing")
+_PARTS = ("image processor", "backbone", "neck", "head", "post-processing")
 
 
 def build_own(architecture: str, build_backbone: Callable[..., PreTrainedConfig]) -> PreTrainedModel:
@@ -92,22 +92,37 @@ def make_result_step(
         run = partial(run_peer, model, photo, size, clock)
     else:
         own = build_own(architecture, build_backbone).eval().to(device)
-        run = partial(_run_own, own, architecture, photo, size, clock)
+        run = partial(_run_own, own, architecture, photo, size, clock, _mark_ends(own, clock))
     return torch.no_grad()(run), run
 
 
+def _mark_ends(model: PreTrainedModel, clock: Clock) -> list[float]:
+    """A list to which the model adds the times at which its backbone and its neck end. (A GPU would have to be waited
+    for, which makes the step longer.)"""
+    ends: list[float] = []
+    for part in (model.backbone, model.neck) if clock.device.type == "cpu" else ():
+        part.register_forward_hook(lambda *_: ends.append(clock.read()))
+    return ends
+
+
 def _run_own(
-    model: PreTrainedModel, architecture: str, photo: Image.Image, size: tuple[int, int], clock: Clock
+    model: PreTrainedModel,
+    architecture: str,
+    photo: Image.Image,
+    size: tuple[int, int],
+    clock: Clock,
+    ends: list[float],
 ) -> Mapping[str, float]:
-    """Returns the seconds of the image processor, the network and what follows."""
+    """Returns the seconds of the image processor, of the parts of the network and of what follows."""
     sides = {"shortest_edge": min(size), "longest_edge": max(size)}
     segments = architecture == "semantic_fpn"
     processor = (PvtSegmentationImageProcessor if segments else PvtDetectionImageProcessor)(size=sides)
     times = [clock.read()]
     pixels = processor(photo, return_tensors="pt", device=clock.device)["pixel_values"]
     times.append(clock.read())
+    ends.clear()
     outputs = model(pixels)
-    times.append(clock.read())
+    times += [*ends, clock.read()]
     target_sizes = [photo.size[::-1]]
     if segments:
         found = processor.post_process_semantic_segmentation(outputs, target_sizes)
@@ -117,7 +132,8 @@ def _run_own(
         found = processor.post_process_object_detection(outputs, 0.05, target_sizes)
     assert len(found) == 1
     times.append(clock.read())
-    return {name: after - before for name, (before, after) in zip(_PARTS, pairwise(times), strict=True)}
+    names = _PARTS if ends else (_PARTS[0], "network", _PARTS[-1])
+    return {name: after - before for name, (before, after) in zip(names, pairwise(times), strict=True)}
 
 
 def _run_detector_of_torchvision(model: nn.Module, photo: Image.Image, size: tuple[int, int], clock: Clock) -> None:

@@ -139,6 +139,8 @@ def run_onnxruntime(file: Path, pixels: torch.Tensor, threads: int) -> Step:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Else its threads would wait for more work in a loop, while the next of a row is timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     inputs = {"pixel_values": pixels.numpy()}
 

@@ -35,6 +35,9 @@ class Result:
         machine_flops: Twice the multiply-adds that matrix products of this precision reach, in a second.
         machine_bytes: Read and written by copies within the memory, in a second.
         image_processor: Its share of a step.
+        backbone: Its share of a step.
+        neck: Its share of a step.
+        head: Its share of a step.
         post_processing: Its share of a step.
         machine: The processor that computes.
         threads: Of the CPU.
@@ -64,6 +67,9 @@ class Result:
     machine_flops: float
     machine_bytes: float
     image_processor: float
+    backbone: float
+    neck: float
+    head: float
     post_processing: float
     machine: str
     threads: int
@@ -133,6 +139,9 @@ def _write_value(value: str | float) -> str | int:
     return value
 
 
+_LATER = ("backbone", "neck", "head")  # which files that were written before do not have
+
+
 def read_results(file: Path) -> list[Result]:
     """Reads what [`write_results`] wrote.
 
@@ -146,9 +155,9 @@ def read_results(file: Path) -> list[Result]:
     try:
         with file.open(newline="", encoding="utf-8") as opened:
             reader = csv.DictReader(opened, strict=True)
-            if reader.fieldnames != list(kinds):
+            if reader.fieldnames not in (list(kinds), [name for name in kinds if name not in _LATER]):
                 raise ValueError(f"its first line must be {','.join(kinds)}")
-            rows = list(reader)
+            rows = [dict.fromkeys(_LATER, "") | row for row in reader]
             return [Result(**{name: _read_value(row[name], kinds[name]) for name in kinds}) for row in rows]  # type: ignore[arg-type]
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{file} is no CSV of `pvt-hf benchmark`: {error}") from error
@@ -172,6 +181,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 HEADER = ("work", "beside", "speed", "for each multiply-add", "peak memory", "the first does")
+PARTS_HEADER = ("from image to result", "image processor", "backbone", "neck", "head", "post-processing")
 RATES_HEADER = ("work", "who", "images/s", "TFLOP/s", "of products", "memory floor", "peak")
 
 
@@ -231,13 +241,14 @@ def list_rates(results: Sequence[Result]) -> list[tuple[str, ...]]:
 
 
 def list_parts(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """What part image processor and post-processing have in rows from image to result: cells.
+    """Where the time goes in rows from image to result: the cells of `PARTS_HEADER`.
 
     Args:
         results: Of any rows.
     """
+    shares = [field.replace("-", "_").replace(" ", "_") for field in PARTS_HEADER[1:]]
     return [
-        (result.work, f"{100 * result.image_processor:.1f} %", f"{100 * result.post_processing:.1f} %")
+        (result.work, *(_write_number(100 * getattr(result, share), "{:.1f} %") for share in shares))
         for result in results
         if not math.isnan(result.post_processing)
     ]

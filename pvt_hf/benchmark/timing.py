@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+# Seconds before each measurement, in which threads of the one before stop waiting for more work in a loop.
+_PAUSE = 0.05
 # A step that does all its work; it may say what seconds some of its parts took.
 Step = Callable[[], Mapping[str, float] | None]
 
@@ -83,7 +85,8 @@ class Times:
 
 
 def measure(steps: Sequence[Step], rounds: int, clock: Clock, warmups: int = 5) -> list[Times]:
-    """Times steps in turn, one after the other in each round, after a warm-up that is not counted.
+    """Times steps in turn, one after the other in each round, after a warm-up that is not counted, and with a pause
+    before each.
 
     Args:
         steps: To be timed.
@@ -98,6 +101,7 @@ def measure(steps: Sequence[Step], rounds: int, clock: Clock, warmups: int = 5) 
     times = [Times() for _ in steps]
     for _ in range(rounds):
         for step, count, kept in zip(steps, counts, times, strict=True):
+            time.sleep(_PAUSE)
             kept.add(*clock.time(step, count))
     return times
 

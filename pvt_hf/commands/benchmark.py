@@ -30,6 +30,7 @@ from ..benchmark.rows import OTHERS, PRESETS, Row, choose_rows
 from ..benchmark.run import Bench, list_packages, release
 from ..benchmark.table import (
     HEADER,
+    PARTS_HEADER,
     RATES_HEADER,
     Result,
     describe_machine,
@@ -145,8 +146,9 @@ def _show(found: Sequence[Result], write: Callable[[str], None], bench: Bench, f
     if first:
         write(f"{describe_machine(found[0])}\n")
     write("\n".join(lines if first else lines[2:]))
-    for work, processor, post in list_parts(found):
-        write(f"  {work}: image processor {processor}, post-processing {post} of the time")
+    for work, *shares in list_parts(found):
+        parts = (f"{name} {share}" for name, share in zip(PARTS_HEADER[1:], shares, strict=True))
+        write(f"  {work}: {', '.join(parts)} of the time")
 
 
 def _draw(results: Sequence[Result], file: Path) -> None:

@@ -1,8 +1,9 @@
-"""How a CPU computes the MLPs of PVT v1 and v2: in chunks whose hidden states fit its cache, in compiled code too."""
+"""How a CPU computes the second half of a block of PVT v1 and v2: in chunks whose hidden states fit its cache."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,41 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation
 
-from .layers import is_traced, runs_transformed, tokens_to_map
+from .layers import is_traced, runs_transformed
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody wants to see complete inputs or outputs of the module or of a part of it."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def compute_in_chunks(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Decorator of the end of a block: the sum with its attention's result, then norm and MLP as a residual branch.
+
+    Where a CPU infers and nobody has put or watches anything in them, all of that is computed in chunks whose hidden
+    states take the MLP's `chunk_bytes`, so that they fit its cache, into memory that is used again. Compiled code has
+    it as one operator: chunk by chunk it would be code for one size, as a whole it is slower.
+
+    Args:
+        forward: A method `(hidden_states, attended, *size)` of a block with `layer_norm_2`, `drop_path` and `mlp`, from
+            two tensors `(batch, tokens, channels)` and, if the MLP has a convolution, the height and width of the map.
+
+    Returns:
+        A method with the same arguments and results.
+    """
+
+    @wraps(forward)
+    def forward_in_chunks(
+        self: nn.Module, hidden_states: torch.Tensor, attended: torch.Tensor, *size: int
+    ) -> torch.Tensor:
+        types, tensors = find_tensors([self.layer_norm_2, self.drop_path, self.mlp], hidden_states, attended)
+        if (branch := _BRANCHES.get(types)) is None:
+            return forward(self, hidden_states, attended, *size)
+        run = branch[torch.compiler.is_compiling()]
+        flags = [isinstance(self.mlp.relu, nn.ReLU)] if size else []
+        return run(hidden_states, attended, *size, self.mlp.chunk_bytes, self.layer_norm_2.eps, *flags, *tensors)
+
+    return forward_in_chunks
 
 
 def chunk_tokens(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -34,9 +64,6 @@ def chunk_tokens(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
     @wraps(forward)
     def forward_in_chunks(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        if (tensors := find_tensors(self, hidden_states, [nn.Linear, nn.Linear])) is not None:
-            run = _mlp_as_operator if torch.compiler.is_compiling() else _mlp
-            return run(hidden_states, self.chunk_bytes, *tensors)
         if runs_transformed(hidden_states) or hidden_states.device.type != "cpu" or has_hooks(self):
             return forward(self, hidden_states)
         if self.training or (torch.is_grad_enabled() and hidden_states.requires_grad):
@@ -52,8 +79,8 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
     A map of more tokens than `max_stored_tokens` has for its type of device is recomputed in the backward pass instead
     of stored; other devices store. A CPU works in chunks, of images or of their rows, whose hidden states take
-    `chunk_bytes`, so that they fit its cache, unless a hook wants to see the complete map. Where code is compiled, that
-    holds for inference; the compiler decides for itself what training stores.
+    `chunk_bytes`, so that they fit its cache, unless a hook wants to see the complete map. A compiler decides for
+    itself what it stores.
 
     Args:
         forward: A method `(hidden_states, height, width, rows)` that gives these rows of the result, from hidden states
@@ -66,10 +93,6 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
     @wraps(forward)
     def forward_in_chunks(self: nn.Module, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        if (tensors := find_tensors(self, hidden_states, [nn.Linear, nn.Conv2d, nn.Linear])) is not None:
-            run = _conv_mlp_as_operator if torch.compiler.is_compiling() else _conv_mlp
-            has_relu = isinstance(self.relu, nn.ReLU)
-            return run(hidden_states, height, width, self.chunk_bytes, has_relu, *tensors)
         compute = partial(forward, self)
         if runs_transformed(hidden_states):
             return compute(hidden_states, height, width)
@@ -89,40 +112,44 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 
 def find_tensors(
-    mlp: nn.Module, hidden_states: torch.Tensor, layer_types: list[type[nn.Module]]
-) -> list[torch.Tensor] | None:
-    """The weights and biases of an MLP in which nobody has put or watches anything, if a CPU infers with it; or `None`.
+    modules: Sequence[nn.Module], *inputs: torch.Tensor
+) -> tuple[tuple[type[nn.Module], ...], list[torch.Tensor]]:
+    """The classes of the layers with parameters in the modules, and these parameters, if a CPU infers with them and
+    nobody has put or watches anything there; or nothing.
 
-    They are then all that there is to it. The activation may write over its input, so that twice as many hidden states
-    fit the cache, and compiled code has the MLP as one operator: chunk by chunk it would be code for one size, as a
-    whole it is slower. Adapters, quantised layers, hooks and other activations get their modules called.
+    They are then all that there is to it. Adapters, quantised layers, hooks and other activations get their modules
+    called.
 
     Args:
-        mlp: The MLP.
-        hidden_states: Its input.
-        layer_types: The classes of its parts that have parameters, in order.
+        modules: A norm, stochastic depth and an MLP.
+        *inputs: Theirs.
     """
-    if is_traced(hidden_states) or torch._C._are_functorch_transforms_active():
-        return None
-    if hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return None
-    if mlp.training or torch.is_grad_enabled():
-        return None
+    nothing: tuple[tuple[type[nn.Module], ...], list[torch.Tensor]] = (), []
+    if is_traced(inputs[0]) or torch._C._are_functorch_transforms_active():
+        return nothing
+    if inputs[0].device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return nothing
+    mlp = modules[-1]
     activation = mlp.intermediate_act_fn
-    if type(activation) is not GELUActivation or activation.act is not F.gelu:
-        return None
+    if mlp.training or type(activation) is not GELUActivation or activation.act is not F.gelu:
+        return nothing
     types, tensors = [], []
-    for part in mlp.modules():  # once, since every block asks
+    for part in chain.from_iterable(module.modules() for module in modules):
         # (An offloaded layer has a `forward` of its own, which brings its tensors.)
         if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-            return None
+            return nothing
         if part._parameters:
             types.append(type(part))
             tensors += part._parameters.values()
-    if types != layer_types:
-        return None
-    is_plain = all(type(tensor) is nn.Parameter and tensor.dtype == hidden_states.dtype for tensor in tensors)
-    return tensors if is_plain else None
+    dtype = inputs[0].dtype
+    is_plain = all(type(tensor) is nn.Parameter and tensor.dtype == dtype for tensor in tensors)
+    return (tuple(types), tensors) if is_plain and inputs[-1].dtype == dtype else nothing
+
+
+def _share(number: int, most: int) -> int:
+    """The least size of the fewest pieces of `number` things that have `most` at most."""
+    pieces = -(-number // max(1, most))
+    return -(-number // max(1, pieces))
 
 
 def _compute_tokens(
@@ -156,29 +183,40 @@ def _iter_rows(
         yield compute(hidden_states, height, width, slice(len(above), height - len(below)))
 
 
-def _mlp(
+def _add_mlp(
     hidden_states: torch.Tensor,
+    attended: torch.Tensor,
     chunk_bytes: int,
+    eps: float,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
     weight1: torch.Tensor,
     bias1: torch.Tensor,
     weight2: torch.Tensor,
     bias2: torch.Tensor,
 ) -> torch.Tensor:
-    """The MLP of PVT v1, from hidden states (..., channels)."""
+    """The end of a block of PVT v1, from its input and what its attention gives, both (batch, tokens, channels)."""
+    result = hidden_states.new_empty(hidden_states.shape)
+    tokens = [tensor.flatten(0, 1) for tensor in (hidden_states, attended, result)]
+    num_tokens = _share(len(tokens[0]), chunk_bytes // weight1[:, 0].nbytes)
+    buffer = result.new_empty(num_tokens, len(weight1))
+    for states, branch, sums in zip(*(tensor.split(num_tokens) for tensor in tokens), strict=True):
+        normed = F.layer_norm(torch.add(states, branch, out=sums), norm_weight.shape, norm_weight, norm_bias, eps)
+        hidden = torch.addmm(bias1, normed, weight1.t(), out=buffer[: len(sums)])
+        torch.addmm(sums.add_(bias2), F.gelu(hidden, out=hidden), weight2.t(), out=sums)
+    return result
 
-    def compute(chunk: torch.Tensor) -> torch.Tensor:
-        chunk = F.linear(chunk, weight1, bias1)
-        return F.linear(F.gelu(chunk, out=chunk), weight2, bias2)
 
-    return _compute_tokens(compute, hidden_states, chunk_bytes // weight1[:, 0].nbytes)
-
-
-def _conv_mlp(
+def _add_conv_mlp(
     hidden_states: torch.Tensor,
+    attended: torch.Tensor,
     height: int,
     width: int,
     chunk_bytes: int,
+    eps: float,
     has_relu: bool,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
     weight1: torch.Tensor,
     bias1: torch.Tensor,
     conv_weight: torch.Tensor,
@@ -186,26 +224,83 @@ def _conv_mlp(
     weight2: torch.Tensor,
     bias2: torch.Tensor,
 ) -> torch.Tensor:
-    """The MLP of PVT v2, from hidden states (batch, height * width, channels)."""
+    """The end of a block of PVT v2, from its input and what its attention gives, both (batch, height * width,
+    channels)."""
+    result = hidden_states.new_empty(hidden_states.shape)
 
-    def compute(chunk: torch.Tensor, height: int, width: int, rows: slice) -> torch.Tensor:
-        chunk = F.linear(chunk, weight1, bias1)
-        chunk = tokens_to_map(chunk.relu_() if has_relu else chunk, height, width)
-        chunk = F.conv2d(chunk, conv_weight, conv_bias, padding=1, groups=len(conv_weight))
-        chunk = chunk.permute(0, 2, 3, 1)[:, rows].flatten(1, 2)  # (images, tokens, hidden channels)
-        return F.linear(F.gelu(chunk, out=chunk), weight2, bias2)
+    def expand(states: torch.Tensor, branch: torch.Tensor, sums: torch.Tensor, out: torch.Tensor) -> None:
+        normed = F.layer_norm(torch.add(states, branch, out=sums), norm_weight.shape, norm_weight, norm_bias, eps)
+        torch.addmm(bias1, normed, weight1.t(), out=out)
+        if has_relu:
+            out.relu_()
 
-    return _compute_rows(compute, hidden_states, height, width, chunk_bytes // (width * weight1[:, 0].nbytes))
+    def project(hidden: torch.Tensor, sums: torch.Tensor, padding: tuple[int, int]) -> None:
+        # From (images, rows, width, hidden channels), in which there may be a row of context above and below.
+        hidden = F.conv2d(hidden.permute(0, 3, 1, 2), conv_weight, conv_bias, padding=padding, groups=len(conv_weight))
+        hidden = hidden.permute(0, 2, 3, 1).flatten(0, 2)
+        torch.addmm(sums.add_(bias2), F.gelu(hidden, out=hidden), weight2.t(), out=sums)
+
+    maps = [tensor.unflatten(1, (height, width)) for tensor in (hidden_states, attended, result)]
+    num_rows = max(1, chunk_bytes // (width * weight1[:, 0].nbytes))
+    if num_rows >= height:
+        _add_images(expand, project, maps, num_rows // height, len(weight1))
+    else:
+        _add_rows(expand, project, maps, num_rows, len(weight1))
+    return result
 
 
-_mlp_as_operator = torch.library.custom_op("pvt_hf::mlp", _mlp, mutates_args=())
-_conv_mlp_as_operator = torch.library.custom_op("pvt_hf::conv_mlp", _conv_mlp, mutates_args=())
+def _add_images(
+    expand: Callable[..., None],
+    project: Callable[..., None],
+    maps: list[torch.Tensor],
+    num_images: int,
+    hidden_size: int,
+) -> None:
+    """Several images at a time, of maps (batch, height, width, channels)."""
+    num_images = _share(len(maps[0]), num_images)
+    buffer = maps[0].new_empty(num_images, *maps[0].shape[1:3], hidden_size)
+    for images in zip(*(tensor.split(num_images) for tensor in maps), strict=True):
+        tokens, hidden = [image.flatten(0, 2) for image in images], buffer[: len(images[0])]
+        expand(*tokens, hidden.flatten(0, 2))
+        project(hidden, tokens[-1], (1, 1))
 
 
-@_mlp_as_operator.register_fake
-@_conv_mlp_as_operator.register_fake
+def _add_rows(
+    expand: Callable[..., None], project: Callable[..., None], maps: list[torch.Tensor], num_rows: int, hidden_size: int
+) -> None:
+    """Rows of one image at a time, of maps (batch, height, width, channels): a window goes down the image, and keeps
+    the last two rows of hidden states, which the next rows need too."""
+    height, width = maps[0].shape[1:3]
+    num_rows = _share(height, num_rows)
+    window = maps[0].new_empty(num_rows + 2, width, hidden_size)  # with a row of context above and below
+    for image in zip(*maps, strict=True):
+        for start in range(0, height, num_rows):
+            stop = min(start + num_rows, height)
+            known = start + 1 if start else 0  # rows of the image whose hidden states have been computed
+            end = min(stop + 1, height)
+            window[:2] = window[num_rows:].clone() if start else 0
+            window[stop - start + 1] = 0  # below the image
+            expand(
+                *(rows[known:end].flatten(0, 1) for rows in image),
+                window[known - start + 1 : end - start + 1].flatten(0, 1),
+            )
+            project(window[None, : stop - start + 2], image[-1][start:stop].flatten(0, 1), (0, 1))
+
+
+_add_mlp_as_operator = torch.library.custom_op("pvt_hf::add_mlp", _add_mlp, mutates_args=())
+_add_conv_mlp_as_operator = torch.library.custom_op("pvt_hf::add_conv_mlp", _add_conv_mlp, mutates_args=())
+
+
+@_add_mlp_as_operator.register_fake
+@_add_conv_mlp_as_operator.register_fake
 def _compute_nothing(hidden_states, *_):
     return hidden_states.new_empty(hidden_states.shape)
 
 
-__all__ = ["chunk_rows", "chunk_tokens"]
+# By the layers with parameters of norm and MLP: what computes them, eager and compiled.
+_BRANCHES: dict[tuple[type[nn.Module], ...], tuple[Callable[..., torch.Tensor], ...]] = {
+    (nn.LayerNorm, nn.Linear, nn.Linear): (_add_mlp, _add_mlp_as_operator),
+    (nn.LayerNorm, nn.Linear, nn.Conv2d, nn.Linear): (_add_conv_mlp, _add_conv_mlp_as_operator),
+}
+
+__all__ = ["chunk_rows", "chunk_tokens", "compute_in_chunks"]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import signature
+from itertools import chain
 from typing import Any
 
 import torch
@@ -70,32 +71,34 @@ def cast_once(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states.to(dtype) if is_cast else hidden_states
 
 
-def stack_layers(
-    hidden_states: torch.Tensor, layers: Sequence[nn.Module]
-) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """The weight and bias with which one product does what several layers do one by one, or `None`.
+def cast_together(
+    hidden_states: torch.Tensor, groups: Sequence[Sequence[nn.Module]]
+) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    """The weight and bias for the product that each group of linear layers is, in autocast's type, or `None` where the
+    layers have to be called: adapters, quantised layers, hooks, and outside of autocast.
 
-    Under autocast, which copies all weights, one product for all layers is less to start on a GPU, forward and
-    backward. Elsewhere the copies would cost more. Adapters, quantised layers and hooks get their modules called.
+    Autocast would copy each weight and bias apart, and a GPU with few images waits for each of these to be started.
 
     Args:
-        hidden_states: What the layers read.
-        layers: With as many outputs each.
+        hidden_states: What the layers read, or something on its device.
+        groups: Layers that read the same, all with as many outputs as inputs.
     """
-    if len(layers) == 1 or runs_transformed(hidden_states):
+    if runs_transformed(hidden_states) or (dtype := find_autocast_dtype(hidden_states)) is None:
         return None
-    if (dtype := find_autocast_dtype(hidden_states)) is None:
-        return None
-    if not all(type(layer) is nn.Linear and is_unwatched(layer) for layer in layers):
-        return None
-    tensors = [tensor for layer in layers for tensor in layer._parameters.values() if tensor is not None]
-    weights, biases = ([tensor for tensor in tensors if tensor.ndim == ndim] for ndim in (2, 1))
-    if len(weights) != len(layers) or len(biases) not in (0, len(layers)):
-        return None
-    kinds = {(type(tensor), tensor.dtype) for tensor in tensors}
-    if kinds != {(nn.Parameter, weights[0].dtype)} or weights[0].dtype in (dtype, torch.float64):
-        return None
-    return torch.cat(weights), torch.cat(biases) if biases else None
+    weights, biases = [], []
+    for layer in chain.from_iterable(groups):
+        if type(layer) is not nn.Linear or not is_unwatched(layer):
+            return None
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if type(weight) is not nn.Parameter or type(bias) is not nn.Parameter or weight.dtype in (dtype, torch.float64):
+            return None
+        weights.append(weight.view(-1))
+        biases.append(bias)
+    numbers = torch.cat(weights + biases).to(dtype)
+    channels = bias.shape[0]
+    sizes = [len(group) * channels for group in groups]
+    parts = numbers.split_with_sizes([size * channels for size in sizes] + sizes)
+    return [(weight.view(-1, channels), bias) for weight, bias in zip(parts, parts[len(groups) :], strict=False)]
 
 
 def place_numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -256,14 +259,20 @@ class SpatialReductionAttention(nn.Module):
         self.key = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
         self.value = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
 
-    def project(self, hidden_states: torch.Tensor, *layers: nn.Module) -> list[torch.Tensor]:
-        """(batch, tokens, channels) -> what each layer makes of it, as (batch, heads, tokens, head_dim)."""
-        sizes = hidden_states.shape[0], hidden_states.shape[1]
-        if (stacked := stack_layers(hidden_states, layers)) is not None:
-            projected = nn.functional.linear(hidden_states, *stacked)
-            parts = projected.view(*sizes, len(layers), self.num_attention_heads, self.head_dim).unbind(2)
-        else:
-            parts = [layer(hidden_states).reshape(*sizes, self.num_attention_heads, self.head_dim) for layer in layers]
+    def project(self, hidden_states: torch.Tensor, reduced_states: torch.Tensor) -> list[torch.Tensor]:
+        """(batch, tokens, channels) each -> query, key and value, each (batch, heads, tokens, head_dim)."""
+        groups = [(hidden_states, [self.query]), (reduced_states, [self.key, self.value])]
+        if reduced_states is hidden_states:
+            groups = [(hidden_states, [self.query, self.key, self.value])]
+        cast = cast_together(hidden_states, [layers for _, layers in groups])
+        parts: list[torch.Tensor] = []  # each (batch, tokens, heads, head_dim)
+        for index, (states, layers) in enumerate(groups):
+            sizes = states.shape[0], states.shape[1]
+            if cast is None:
+                parts += [layer(states).reshape(*sizes, self.num_attention_heads, self.head_dim) for layer in layers]
+            else:
+                projected = nn.functional.linear(states, *cast[index])
+                parts += projected.view(*sizes, len(layers), self.num_attention_heads, self.head_dim).unbind(2)
         return [part.transpose(1, 2) for part in parts]
 
     def attend(
@@ -279,11 +288,7 @@ class SpatialReductionAttention(nn.Module):
         Returns:
             (batch, queries, channels), and (batch, heads, queries, reduced keys) or None.
         """
-        if reduced_states is hidden_states:
-            query, key, value = self.project(hidden_states, self.query, self.key, self.value)
-        else:
-            (query,) = self.project(hidden_states, self.query)
-            key, value = self.project(reduced_states, self.key, self.value)
+        query, key, value = self.project(hidden_states, reduced_states)
         attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = eager_attention_forward
         # transformers' interfaces branch on the number of queries, which a proxy of torch.fx does not know, and
         # reshape to a size that an empty batch leaves open.

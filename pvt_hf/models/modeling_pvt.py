@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .chunk_gradients import recompute_hidden_states
-from .chunks import chunk_tokens
+from .chunks import chunk_tokens, compute_in_chunks
 from .configuration_pvt import PvtConfig
 from .layers import (
     Dropout,
@@ -151,7 +151,7 @@ class PvtFFN(nn.Module):
     """The MLP."""
 
     stored_bytes = 16 * 2**20
-    chunk_bytes = 2 * 2**20
+    chunk_bytes = 4 * 2**20
 
     def __init__(self, config: PvtConfig, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -187,9 +187,13 @@ class PvtLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         attended, attention = self.attention(self.layer_norm_1(hidden_states), height, width, output_attentions)
+        return self.add_branches(hidden_states, attended), attention
+
+    @compute_in_chunks
+    def add_branches(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The block's input and what its attention gives, both (batch, tokens, channels) -> its result."""
         hidden_states = hidden_states + self.drop_path(attended)
-        hidden_states = hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states)))
-        return hidden_states, attention
+        return hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states)))
 
 
 class PvtEncoder(nn.Module):

@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .chunk_gradients import recompute_hidden_states
-from .chunks import chunk_rows
+from .chunks import chunk_rows, compute_in_chunks
 from .configuration_pvt_v2 import PvtV2Config
 from .layers import (
     AdaptiveAvgPool2d,
@@ -170,9 +170,15 @@ class PvtV2BlockLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
         attended, attention = self.attention(self.layer_norm_1(hidden_states), height, width, output_attentions)
+        return self.add_branches(hidden_states, attended, height, width), attention
+
+    @compute_in_chunks
+    def add_branches(
+        self, hidden_states: torch.Tensor, attended: torch.Tensor, height: int, width: int
+    ) -> torch.Tensor:
+        """The block's input and what its attention gives, both (batch, tokens, channels) -> its result."""
         hidden_states = hidden_states + self.drop_path(attended)
-        hidden_states = hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states), height, width))
-        return hidden_states, attention
+        return hidden_states + self.drop_path(self.mlp(self.layer_norm_2(hidden_states), height, width))
 
 
 class PvtV2EncoderLayer(nn.Module):

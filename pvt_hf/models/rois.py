@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .boxes import at_least_float32, match_boxes, move_together, pairwise_iou, sample_batch
-from .layers import runs_transformed
+from .layers import map_to_tokens, runs_transformed
 from .targets import GroundTruth
 
 # Where boxes lie that no sample shall be taken of, in cells: outside of every map.
@@ -24,6 +24,21 @@ def flatten_rois(boxes: torch.Tensor) -> torch.Tensor:
     """[`to_rois`] of as many boxes of each image: `(batch, boxes, 4)` to `(batch * boxes, 5)`."""
     images = torch.arange(boxes.shape[0], device=boxes.device).to(boxes)[:, None, None]
     return torch.cat((images.expand(-1, boxes.shape[1], -1), boxes), dim=-1).flatten(0, 1)
+
+
+def make_contiguous(levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Maps `(batch, channels, height, width)` in the layout in which torchvision pools RoIs, or it would copy them for
+    every head."""
+    return [_make_contiguous(level) for level in levels]
+
+
+def _make_contiguous(level: torch.Tensor) -> torch.Tensor:
+    if level.is_contiguous() or level.device.type != "cpu" or runs_transformed():
+        return level.contiguous()
+    # A CPU transposes matrices several times as fast as it copies maps.
+    images = [image.t().contiguous() for image in map_to_tokens(level)]  # (channels, height * width)
+    batch = images[0][None] if len(images) == 1 else torch.stack(images)
+    return batch.reshape(level.shape)
 
 
 def pool_rois(

@@ -108,11 +108,11 @@ def predict_to_folder(
     images: Sources,
     output_dir: str | os.PathLike[str],
     batch_size: int = 1,
-    frame_interval: int = 1,
     pictures: bool = True,
     binary_masks: bool = False,
     skip_corrupt: bool = False,
     report: Callable[[str], None] | None = None,
+    frame_interval: int = 1,
     **settings: Any,
 ) -> Written:
     """Predicts what is in images, and writes it: what `pvt-hf predict` does.
@@ -126,11 +126,11 @@ def predict_to_folder(
             `clip.mp4` it gets those of each frame, called `clip/000000` and so on, and the video with what was found,
             `pictures/clip.mp4`.
         batch_size: How many images are computed at a time (default: 1).
-        frame_interval: Of videos: every how many frames one is predicted, beginning with the first (default: 1, all).
         pictures: Whether pictures and videos are written (default: `True`).
         binary_masks: Of segmenters of two classes: write maps of 0 and 255, into `masks` (default: `False`).
         skip_corrupt: Whether corrupt images, videos and frames are skipped (default: `False`, an error).
         report: Is called with a line about each image (default: nothing is).
+        frame_interval: Of videos: every how many frames one is predicted, beginning with the first (default: 1, all).
         **settings: As [`predict`] takes them.
 
     Raises:
@@ -149,7 +149,8 @@ def predict_to_folder(
     _check_outputs(files, folder)
     checked = check_sources(files)
     problems = [result.problem for result in checked if result.problem]
-    refuse_problems(problems, len(files), "images", skip_corrupt)
+    subject = "images and videos" if any(file.is_video for file in files) else "images"
+    refuse_problems(problems, len(files), subject, skip_corrupt)
     counts = {file: result.value for file, result in zip(files, checked, strict=True) if not result.problem}
     read = read_images(counts, frame_interval)
     found = _predict_images(_get_predictor(model, settings), read, batch_size, skip_corrupt)
@@ -276,9 +277,9 @@ class _Writer:
         self.video.__exit__(*error)  # which leaves no half video
 
     def add(self, image_id: int, image: ReadImage, prediction: Prediction) -> None:
-        names = {"file_name": image.file.name}
+        names: dict[str, Any] = {"file_name": image.file.name}
         if image.frame is not None:
-            names |= {"frame": image.frame.index, "time": image.frame.time}
+            names |= {"frame": image.frame.number, "time": image.frame.time}
         row = names | {"width": image.image.width, "height": image.image.height}
         row |= {"summary": prediction.describe(), "predictions": prediction.to_list()}
         if self.pictures:
@@ -302,8 +303,8 @@ class _Writer:
             if image.frame is not None:
                 file, rate = self.folder / _PICTURES / f"{image.file.stem}.mp4", image.frame.rate / self.frame_interval
                 self.add_picture = self.video.enter_context(write_video(file, rate))
-        if image.frame is not None:
-            self.add_picture(picture, image.frame.index // self.frame_interval)
+        if image.frame is not None and self.add_picture is not None:
+            self.add_picture(picture, image.frame.number // self.frame_interval)
 
     def _save(self, image: Image.Image, name: str, **options: Any) -> None:
         with atomic_file(self.folder / name) as partial:

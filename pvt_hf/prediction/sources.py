@@ -8,9 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from PIL import Image
+from typing import Any, NamedTuple
 
 from ..data.checks import Checked, check_all, check_images
 from ..data.images import IMAGE_ENDINGS, ImageError, decode
@@ -54,18 +52,18 @@ class ReadImage(NamedTuple):
 
     Attributes:
         file: Where it is.
-        image: RGB, as it is seen; or what is wrong with it.
+        image: PIL, RGB, as it is seen; or an `ImageError`, what is wrong with it.
         frame: Of a video, which one it is (default: `None`, of an image).
     """
 
     file: ImageFile
-    image: Image.Image | ImageError
+    image: Any
     frame: Frame | None = None
 
     @property
     def stem(self) -> str:
         """To which what is written about it adds an ending: `clip/000012` of a frame."""
-        return f"{self.file.stem}/{self.frame.index:06}" if self.frame else self.file.stem
+        return f"{self.file.stem}/{self.frame.number:06}" if self.frame else self.file.stem
 
     def add_frame(self, name: str) -> str:
         """The name or the path of the file, with the frame behind it."""

@@ -20,7 +20,7 @@ VIDEO_ENDINGS = {".asf", ".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"
 _FORMATS = "mov,matroska,avi,mpeg,mpegvideo,mpegts,asf"
 _CODECS = ("libx264", "mpeg4")  # which is written: the first that there is
 # What a container's display matrix makes of x and of y, each as (x, y), by the signs of its numbers.
-_TURNS = {
+_TURNS: dict[tuple[int, ...], Image.Transpose] = {
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,  # clockwise, as telephones that are held upright
     (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
     (0, -1, 1, 0): Image.Transpose.ROTATE_90,
@@ -38,17 +38,17 @@ class Frame(NamedTuple):
     """Which frame of a video an image is.
 
     Attributes:
-        index: Its number, from 0.
+        number: From 0.
         time: In seconds from the first frame.
         rate: Frames of the video in a second, on average.
     """
 
-    index: int
+    number: int
     time: float
     rate: Fraction
 
     def __str__(self) -> str:
-        return f"frame {self.index} ({self.time:.2f} s)"
+        return f"frame {self.number} ({self.time:.2f} s)"
 
 
 def count_frames(path: str) -> int:
@@ -92,15 +92,17 @@ def read_frames(path: str, interval: int = 1) -> Iterator[tuple[Frame, Image.Ima
     """
     with _open(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
-        start = None
-        for index, (time, found) in enumerate(_decode(container, stream)):
+        start = frame = None
+        for number, (time, found) in enumerate(_decode(container, stream)):
             start = time if start is None else start
-            frame = Frame(index, float(index / rate) if time is None else round(time - (start or 0), 6), rate)
+            frame = Frame(number, float(number / rate) if time is None else round(time - (start or 0), 6), rate)
             if isinstance(found, Exception) or found.is_corrupt:
                 reason = _explain(found) if isinstance(found, Exception) else "parts of it are missing"
                 yield frame, ImageError(f"{path}, {frame} cannot be decoded: {reason}.")
-            elif index % interval == 0:
+            elif number % interval == 0:
                 yield frame, _turn(found)
+    if frame is None:
+        raise ImageError(f"{path} has no frame that can be decoded.")
 
 
 @contextmanager
@@ -142,19 +144,15 @@ def _decode(container: Any, stream: Any) -> Iterator[tuple[float | None, Any]]:
             frames = packet.decode()
         except av.error.FFmpegError as error:
             # Packets come before others that are shown earlier, and frames some packets later.
-            time = float("-inf") if packet.pts is None else float(packet.pts * packet.time_base)
-            failed = sorted([*failed, (time, error)], key=lambda failure: failure[0])
+            stamp = packet.dts if packet.pts is None else packet.pts
+            failed.append((float((stamp or 0) * packet.time_base), error))
+            failed.sort(key=lambda failure: failure[0])
             continue
         for frame in frames:
             while failed and (frame.time is None or failed[0][0] < frame.time):
-                yield _name_time(*failed.pop(0))
+                yield failed.pop(0)
             yield frame.time, frame
-    for time, error in failed:
-        yield _name_time(time, error)
-
-
-def _name_time(time: float, error: Exception) -> tuple[float | None, Exception]:
-    return (None if time == float("-inf") else time), error
+    yield from failed
 
 
 def _turn(frame: Any) -> Image.Image:

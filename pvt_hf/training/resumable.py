@@ -63,6 +63,7 @@ class ResumableTrainer(DistributedTrainer):
     """
 
     steps_per_epoch: int
+    control: TrainerControl
 
     def __init__(self, *args, ema_decay: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pvt_hf.benchmark.networks import build_network
 from pvt_hf.benchmark.plots import draw_plots
 from pvt_hf.benchmark.rows import OTHERS, PRESETS, Entrant, Row, choose_rows
 from pvt_hf.benchmark.run import Bench
-from pvt_hf.benchmark.table import list_ratios, merge_results, read_results, write_results
+from pvt_hf.benchmark.table import PARTS_HEADER, list_parts, list_ratios, merge_results, read_results, write_results
 from pvt_hf.benchmark.timing import Clock, measure, measure_peak
 from pvt_hf.commands import benchmark
 from tests.support.small_models import small_config
@@ -68,12 +69,18 @@ def test_rows_run(bench, row):
         assert result.multiply_adds > 0 and result.moved_bytes > 0 and result.machine_flops > 0
         assert result.floor > 0 and result.utilization == result.flops / result.machine_flops
         assert result.flops == 2 * (3 if row.step == "training" else 1) * result.multiply_adds / result.seconds
-    assert math.isnan(results[0].post_processing) == (row.entrants[0].model not in FROM_IMAGE_TO_RESULT)
+    own = results[0]
+    shares = own.image_processor, own.backbone, own.neck, own.head, own.post_processing
+    if row.entrants[0].model in FROM_IMAGE_TO_RESULT:
+        assert min(shares) > 0 and sum(shares) == pytest.approx(1, abs=0.1)
+        assert len(list_parts(results)) == 1 and len(list_parts(results)[0]) == len(PARTS_HEADER)
+    else:
+        assert all(map(math.isnan, shares)) and not list_parts(results)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v2_linear"])
 def test_peers_are_the_same_network(version):
-    """As many parameters and multiply-adds (PVT v2's chunks compute a few rows twice)."""
+    """As many parameters and multiply-adds (but for the rows around PVT v2's chunks)."""
     config, pixels = small_config(version), torch.zeros(1, 3, 64, 64)
     own = build_network("pvt_hf", "classification", config).eval()
     for library in ("transformers", "timm"):
@@ -91,6 +98,8 @@ def test_work_is_counted():
     """Of a product, a convolution and attention: each operand is read once, each result written once."""
     linear, convolution = nn.Linear(3, 5), nn.Conv2d(4, 4, 3, groups=4, bias=False)
     assert count_work(lambda: linear(torch.zeros(2, 3))) == (30, 4 * (6 + 15 + 5 + 10))
+    operands = linear.bias, torch.zeros(2, 3), linear.weight.t()
+    assert count_work(lambda: torch.addmm(*operands, out=torch.zeros(2, 5))) == (30, 4 * (6 + 15 + 5 + 10))
     assert count_work(lambda: convolution(torch.zeros(1, 4, 5, 5))) == (4 * 9 * 9, 4 * (100 + 36 + 36))
     query, key = torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 10, 8)
     attention = count_work(lambda: nn.functional.scaled_dot_product_attention(query, key, key))
@@ -104,6 +113,31 @@ def test_rounds_interleave_after_a_warm_up():
     assert [len(kept.seconds) for kept in times] == [3, 3]
     parts = measure([lambda: {"half": 0.5}], 2, clock)[0].parts
     assert parts == {"half": [0.5, 0.5]}
+
+
+def test_threads_of_a_runtime_rest_between_turns(tmp_path):
+    """Those of onnxruntime would else wait in a loop for what comes next."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    side = [256, 256]
+    maps = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, side) for name in ("pixel_values", "y")]
+    product = onnx.helper.make_node("MatMul", ["pixel_values", "pixel_values"], ["y"])
+    graph = onnx.helper.make_graph([product], "product", maps[:1], maps[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+    step = networks.run_onnxruntime(tmp_path / "model.onnx", torch.ones(side), threads=4)
+    for _ in range(10):
+        step()
+    before = time.process_time()
+    time.sleep(0.1)
+    assert time.process_time() - before < 0.02
+
+
+def test_there_is_a_pause_before_each_turn(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    measure([lambda: None] * 2, 3, Clock(CPU, least_seconds=0), warmups=1)
+    assert len(pauses) == 6 and min(pauses) > 0.01
 
 
 def test_peak_is_of_the_step_alone():
@@ -157,6 +191,18 @@ def test_csv_keeps_what_was_measured(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=r"benchmark\.csv is no CSV of `pvt-hf benchmark`"):
             read_results(file)
+
+
+def test_csv_of_before_has_no_parts_of_the_network(tmp_path):
+    file = tmp_path / "benchmark.csv"
+    write_results([make_result("retinanet", "pvt_hf", 0.5, post_processing=0.25)], file)
+    header, values = (line.split(",") for line in file.read_text().splitlines())
+    kept = [place for place, name in enumerate(header) if name not in ("backbone", "neck", "head")]
+    assert len(kept) == len(header) - 3
+    file.write_text("\n".join(",".join(line[place] for place in kept) for line in (header, values)))
+    (result,) = read_results(file)
+    assert math.isnan(result.neck) and result.post_processing == 0.25
+    assert list_parts([result]) == [("x", "100.0 %", "", "", "", "25.0 %")]
 
 
 def test_table_says_ratios_by_step_and_by_multiply_add():

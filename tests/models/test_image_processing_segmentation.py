@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import pvt_hf
+from pvt_hf.models import image_processing_segmentation
 
 PROCESSORS = [pvt_hf.PvtSegmentationImageProcessor, pvt_hf.PvtSegmentationImageProcessorPil]
 BACKENDS = pytest.mark.parametrize("processor_class", PROCESSORS)
@@ -137,6 +138,26 @@ def test_predictions_are_resized_in_two_steps(stride):
     assert torch.equal(torch.stack(plain), logits.argmax(1))
     with pytest.raises(ValueError, match="`target_sizes` of 1 images for logits of 2"):
         process.post_process_semantic_segmentation(outputs, sizes[:1])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("grid", [(13, 17), (1, 2), (3, 5)])
+def test_classes_that_are_nowhere_the_best_are_not_resized(grid, layout, monkeypatch):
+    """Nor does that change a label, at the borders neither, whatever is resized at a time."""
+    logits = torch.randn(1, 60, *grid, generator=torch.Generator().manual_seed(0)) - 9
+    logits[0, 7] += 10
+    logits[0, 50, -1, -1] += 14  # in one corner alone
+    logits[0, 33, 0, 0] = logits[0, 7, 0, 0]
+    logits = logits.contiguous(memory_format=layout)
+    size, possible = (29, 61), image_processing_segmentation._find_possible_classes(logits).tolist()
+    assert {7, 50} <= set(possible) and len(possible) == 16 and possible == sorted(possible)
+    network = F.interpolate(logits, [4 * side for side in grid], mode="bilinear", align_corners=False)
+    expected = F.interpolate(network, size, mode="bilinear", align_corners=False)[0].argmax(0)
+    assert {7, 50} <= set(expected.unique().tolist())
+    for lanes in (16, 1, 7):  # with one more or fewer at a time
+        monkeypatch.setattr(image_processing_segmentation, "_CHUNK", 1)
+        monkeypatch.setattr(image_processing_segmentation, "_LANES", lanes)
+        assert torch.equal(image_processing_segmentation._segment(logits, 4, size), expected)
 
 
 def test_backends_share_one_file(tmp_path):

@@ -19,6 +19,7 @@ from pvt_hf.models.targets import GroundTruth, read_ground_truths
 from pvt_hf.models.two_stage import MaskHead
 from tests.support import checkpoints, detectors
 from tests.support import reference_detection as loops
+from tests.support.dense_models import build_dense_model, dense_inputs
 from tests.support.detectors import CLASSES, backbone_config, official_mask_rcnn, padded_batch, relative, tiny_backbone
 from tests.support.small_models import STAGES, randomize
 
@@ -188,6 +189,25 @@ def test_samples_hold_the_objects_themselves():
     assert rois.objects.tolist() == [0, 1, 1] and rois.num_truths == 2
     assert torch.equal(rois.boxes, torch.cat((truth.boxes, proposals.flip(0))))
     assert torch.equal(rois.positive_boxes, rois.boxes[:3])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_maps_are_copied_once_for_all_heads(batch_size, monkeypatch):
+    """torchvision pools contiguous maps, and ours are channels-last."""
+    level = torch.randn(batch_size, 70, 5, 60).contiguous(memory_format=torch.channels_last).requires_grad_()
+    (copy,) = rois.make_contiguous([level])
+    assert copy.is_contiguous() and torch.equal(copy, level)
+    (gradient,) = torch.autograd.grad(copy.square().sum(), level)
+    assert torch.equal(gradient, 2 * level)
+    pool, given = rois._pool_level, []
+    monkeypatch.setattr(rois, "_pool_level", lambda level, *rest: given.append(level) or pool(level, *rest))
+    for name in ("mask_rcnn", "cascade_mask_rcnn", "sparse_rcnn"):
+        model = build_dense_model(name).eval()
+        with torch.no_grad():
+            model(**dense_inputs(model, batch_size, 96, 128))
+        assert len({level.data_ptr() for level in given}) == 4 < len(given)
+        assert all(level.is_contiguous() for level in given)
+        given.clear()
 
 
 def test_rois_are_pooled_from_the_level_of_their_scale():

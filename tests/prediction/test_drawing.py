@@ -49,14 +49,14 @@ def test_legend_has_the_classes_that_are_there_and_counts_what_does_not_fit():
     assert picture.height < 560  # and not 200 lines
 
 
-@pytest.mark.parametrize("size", [(640, 480), (600, 90)])
+@pytest.mark.parametrize("size", [(320, 240), (600, 90)])
 def test_steady_pictures_have_one_size_whatever_is_found(size):
     image, names = draw_image(*size), [*NAMES, *map(str, range(50))]
     labels = torch.arange(size[0] * size[1]).reshape(size[::-1])
     scores = torch.eye(len(names)) + torch.linspace(0.1, 0.2, len(names))
     for pictures in (
-        [draw(image, Segmentation(names, labels % count), steady=True) for count in (1, 3, 54)],
-        [draw(image, Classification(names, row.softmax(0)), steady=True) for row in scores[:4]],
+        [draw(image, Segmentation(names, labels % count), steady=True) for count in (1, 54)],
+        [draw(image, Classification(names, row.softmax(0)), steady=True) for row in scores[:2]],
     ):
         assert len({picture.size for picture in pictures}) == 1
         assert len({picture.tobytes() for picture in pictures}) == len(pictures)

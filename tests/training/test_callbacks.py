@@ -39,7 +39,7 @@ def test_checkpoints_have_what_the_evaluation_of_their_step_has_counted(stopped)
     assert [count(folder, step) for step in (1, 2, 3, 4)] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize("restore", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_run_that_was_stopped_early_is_finished_again(stopped, restore, caplog, monkeypatch):
     """Not a step more: the same bits, metrics, curves and card."""
     for logger in (_get_library_root_logger(), get_logger("pvt_hf.training.resumable")):

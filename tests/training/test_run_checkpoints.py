@@ -22,6 +22,7 @@ from pvt_hf.training.run_checkpoints import (
     last_complete_checkpoint,
     mark_incomplete,
     read_run,
+    recall_incompleteness,
     replace_file,
 )
 from tests.support.classification_run import build
@@ -308,3 +309,15 @@ def test_file_that_has_changed_since_is_looked_at_again(tmp_path, monkeypatch):
     model.write_bytes(b"CONTENT")
     os.utime(model, ns=(times, times))
     assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_best_model_that_is_damaged_is_not_loaded(tmp_path):
+    """Though the run has looked at it before: it is read again, hours later."""
+    trainer, best = build(tmp_path), write_checkpoint(tmp_path / "checkpoint-1")
+    assert recall_incompleteness(best) is None
+    (best / "model.safetensors").write_bytes(b"CONTENT")
+    trainer.state.best_model_checkpoint = str(best)
+    with pytest.raises(
+        CheckpointError, match=r"The best checkpoint, .*-1, cannot be loaded on .*: model\.safetensors is"
+    ):
+        trainer._load_best_model()
