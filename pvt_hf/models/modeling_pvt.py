@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .chunk_gradients import recompute_hidden_states
 from .chunks import chunk_tokens, compute_in_chunks
 from .configuration_pvt import PvtConfig
 from .layers import (
@@ -149,6 +150,7 @@ class PvtAttention(nn.Module):
 class PvtFFN(nn.Module):
     """The MLP."""
 
+    stored_bytes = 16 * 2**20
     chunk_bytes = 4 * 2**20
 
     def __init__(self, config: PvtConfig, hidden_size: int, intermediate_size: int):
@@ -159,6 +161,7 @@ class PvtFFN(nn.Module):
         self.dense2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
+    @recompute_hidden_states
     @chunk_tokens
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.dropout(self.intermediate_act_fn(self.dense1(hidden_states)))

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .chunk_gradients import recompute_hidden_states
 from .chunks import chunk_rows, compute_in_chunks
 from .configuration_pvt_v2 import PvtV2Config
 from .layers import (
@@ -127,6 +128,7 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
 
     # Of one image, by type of device: the first stage at 224 x 224. Devices that are not named store maps of any size.
     max_stored_tokens = {"cpu": 56 * 56}
+    stored_bytes = 16 * 2**20
     chunk_bytes = 4 * 2**20
 
     def __init__(self, config: PvtV2Config, hidden_size: int, intermediate_size: int):
@@ -139,6 +141,7 @@ class PvtV2ConvFeedForwardNetwork(nn.Module):
         self.dense2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
+    @recompute_hidden_states
     @chunk_rows
     def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice | None = None) -> torch.Tensor:
         """(batch, height * width, channels) -> the same of those rows, by default of all."""

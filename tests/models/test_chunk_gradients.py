@@ -1,0 +1,220 @@
+"""MLPs whose hidden states a CPU recomputes in the backward pass, in chunks."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
+
+from pvt_hf.models.modeling_pvt import PvtFFN
+from pvt_hf.models.modeling_pvt_v2 import PvtV2ConvFeedForwardNetwork
+from tests.support.small_models import randomize, small_config
+
+VERSIONS = ["v1", "v2", "v2_linear"]
+HEIGHT, WIDTH = 5, 4
+
+
+def build(version: str, **fields: object) -> nn.Module:
+    """An MLP of 6 channels and 24 hidden channels in float64 that recomputes every map, one row at a time."""
+    mlp_class = PvtFFN if version == "v1" else PvtV2ConvFeedForwardNetwork
+    mlp = randomize(mlp_class(small_config(version, **fields), 6, 24), std=0.5).double()
+    mlp.stored_bytes, mlp.chunk_bytes = 0, WIDTH * 24 * 8
+    return mlp
+
+
+def run(mlp: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    return mlp(states) if isinstance(mlp, PvtFFN) else mlp(states, HEIGHT, WIDTH)
+
+
+def draw(batch: int = 3, **options: object) -> torch.Tensor:
+    return torch.randn(batch, HEIGHT * WIDTH, 6, **{"dtype": torch.double, "requires_grad": True, **options})
+
+
+def is_recomputed(output: torch.Tensor) -> bool:
+    return output.grad_fn is not None and output.grad_fn.name() == "RecomputedBackward"
+
+
+def differentiate(mlp: nn.Module, states: torch.Tensor, is_expected: bool = True) -> list[torch.Tensor]:
+    """The result, and the gradients of the input and of what is trained."""
+    output = run(mlp, states)
+    assert is_recomputed(output) == is_expected
+    inputs = [tensor for tensor in (states, *mlp.parameters()) if tensor.requires_grad]
+    weights = torch.arange(output.numel(), dtype=output.dtype).sin().view(output.shape)
+    return [output, *torch.autograd.grad(output, inputs, weights)]
+
+
+def store(mlp: nn.Module) -> nn.Module:
+    mlp.stored_bytes = 2**40
+    return mlp
+
+
+def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert a.is_contiguous()
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 5, 10, 100])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_recomputed_equals_what_is_stored(version, num_rows):
+    """In pieces of less than a row, of rows, of one image and of several; the last of them may have fewer."""
+    mlp, states = build(version), draw()
+    mlp.chunk_bytes = max(1, mlp.chunk_bytes * num_rows)
+    assert_equal(differentiate(mlp, states), differentiate(store(mlp), states, is_expected=False))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_inputs_and_gradients_of_other_layouts(version):
+    mlp, states = build(version), draw().transpose(0, 1).contiguous().transpose(0, 1)
+    assert not states.is_contiguous()
+
+    def differentiate_mean() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(run(mlp, states).mean(), [states, *mlp.parameters()])  # (its gradient is expanded)
+
+    recomputed = differentiate_mean()
+    store(mlp)
+    for a, b in zip(recomputed, differentiate_mean(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("trained", ["nothing", "dense1.bias"])
+def test_frozen_weights_have_no_gradients(version, trained):
+    mlp, states = build(version), draw()
+    for name, parameter in mlp.named_parameters():
+        parameter.requires_grad_(name == trained)
+    assert_equal(differentiate(mlp, states), differentiate(store(mlp), states, is_expected=False))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_weights_of_an_input_without_gradients(version):
+    mlp, states = build(version), draw(requires_grad=False)
+    assert_equal(differentiate(mlp, states), differentiate(store(mlp), states, is_expected=False))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_gradients_have_gradients(version, is_frozen):
+    """As a penalty on them needs."""
+    mlp, states = build(version).requires_grad_(not is_frozen), draw(batch=1)
+    trained = [states, *(parameter for parameter in mlp.parameters() if not is_frozen)]
+
+    def differentiate_penalty() -> list[torch.Tensor]:
+        (gradient,) = torch.autograd.grad(run(mlp, states).square().sum(), states, create_graph=True)
+        return list(torch.autograd.grad(gradient.square().sum(), trained))
+
+    recomputed = differentiate_penalty()
+    assert_equal(recomputed, [expected.contiguous() for expected in (store(mlp), differentiate_penalty())[1]])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_only_inputs_are_stored(version):
+    mlp, states, stored = build(version), draw(), []
+
+    def store_tensor(tensor: torch.Tensor) -> torch.Tensor:
+        stored.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(store_tensor, lambda tensor: tensor):
+        run(mlp, states)
+    assert {tensor.data_ptr() for tensor in stored} == {t.data_ptr() for t in (states, *mlp.parameters())}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_in_a_block_that_is_recomputed_too(version, use_reentrant):
+    mlp, states = build(version).train(), draw()
+    expected = differentiate(mlp, states)
+    output = checkpoint(lambda states: run(mlp, states), states, use_reentrant=use_reentrant)
+    output.backward(torch.arange(output.numel(), dtype=output.dtype).sin().view(output.shape))
+    assert_equal([output, states.grad, *(parameter.grad for parameter in mlp.parameters())], expected)
+
+
+@pytest.mark.parametrize(("version", "batch"), [("v1", 1), ("v2", 1), ("v2", 3)])
+def test_hidden_states_of_a_batch_are_stored_up_to_a_size(version, batch):
+    mlp, states = build(version), draw(batch)
+    mlp.stored_bytes = batch * HEIGHT * WIDTH * 24 * 8
+    assert not is_recomputed(run(mlp, states))
+    mlp.stored_bytes -= 1
+    assert is_recomputed(run(mlp, states))
+    assert run(mlp, states[:0]).shape == (0, HEIGHT * WIDTH, 6)
+
+
+def add_parametrization(mlp: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(mlp.dense1)
+
+
+def add_forward_hook(mlp: nn.Module) -> None:
+    mlp.dense1.register_forward_hook(lambda *_: None)
+
+
+def add_backward_hook(mlp: nn.Module) -> None:
+    mlp.intermediate_act_fn.register_full_backward_hook(lambda *_: None)
+
+
+def use_relu(mlp: nn.Module) -> None:
+    mlp.intermediate_act_fn = nn.ReLU()
+
+
+def use_autocast(mlp: nn.Module) -> None:
+    mlp.forward = torch.autocast("cpu", torch.bfloat16)(mlp.forward)
+
+
+def use_dropout(mlp: nn.Module) -> None:
+    mlp.train().dropout.p = 0.5
+
+
+def use_bfloat16(mlp: nn.Module) -> None:
+    mlp.bfloat16()
+
+
+def use_no_gradients(mlp: nn.Module) -> None:
+    mlp.forward = torch.no_grad()(mlp.forward)
+
+
+CHANGES = [add_parametrization, add_forward_hook, add_backward_hook, use_relu, use_autocast, use_dropout]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, use_bfloat16, use_no_gradients])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_modules_are_called_unless_they_are_as_built(version, change):
+    mlp, states = build(version), draw()
+    assert is_recomputed(run(mlp, states))
+    change(mlp)
+    assert not is_recomputed(run(mlp, states.to(mlp.dense2.weight.dtype)))
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_hooks_of_all_modules_see_the_parts(version):
+    mlp, seen = build(version), set()
+    handle = register_module_forward_hook(lambda module, inputs, output: seen.add(module))
+    try:
+        run(mlp, draw())
+    finally:
+        handle.remove()
+    assert {mlp.dense1, mlp.dense2} <= seen
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_gradients_of_each_image(version):
+    mlp, states = build(version), draw(requires_grad=False)
+    weights = dict(mlp.named_parameters())
+
+    def compute(weights: dict[str, torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        size = () if version == "v1" else (HEIGHT, WIDTH)
+        return torch.func.functional_call(mlp, weights, (states[None], *size)).sum()
+
+    per_image = torch.func.vmap(torch.func.grad(compute), in_dims=(None, 0))(weights, states)
+    run(mlp, states).sum().backward()
+    for name, parameter in weights.items():
+        torch.testing.assert_close(per_image[name].sum(0), parameter.grad, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_tangents_go_through_the_modules(version):
+    mlp, states, tangent = build(version), draw(requires_grad=False), draw(requires_grad=False)
+    with forward_ad.dual_level():
+        result = forward_ad.unpack_dual(run(mlp, forward_ad.make_dual(states, tangent))).tangent
+    expected = (run(mlp, states + 1e-5 * tangent) - run(mlp, states - 1e-5 * tangent)) / 2e-5
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
