@@ -57,7 +57,7 @@ def seed_random_state(*numbers: int) -> Iterator[None]:
         seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU: `torch.manual_seed` seeds the GPUs' too
         yield
 
 
