@@ -46,6 +46,8 @@ def draw_plots(results: Sequence[Result], file: Path) -> bool:
 
 
 def _draw(axis: object, name: str, rows: Sequence[Result], read: Callable[[Result], float]) -> None:
+    from matplotlib.ticker import LogLocator
+
     label, place = _SERIES[name]
     libraries = dict.fromkeys(result.entrant.split()[0] for result in rows)
     for library in libraries:
@@ -53,6 +55,8 @@ def _draw(axis: object, name: str, rows: Sequence[Result], read: Callable[[Resul
         axis.plot([place(result) for result in own], [read(result) for result in own], marker="o", label=library)  # type: ignore[attr-defined]
     places = sorted({place(result) for result in rows})
     axis.set(xlabel=label, xscale="log", yscale="log")  # type: ignore[attr-defined]
-    axis.set_xticks(places, [f"{value:g}" for value in places])  # type: ignore[attr-defined]
+    axis.set_xticks(places, [f"{value:g}" for value in places], rotation=45)  # type: ignore[attr-defined]
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # type: ignore[attr-defined]
+    axis.yaxis.set_major_formatter("{x:g}")  # type: ignore[attr-defined]
     axis.minorticks_off()  # type: ignore[attr-defined]
     axis.grid(alpha=0.3)  # type: ignore[attr-defined]
