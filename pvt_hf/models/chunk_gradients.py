@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.activations import GELUActivation
 
+from .chunks import NO_LAYERS, Layers, fit_caches, list_layers
 from .layers import map_to_tokens, runs_transformed, tokens_to_map
 
 aten = torch.ops.aten
@@ -24,7 +24,8 @@ def recompute_hidden_states(forward: Callable[..., torch.Tensor]) -> Callable[..
     """Decorator of the `forward` of an MLP, whose hidden states are several times as large as its input.
 
     Where a CPU computes it with gradients, hidden states of a batch that take more than `stored_bytes` are recomputed
-    in the backward pass, in chunks that take `chunk_bytes`, if the MLP is as it was built and nobody watches its parts.
+    in the backward pass, in chunks that take `chunk_bytes` for each thread, if the MLP is as it was built and nobody
+    watches its parts.
 
     Args:
         forward: A method `(hidden_states, *size)`, from hidden states `(batch, tokens, channels)` and, if there is a
@@ -46,35 +47,20 @@ def recompute_hidden_states(forward: Callable[..., torch.Tensor]) -> Callable[..
     return forward_or_recompute
 
 
-def _find_weights(
-    mlp: nn.Module, hidden_states: torch.Tensor
-) -> tuple[tuple[type[nn.Module], ...], list[torch.Tensor]]:
-    """The classes of the layers of an MLP whose hidden states are to be recomputed, and their weights and biases in
-    order; or nothing."""
+def _find_weights(mlp: nn.Module, hidden_states: torch.Tensor) -> Layers:
+    """The layers of an MLP whose hidden states are to be recomputed; or none."""
     if not torch.is_grad_enabled() or runs_transformed(hidden_states) or hidden_states.device.type != "cpu":
-        return (), []
+        return NO_LAYERS
     num_values = hidden_states[..., 0].numel() * mlp.intermediate_size
     if num_values * hidden_states.element_size() <= mlp.stored_bytes or hidden_states.dtype.itemsize < 4:
-        return (), []  # (sums over chunks in less precision would be others)
-    activation = mlp.intermediate_act_fn
-    if type(activation) is not GELUActivation or activation.act is not F.gelu or (mlp.training and mlp.dropout.p > 0):
-        return (), []
-    if torch.is_autocast_enabled("cpu") or _has_any_global_hook():
-        return (), []
-    types, weights = [], []
-    for part in mlp.modules():
-        hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        # (An offloaded layer has a `forward` of its own, which brings its tensors.)
-        if hooks or "forward" in part.__dict__:
-            return (), []
-        if part._parameters:
-            types.append(type(part))
-            weights += part._parameters.values()
-    is_plain = all(type(weight) is nn.Parameter and weight.dtype == hidden_states.dtype for weight in weights)
-    tensors = [hidden_states, *weights] if is_plain else []
+        return NO_LAYERS  # (sums over chunks in less precision would be others)
+    if (mlp.training and mlp.dropout.p > 0) or torch.is_autocast_enabled("cpu") or _has_any_global_hook():
+        return NO_LAYERS
+    types, weights = list_layers([mlp], hidden_states.dtype)
+    tensors = [hidden_states, *weights]
     has_tangents = any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
     needs_gradients = any(tensor.requires_grad for tensor in tensors)
-    return (tuple(types), weights) if needs_gradients and not has_tangents else ((), [])
+    return (types, weights) if needs_gradients and not has_tangents else NO_LAYERS
 
 
 def _make_function(
@@ -121,7 +107,7 @@ def _compute_mlp(hidden_states: torch.Tensor, chunk_bytes: int, *weights: torch.
     """The MLP of PVT v1, from hidden states (batch, tokens, channels)."""
     weight1, bias1, weight2, bias2 = weights
     result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    for states, result_chunk in _iter_tokens(chunk_bytes // weight1[:, 0].nbytes, hidden_states, result):
+    for states, result_chunk in _iter_tokens(fit_caches(chunk_bytes, weight1[:, 0].nbytes), hidden_states, result):
         expanded = _multiply(states, weight1, bias1)  # (tokens, hidden channels)
         torch.mm(F.gelu(expanded, out=expanded), weight2.t(), out=result_chunk).add_(bias2)
     return result
@@ -134,7 +120,7 @@ def _compute_conv_mlp(
     *_, weight2, bias2 = weights
     result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     maps = [tensor.contiguous().unflatten(1, (height, width)) for tensor in (hidden_states, result)]
-    num_rows = chunk_bytes // (width * weights[0][:, 0].nbytes)
+    num_rows = fit_caches(chunk_bytes, width * weights[0][:, 0].nbytes)
     for images, around, rows in _iter_pieces(len(result), height, num_rows):
         states, result_piece = (feature_map[images, around] for feature_map in maps)
         _, convolved = _expand(states, rows, has_relu, *weights[:4])
@@ -170,7 +156,7 @@ def _differentiate_mlp(
     Args:
         gradient: Of its result: (..., channels).
         hidden_states: Its input: (..., channels).
-        chunk_bytes: What the hidden states of a chunk take.
+        chunk_bytes: What the hidden states of a chunk take for each thread.
         weights: The weights and biases of its two linear layers.
         is_frozen: Whether the gradient of the input is all that is wanted.
 
@@ -180,7 +166,7 @@ def _differentiate_mlp(
     result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     weight1, bias1, weight2, _ = weights
     sums: list[torch.Tensor] = []
-    num_tokens = chunk_bytes // weight1[:, 0].nbytes
+    num_tokens = fit_caches(chunk_bytes, weight1[:, 0].nbytes)
     for gradient2, states, result_chunk in _iter_tokens(num_tokens, gradient, hidden_states, result):
         expanded = _multiply(states, weight1, bias1)  # (tokens, hidden channels)
         gradient1 = gradient2 @ weight2
@@ -209,7 +195,7 @@ def _differentiate_conv_mlp(
         hidden_states: Its input: (batch, height * width, channels).
         height: Of the map.
         width: Of the map.
-        chunk_bytes: What the hidden states of a chunk take.
+        chunk_bytes: What the hidden states of a chunk take for each thread.
         has_relu: Whether a ReLU precedes the convolution.
         weights: The weights and biases of its linear layer, convolution and linear layer.
         is_frozen: Whether the gradient of the input is all that is wanted.
@@ -223,7 +209,7 @@ def _differentiate_conv_mlp(
     dims = (0, 0, 0, 0, 1)
     halves = list(zip(*(weight.chunk(2, dim) for weight, dim in zip(weights, dims, strict=False)), strict=True))
     sums: list[list[torch.Tensor]] = [[] for _ in halves]
-    num_rows = 2 * chunk_bytes // (width * weights[0][:, 0].nbytes)
+    num_rows = 2 * fit_caches(chunk_bytes, width * weights[0][:, 0].nbytes)
     for images, around, rows in _iter_pieces(len(gradient), height, num_rows):
         gradient2, states, result_piece = (feature_map[images, around] for feature_map in maps)
         for half, total in zip(halves, sums, strict=True):

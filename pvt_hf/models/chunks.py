@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from itertools import chain
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,21 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation
 
-from .layers import is_traced, runs_transformed
+from .layers import is_traced, is_unwatched, runs_transformed
+
+# The classes of the layers with parameters, in their order, and these parameters.
+Layers: TypeAlias = tuple[tuple[type[nn.Module], ...], list[torch.Tensor]]
+NO_LAYERS: Layers = (), []
+
+
+def fit_caches(chunk_bytes: int, nbytes: int) -> int:
+    """How many things fit the caches of all threads that compute them together.
+
+    Args:
+        chunk_bytes: For each thread.
+        nbytes: Of one of the things.
+    """
+    return chunk_bytes * torch.get_num_threads() // nbytes
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -23,8 +38,8 @@ def compute_in_chunks(forward: Callable[..., torch.Tensor]) -> Callable[..., tor
     """Decorator of the end of a block: the sum with its attention's result, then norm and MLP as a residual branch.
 
     Where a CPU infers and nobody has put or watches anything in them, all of that is computed in chunks whose hidden
-    states take the MLP's `chunk_bytes`, so that they fit its cache, into memory that is used again. Compiled code has
-    it as one operator: chunk by chunk it would be code for one size, as a whole it is slower.
+    states take the MLP's `chunk_bytes` for each thread, so that they fit its cache, into memory that is used again.
+    Compiled code has it as one operator: chunk by chunk it would be code for one size, as a whole it is slower.
 
     Args:
         forward: A method `(hidden_states, attended, *size)` of a block with `layer_norm_2`, `drop_path` and `mlp`, from
@@ -51,8 +66,8 @@ def compute_in_chunks(forward: Callable[..., torch.Tensor]) -> Callable[..., tor
 def chunk_tokens(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Decorator of the `forward` of an MLP, whose hidden states are several times as large as its input.
 
-    In evaluation without gradients a CPU works in chunks of tokens whose hidden states take `chunk_bytes`, so that they
-    fit its cache, unless a hook wants to see them all.
+    In evaluation without gradients a CPU works in chunks of tokens whose hidden states take `chunk_bytes` for each
+    thread, so that they fit its cache, unless a hook wants to see them all.
 
     Args:
         forward: A method `(hidden_states)` that works token by token, on hidden states `(..., channels)`. Its module
@@ -69,7 +84,7 @@ def chunk_tokens(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
         if self.training or (torch.is_grad_enabled() and hidden_states.requires_grad):
             return forward(self, hidden_states)
         token_bytes = self.intermediate_size * hidden_states.element_size()
-        return _compute_tokens(partial(forward, self), hidden_states, self.chunk_bytes // token_bytes)
+        return _compute_tokens(partial(forward, self), hidden_states, fit_caches(self.chunk_bytes, token_bytes))
 
     return forward_in_chunks
 
@@ -79,8 +94,8 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
     A map of more tokens than `max_stored_tokens` has for its type of device is recomputed in the backward pass instead
     of stored; other devices store. A CPU works in chunks, of images or of their rows, whose hidden states take
-    `chunk_bytes`, so that they fit its cache, unless a hook wants to see the complete map. A compiler decides for
-    itself what it stores.
+    `chunk_bytes` for each thread, so that they fit its cache, unless a hook wants to see the complete map. A compiler
+    decides for itself what it stores.
 
     Args:
         forward: A method `(hidden_states, height, width, rows)` that gives these rows of the result, from hidden states
@@ -106,44 +121,47 @@ def chunk_rows(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         if hidden_states.device.type != "cpu" or has_hooks(self):
             return compute(hidden_states, height, width)
         row_bytes = width * self.intermediate_size * hidden_states.element_size()
-        return _compute_rows(compute, hidden_states, height, width, self.chunk_bytes // row_bytes)
+        return _compute_rows(compute, hidden_states, height, width, fit_caches(self.chunk_bytes, row_bytes))
 
     return forward_in_chunks
 
 
-def find_tensors(
-    modules: Sequence[nn.Module], *inputs: torch.Tensor
-) -> tuple[tuple[type[nn.Module], ...], list[torch.Tensor]]:
-    """The classes of the layers with parameters in the modules, and these parameters, if a CPU infers with them and
-    nobody has put or watches anything there; or nothing.
-
-    They are then all that there is to it. Adapters, quantised layers, hooks and other activations get their modules
-    called.
+def find_tensors(modules: Sequence[nn.Module], *inputs: torch.Tensor) -> Layers:
+    """The layers of modules, if a CPU infers with them and they are all that there is to them; or none.
 
     Args:
         modules: A norm, stochastic depth and an MLP.
         *inputs: Theirs.
     """
-    nothing: tuple[tuple[type[nn.Module], ...], list[torch.Tensor]] = (), []
     if is_traced(inputs[0]) or torch._C._are_functorch_transforms_active():
-        return nothing
+        return NO_LAYERS
     if inputs[0].device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return nothing
-    mlp = modules[-1]
-    activation = mlp.intermediate_act_fn
-    if mlp.training or type(activation) is not GELUActivation or activation.act is not F.gelu:
-        return nothing
+        return NO_LAYERS
+    if modules[-1].training or inputs[0].dtype != inputs[-1].dtype:
+        return NO_LAYERS
+    return list_layers(modules, inputs[0].dtype)
+
+
+def list_layers(modules: Sequence[nn.Module], dtype: torch.dtype) -> Layers:
+    """The layers of modules, if they are all that there is to them; or none, so that adapters, quantised layers, hooks
+    and other activations get their modules called.
+
+    Args:
+        modules: The last one is an MLP.
+        dtype: Of the weights.
+    """
+    activation = modules[-1].intermediate_act_fn
+    if type(activation) is not GELUActivation or activation.act is not F.gelu:
+        return NO_LAYERS
     types, tensors = [], []
     for part in chain.from_iterable(module.modules() for module in modules):
-        # (An offloaded layer has a `forward` of its own, which brings its tensors.)
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
-            return nothing
+        if not is_unwatched(part):
+            return NO_LAYERS
         if part._parameters:
             types.append(type(part))
             tensors += part._parameters.values()
-    dtype = inputs[0].dtype
     is_plain = all(type(tensor) is nn.Parameter and tensor.dtype == dtype for tensor in tensors)
-    return (tuple(types), tensors) if is_plain and inputs[-1].dtype == dtype else nothing
+    return (tuple(types), tensors) if is_plain else NO_LAYERS
 
 
 def _share(number: int, most: int) -> int:
@@ -198,7 +216,7 @@ def _add_mlp(
     """The end of a block of PVT v1, from its input and what its attention gives, both (batch, tokens, channels)."""
     result = hidden_states.new_empty(hidden_states.shape)
     tokens = [tensor.flatten(0, 1) for tensor in (hidden_states, attended, result)]
-    num_tokens = _share(len(tokens[0]), chunk_bytes // weight1[:, 0].nbytes)
+    num_tokens = _share(len(tokens[0]), fit_caches(chunk_bytes, weight1[:, 0].nbytes))
     buffer = result.new_empty(num_tokens, len(weight1))
     for states, branch, sums in zip(*(tensor.split(num_tokens) for tensor in tokens), strict=True):
         normed = F.layer_norm(torch.add(states, branch, out=sums), norm_weight.shape, norm_weight, norm_bias, eps)
@@ -241,7 +259,7 @@ def _add_conv_mlp(
         torch.addmm(sums.add_(bias2), F.gelu(hidden, out=hidden), weight2.t(), out=sums)
 
     maps = [tensor.unflatten(1, (height, width)) for tensor in (hidden_states, attended, result)]
-    num_rows = max(1, chunk_bytes // (width * weight1[:, 0].nbytes))
+    num_rows = max(1, fit_caches(chunk_bytes, width * weight1[:, 0].nbytes))
     if num_rows >= height:
         _add_images(expand, project, maps, num_rows // height, len(weight1))
     else:

@@ -84,9 +84,11 @@ def test_an_empty_batch_stays_one(version):
 
 
 @VERSIONS
+@pytest.mark.parametrize("threads", [1, 2])
 @torch.no_grad()
-def test_hidden_states_take_the_bytes_of_a_chunk(version):
-    """Where a CPU infers: those of the last layer's input, of a map that is eight times as large."""
+def test_hidden_states_take_the_bytes_of_a_chunk(version, threads, monkeypatch):
+    """Where a CPU infers, for each thread: those of the last layer's input, of a map that is eight times as large."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     block, found = build_block(version), []
 
     class Watch(TorchFunctionMode):
@@ -98,7 +100,7 @@ def test_hidden_states_take_the_bytes_of_a_chunk(version):
     block.mlp.chunk_bytes = 2 * 128 * block.mlp.intermediate_size * 4 // 8
     with Watch():
         block.add_branches(*arguments)
-    assert found == [block.mlp.chunk_bytes] * 8
+    assert found == [block.mlp.chunk_bytes * threads] * (8 // threads)
 
 
 def count_operators(block: nn.Module, version: str, monkeypatch) -> int:
