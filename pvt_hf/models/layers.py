@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward as transformers_sdpa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -218,28 +217,6 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-def sdpa_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    scaling: float,
-    dropout: float = 0.0,
-) -> tuple[torch.Tensor, None]:
-    """What transformers' function of this name does with these arguments. It asks first for masks, caches and groups of
-    heads, none of which there are here, and on the way to a GPU that takes longer than the call of PyTorch's own.
-
-    Args:
-        As those of [`eager_attention_forward`], without a mask.
-
-    Returns:
-        (batch, queries, heads, head_dim), and None.
-    """
-    context = nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
-    return context.transpose(1, 2), None
-
-
 class SpatialReductionAttention(nn.Module):
     """Multi-head attention of all tokens to a spatially reduced copy of themselves (v1 section 3.3, v2 section 3.2).
 
@@ -295,7 +272,6 @@ class SpatialReductionAttention(nn.Module):
         is_odd = isinstance(query, torch.fx.Proxy) or (not runs_transformed() and len(query) == 0)
         if not output_attentions and not is_odd:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention)
-            attention = sdpa_attention_forward if attention is transformers_sdpa else attention
         context, weights = attention(  # (batch, queries, heads, head_dim)
             self,
             query,
