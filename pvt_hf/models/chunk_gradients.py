@@ -2,10 +2,12 @@
 its cache, whose hidden states the backward pass computes once more.
 
 That is faster than to store them: the first write to a page of memory costs more than to compute what it holds.
+Compiled code has every MLP as an operator, and its backward pass as another: what a compiler makes of the parts is
+slower, above all the gradients of the depth-wise convolution, for which it turns maps into another layout and back.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,17 +17,19 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from .chunks import NO_LAYERS, Layers, fit_caches, list_layers
-from .layers import map_to_tokens, runs_transformed, tokens_to_map
+from .layers import is_traced, map_to_tokens, tokens_to_map
 
 aten = torch.ops.aten
+# Of the operators: the options are sizes and the like.
+_ARGUMENTS = "Tensor hidden_states, SymInt[] options, Tensor[] weights"
 
 
 def recompute_hidden_states(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Decorator of the `forward` of an MLP, whose hidden states are several times as large as its input.
 
-    Where a CPU computes it with gradients, hidden states of a batch that take more than `stored_bytes` are recomputed
-    in the backward pass, in chunks that take `chunk_bytes` for each thread, if the MLP is as it was built and nobody
-    watches its parts.
+    Where a CPU computes it with gradients, hidden states of a batch that take more than `stored_bytes` (in compiled
+    code all) are recomputed in the backward pass, in chunks that take `chunk_bytes` for each thread, if the MLP is as
+    it was built and nobody watches its parts.
 
     Args:
         forward: A method `(hidden_states, *size)`, from hidden states `(batch, tokens, channels)` and, if there is a
@@ -39,22 +43,26 @@ def recompute_hidden_states(forward: Callable[..., torch.Tensor]) -> Callable[..
     @wraps(forward)
     def forward_or_recompute(self: nn.Module, hidden_states: torch.Tensor, *size: int) -> torch.Tensor:
         types, weights = _find_weights(self, hidden_states)
-        if (function := _FUNCTIONS.get(types)) is None:
+        if (run := _FUNCTIONS.get(types)) is None:
             return forward(self, hidden_states, *size)
-        has_relu = [isinstance(self.relu, nn.ReLU)] if size else []
-        return function.apply(hidden_states, *size, self.chunk_bytes, *has_relu, *weights)
+        has_relu = [int(isinstance(self.relu, nn.ReLU))] if size else []  # (an operator's list has one type)
+        return run[torch.compiler.is_compiling()](hidden_states, [*size, self.chunk_bytes, *has_relu], weights)
 
     return forward_or_recompute
 
 
 def _find_weights(mlp: nn.Module, hidden_states: torch.Tensor) -> Layers:
     """The layers of an MLP whose hidden states are to be recomputed; or none."""
-    if not torch.is_grad_enabled() or runs_transformed(hidden_states) or hidden_states.device.type != "cpu":
+    if is_traced(hidden_states) or torch._C._are_functorch_transforms_active():
         return NO_LAYERS
-    num_values = hidden_states[..., 0].numel() * mlp.intermediate_size
-    if num_values * hidden_states.element_size() <= mlp.stored_bytes or hidden_states.dtype.itemsize < 4:
+    if not torch.is_grad_enabled() or hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return NO_LAYERS
+    if (mlp.training and mlp.dropout.p > 0) or hidden_states.dtype.itemsize < 4:
         return NO_LAYERS  # (sums over chunks in less precision would be others)
-    if (mlp.training and mlp.dropout.p > 0) or torch.is_autocast_enabled("cpu") or _has_any_global_hook():
+    if torch.compiler.is_compiling():
+        return list_layers([mlp], hidden_states.dtype) if len(hidden_states) else NO_LAYERS
+    num_values = hidden_states[..., 0].numel() * mlp.intermediate_size
+    if num_values * hidden_states.element_size() <= mlp.stored_bytes or _has_any_global_hook():
         return NO_LAYERS
     types, weights = list_layers([mlp], hidden_states.dtype)
     tensors = [hidden_states, *weights]
@@ -63,14 +71,17 @@ def _find_weights(mlp: nn.Module, hidden_states: torch.Tensor) -> Layers:
     return (types, weights) if needs_gradients and not has_tangents else NO_LAYERS
 
 
-def _make_function(
+def _make_functions(
+    name: str,
     compute: Callable[..., torch.Tensor],
     compute_plainly: Callable[..., torch.Tensor],
     differentiate: Callable[..., list[torch.Tensor]],
-) -> type[torch.autograd.Function]:
-    """The function of autograd that stores just the inputs of an MLP.
+) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """What computes an MLP and stores just its inputs, of hidden states, a list of options and a list of weights: eager
+    and compiled.
 
     Args:
+        name: Of the operator.
         compute: The MLP, of its hidden states, its options (sizes and the like) and its weights.
         compute_plainly: The same in operators that autograd knows, for gradients of gradients.
         differentiate: From the gradient of the result, the hidden states, the options, the weights and whether these
@@ -100,7 +111,50 @@ def _make_function(
                 gradients = differentiate(gradient, hidden_states, *ctx.options, weights, is_frozen)
             return gradients[0], *[None] * len(ctx.options), *(gradients[1:] or [None] * len(weights))
 
-    return Recomputed
+    def run(hidden_states: torch.Tensor, options: list[int], weights: list[torch.Tensor]) -> torch.Tensor:
+        return Recomputed.apply(hidden_states, *options, *weights)
+
+    return run, _make_operator(name, compute, differentiate)
+
+
+def _make_operator(
+    name: str, compute: Callable[..., torch.Tensor], differentiate: Callable[..., list[torch.Tensor]]
+) -> Callable[..., torch.Tensor]:
+    """An operator, and another one that is its backward pass, of the functions that `_make_functions` gets."""
+
+    @partial(torch.library.custom_op, f"pvt_hf::{name}", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+    def run(hidden_states, options, weights):
+        return compute(hidden_states, *options, *weights)
+
+    @partial(
+        torch.library.custom_op,
+        f"pvt_hf::{name}_backward",
+        mutates_args=(),
+        schema=f"(Tensor gradient, {_ARGUMENTS}, bool is_frozen) -> Tensor[]",
+    )
+    def run_backward(gradient, hidden_states, options, weights, is_frozen):
+        return differentiate(gradient, hidden_states, *options, weights, is_frozen)
+
+    @run.register_fake
+    def allocate(hidden_states, options, weights):
+        return hidden_states.new_empty(hidden_states.shape)
+
+    @run_backward.register_fake
+    def allocate_gradients(gradient, hidden_states, options, weights, is_frozen):
+        return [tensor.new_empty(tensor.shape) for tensor in (hidden_states, *([] if is_frozen else weights))]
+
+    def setup_context(ctx, inputs, output):
+        hidden_states, ctx.options, weights = inputs
+        ctx.save_for_backward(hidden_states, *weights)
+
+    def backward(ctx, gradient):
+        hidden_states, *weights = ctx.saved_tensors
+        is_frozen = not any(ctx.needs_input_grad[2])
+        gradients = run_backward(gradient, hidden_states, ctx.options, weights, is_frozen)
+        return gradients[0], None, gradients[1:] or [None] * len(weights)
+
+    run.register_autograd(backward, setup_context=setup_context)
+    return run
 
 
 def _compute_mlp(hidden_states: torch.Tensor, chunk_bytes: int, *weights: torch.Tensor) -> torch.Tensor:
@@ -205,11 +259,14 @@ def _differentiate_conv_mlp(
     """
     result = torch.zeros_like(hidden_states, memory_format=torch.contiguous_format)
     maps = [tensor.contiguous().unflatten(1, (height, width)) for tensor in (gradient, hidden_states, result)]
-    # A row costs less in a piece of more rows: what fits the cache is a half of the hidden channels of the piece.
+    num_rows = fit_caches(chunk_bytes, width * weights[0][:, 0].nbytes)
+    # A row costs less in a piece of more rows: what fits the cache is a half of the hidden channels of the piece, if it
+    # is not all of the batch.
+    num_parts = 1 if num_rows >= len(gradient) * height else 2
+    num_rows *= num_parts
     dims = (0, 0, 0, 0, 1)
-    halves = list(zip(*(weight.chunk(2, dim) for weight, dim in zip(weights, dims, strict=False)), strict=True))
+    halves = list(zip(*(weight.chunk(num_parts, dim) for weight, dim in zip(weights, dims, strict=False)), strict=True))
     sums: list[list[torch.Tensor]] = [[] for _ in halves]
-    num_rows = 2 * fit_caches(chunk_bytes, width * weights[0][:, 0].nbytes)
     for images, around, rows in _iter_pieces(len(gradient), height, num_rows):
         gradient2, states, result_piece = (feature_map[images, around] for feature_map in maps)
         for half, total in zip(halves, sums, strict=True):
@@ -316,11 +373,11 @@ def _add(sums: list[torch.Tensor], parts: Sequence[torch.Tensor]) -> None:
         total += part
 
 
-# By the classes of the layers of an MLP.
+# By the classes of the layers of an MLP: what computes it, eager and compiled.
 _FUNCTIONS = {
-    (nn.Linear, nn.Linear): _make_function(_compute_mlp, _compute_mlp_plainly, _differentiate_mlp),
-    (nn.Linear, nn.Conv2d, nn.Linear): _make_function(
-        _compute_conv_mlp, _compute_conv_mlp_plainly, _differentiate_conv_mlp
+    (nn.Linear, nn.Linear): _make_functions("mlp", _compute_mlp, _compute_mlp_plainly, _differentiate_mlp),
+    (nn.Linear, nn.Conv2d, nn.Linear): _make_functions(
+        "conv_mlp", _compute_conv_mlp, _compute_conv_mlp_plainly, _differentiate_conv_mlp
     ),
 }
 

@@ -1,8 +1,12 @@
 """MLPs whose hidden states a CPU recomputes in the backward pass, in chunks."""
 
+import copy
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
@@ -218,3 +222,62 @@ def test_tangents_go_through_the_modules(version):
         result = forward_ad.unpack_dual(run(mlp, forward_ad.make_dual(states, tangent))).tangent
     expected = (run(mlp, states + 1e-5 * tangent) - run(mlp, states - 1e-5 * tangent)) / 2e-5
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+
+
+class Programs:
+    """A compiler that keeps the operators of ours in the programs that it gets, and runs these as they are."""
+
+    def __init__(self):
+        self.operators: list[str] = []
+        self.compile = aot_autograd(fw_compiler=self.keep, bw_compiler=self.keep)
+
+    def keep(self, graph: torch.fx.GraphModule, inputs: list):
+        targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        self.operators += [target for target in targets if target.startswith("pvt_hf")]
+        return make_boxed_func(graph.forward)
+
+
+def compile_mlp(mlp: nn.Module) -> tuple[nn.Module, Programs]:
+    """The same with the same weights, compiled for all sizes."""
+    torch.compiler.reset()
+    programs, compiled = Programs(), copy.deepcopy(mlp)
+    compiled.compile(fullgraph=True, dynamic=True, backend=programs.compile)
+    return compiled, programs
+
+
+@pytest.mark.parametrize(("version", "trained"), [("v1", ""), ("v2", "nothing"), ("v2_linear", "")])
+def test_compiled_code_recomputes_maps_of_any_size(version, trained):
+    """In one program for all of them."""
+    mlp = store(build(version))
+    for name, parameter in mlp.named_parameters():
+        parameter.requires_grad_(trained in ("", name))
+    compiled, programs = compile_mlp(mlp)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (3, 2):
+            states = draw(batch)
+            expected = differentiate(mlp, states, is_expected=False)
+            assert_equal(differentiate(compiled, states, is_expected=False), expected)
+    name = "mlp" if version == "v1" else "conv_mlp"
+    assert programs.operators == [f"pvt_hf.{name}.default", f"pvt_hf.{name}_backward.default"]
+
+
+@pytest.mark.parametrize("change", [use_relu, use_autocast])
+def test_a_compiler_gets_the_modules_unless_they_are_as_built(change):
+    torch.compiler.reset()
+    mlp, graphs = build("v2"), []
+    change(mlp)
+    mlp.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    run(mlp, draw())
+    assert len(graphs) == 1 and "conv2d" in graphs[0].code and "pvt_hf" not in graphs[0].code
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_operators_are_what_they_say(version):
+    mlp, states = build(version), draw()
+    name = "mlp" if version == "v1" else "conv_mlp"
+    options = [mlp.chunk_bytes] if version == "v1" else [HEIGHT, WIDTH, mlp.chunk_bytes, 0]
+    weights = [parameter.detach().requires_grad_() for parameter in mlp.parameters()]
+    torch.library.opcheck(getattr(torch.ops.pvt_hf, name), (states, options, weights))
+    tensors = [torch.randn_like(states), states.detach(), options, [weight.detach() for weight in weights]]
+    for is_frozen in (False, True):
+        torch.library.opcheck(getattr(torch.ops.pvt_hf, f"{name}_backward"), (*tensors, is_frozen))
