@@ -2,8 +2,7 @@
 its cache, whose hidden states the backward pass computes once more.
 
 That is faster than to store them: the first write to a page of memory costs more than to compute what it holds.
-Compiled code has every MLP as an operator, and its backward pass as another: what a compiler makes of the parts is
-slower, above all the gradients of the depth-wise convolution, for which it turns maps into another layout and back.
+Compiled code has such an MLP as an operator, and its backward pass as another.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.module import _has_any_global_hook
 
 from .chunks import NO_LAYERS, Layers, fit_caches, list_layers
@@ -27,9 +27,9 @@ _ARGUMENTS = "Tensor hidden_states, SymInt[] options, Tensor[] weights"
 def recompute_hidden_states(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Decorator of the `forward` of an MLP, whose hidden states are several times as large as its input.
 
-    Where a CPU computes it with gradients, hidden states of a batch that take more than `stored_bytes` (in compiled
-    code all) are recomputed in the backward pass, in chunks that take `chunk_bytes` for each thread, if the MLP is as
-    it was built and nobody watches its parts.
+    Where a CPU computes it with gradients, hidden states of a batch that take more than `stored_bytes` are recomputed
+    in the backward pass, in chunks that take `chunk_bytes` for each thread, if the MLP is as it was built and nobody
+    watches its parts. Compiled code stores what takes `chunk_bytes` at most, where it knows the size.
 
     Args:
         forward: A method `(hidden_states, *size)`, from hidden states `(batch, tokens, channels)` and, if there is a
@@ -59,10 +59,11 @@ def _find_weights(mlp: nn.Module, hidden_states: torch.Tensor) -> Layers:
         return NO_LAYERS
     if (mlp.training and mlp.dropout.p > 0) or hidden_states.dtype.itemsize < 4:
         return NO_LAYERS  # (sums over chunks in less precision would be others)
+    num_bytes = hidden_states[..., 0].numel() * mlp.intermediate_size * hidden_states.element_size()
     if torch.compiler.is_compiling():
-        return list_layers([mlp], hidden_states.dtype) if len(hidden_states) else NO_LAYERS
-    num_values = hidden_states[..., 0].numel() * mlp.intermediate_size
-    if num_values * hidden_states.element_size() <= mlp.stored_bytes or _has_any_global_hook():
+        is_small = statically_known_true(num_bytes <= mlp.chunk_bytes)
+        return NO_LAYERS if is_small else list_layers([mlp], hidden_states.dtype)
+    if num_bytes <= mlp.stored_bytes or _has_any_global_hook():
         return NO_LAYERS
     types, weights = list_layers([mlp], hidden_states.dtype)
     tensors = [hidden_states, *weights]

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from .chunk_gradients import recompute_hidden_states
 from .chunks import chunk_rows, compute_in_chunks
 from .configuration_pvt_v2 import PvtV2Config
+from .conv_gradients import keep_layout
 from .layers import (
     AdaptiveAvgPool2d,
     Dropout,
@@ -111,6 +112,7 @@ class PvtV2DepthWiseConv(nn.Module):
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
 
+    @keep_layout
     def forward(self, hidden_states: torch.Tensor, height: int, width: int, rows: slice | None = None) -> torch.Tensor:
         """(batch, height * width, channels) -> those rows of the map as tokens, by default all."""
         feature_map = self.dwconv(tokens_to_map(hidden_states, height, width))

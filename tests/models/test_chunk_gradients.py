@@ -237,16 +237,16 @@ class Programs:
         return make_boxed_func(graph.forward)
 
 
-def compile_mlp(mlp: nn.Module) -> tuple[nn.Module, Programs]:
-    """The same with the same weights, compiled for all sizes."""
+def compile_mlp(mlp: nn.Module, dynamic: bool = True) -> tuple[nn.Module, Programs]:
+    """The same with the same weights, compiled for all sizes or for one."""
     torch.compiler.reset()
     programs, compiled = Programs(), copy.deepcopy(mlp)
-    compiled.compile(fullgraph=True, dynamic=True, backend=programs.compile)
+    compiled.compile(fullgraph=True, dynamic=dynamic, backend=programs.compile)
     return compiled, programs
 
 
 @pytest.mark.parametrize(("version", "trained"), [("v1", ""), ("v2", "nothing"), ("v2_linear", "")])
-def test_compiled_code_recomputes_maps_of_any_size(version, trained):
+def test_compiled_code_recomputes_maps_of_all_sizes_that_it_does_not_know(version, trained):
     """In one program for all of them."""
     mlp = store(build(version))
     for name, parameter in mlp.named_parameters():
@@ -261,6 +261,16 @@ def test_compiled_code_recomputes_maps_of_any_size(version, trained):
     assert programs.operators == [f"pvt_hf.{name}.default", f"pvt_hf.{name}_backward.default"]
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_compiled_code_stores_small_maps(is_frozen):
+    """The gradients of their convolution are an operator too."""
+    mlp, states = store(build("v2")).requires_grad_(not is_frozen), draw()
+    mlp.chunk_bytes = 3 * HEIGHT * WIDTH * 24 * 8
+    compiled, programs = compile_mlp(mlp, dynamic=False)
+    assert_equal(differentiate(compiled, states, False), differentiate(mlp, states, is_expected=False))
+    assert programs.operators == ["pvt_hf.convolve.default", "pvt_hf.convolve_backward.default"]
+
+
 @pytest.mark.parametrize("change", [use_relu, use_autocast])
 def test_a_compiler_gets_the_modules_unless_they_are_as_built(change):
     torch.compiler.reset()
@@ -268,7 +278,7 @@ def test_a_compiler_gets_the_modules_unless_they_are_as_built(change):
     change(mlp)
     mlp.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     run(mlp, draw())
-    assert len(graphs) == 1 and "conv2d" in graphs[0].code and "pvt_hf" not in graphs[0].code
+    assert len(graphs) == 1 and "linear" in graphs[0].code and "pvt_hf.conv_mlp" not in graphs[0].code
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -281,3 +291,12 @@ def test_operators_are_what_they_say(version):
     tensors = [torch.randn_like(states), states.detach(), options, [weight.detach() for weight in weights]]
     for is_frozen in (False, True):
         torch.library.opcheck(getattr(torch.ops.pvt_hf, f"{name}_backward"), (*tensors, is_frozen))
+
+
+def test_the_convolution_is_what_it_says():
+    states = torch.randn(2, HEIGHT * WIDTH, 8, requires_grad=True)
+    size, weight, bias = (HEIGHT, WIDTH), *(torch.randn(8, *rest, requires_grad=True) for rest in ((1, 3, 3), ()))
+    torch.library.opcheck(torch.ops.pvt_hf.convolve, (states, *size, weight, bias))
+    arguments = [tensor.detach() for tensor in (torch.randn_like(states), states)]
+    for is_frozen in (False, True):
+        torch.library.opcheck(torch.ops.pvt_hf.convolve_backward, (*arguments, *size, weight.detach(), is_frozen))
