@@ -29,7 +29,7 @@ def recompute_hidden_states(forward: Callable[..., torch.Tensor]) -> Callable[..
 
     Where a CPU computes it with gradients, hidden states of a batch that take more than `stored_bytes` are recomputed
     in the backward pass, in chunks that take `chunk_bytes` for each thread, if the MLP is as it was built and nobody
-    watches its parts. Compiled code stores what takes `chunk_bytes` at most, where it knows the size.
+    watches its parts. Compiled code recomputes from the half of that on, and where it does not know the size.
 
     Args:
         forward: A method `(hidden_states, *size)`, from hidden states `(batch, tokens, channels)` and, if there is a
@@ -61,7 +61,7 @@ def _find_weights(mlp: nn.Module, hidden_states: torch.Tensor) -> Layers:
         return NO_LAYERS  # (sums over chunks in less precision would be others)
     num_bytes = hidden_states[..., 0].numel() * mlp.intermediate_size * hidden_states.element_size()
     if torch.compiler.is_compiling():
-        is_small = statically_known_true(num_bytes <= mlp.chunk_bytes)
+        is_small = statically_known_true(num_bytes <= mlp.stored_bytes // 2)
         return NO_LAYERS if is_small else list_layers([mlp], hidden_states.dtype)
     if num_bytes <= mlp.stored_bytes or _has_any_global_hook():
         return NO_LAYERS

@@ -265,10 +265,14 @@ def test_compiled_code_recomputes_maps_of_all_sizes_that_it_does_not_know(versio
 def test_compiled_code_stores_small_maps(is_frozen):
     """The gradients of their convolution are an operator too."""
     mlp, states = store(build("v2")).requires_grad_(not is_frozen), draw()
-    mlp.chunk_bytes = 3 * HEIGHT * WIDTH * 24 * 8
+    mlp.stored_bytes = 2 * states.shape[0] * HEIGHT * WIDTH * 24 * 8
     compiled, programs = compile_mlp(mlp, dynamic=False)
     assert_equal(differentiate(compiled, states, False), differentiate(mlp, states, is_expected=False))
     assert programs.operators == ["pvt_hf.convolve.default", "pvt_hf.convolve_backward.default"]
+    mlp.stored_bytes -= 2
+    compiled, programs = compile_mlp(mlp, dynamic=False)
+    run(compiled, states)
+    assert "pvt_hf.conv_mlp.default" in programs.operators
 
 
 @pytest.mark.parametrize("change", [use_relu, use_autocast])
