@@ -23,6 +23,7 @@ from .boxes import (
 from .configuration_retinanet import RetinaNetConfig
 from .one_stage import OneStageDetector, match_anchors
 from .targets import GroundTruth
+from .winograd import Conv3x3
 
 
 @dataclass
@@ -70,11 +71,10 @@ class RetinaNetHead(nn.Module):
         self.anchor_grid = AnchorGrid(config.strides, config.anchor_scales, config.anchor_ratios)
         channels, num_anchors = config.neck_channels, self.anchor_grid.num_per_cell
         self.class_convs, self.box_convs = (
-            nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_head_convs))
-            for _ in range(2)
+            nn.ModuleList(Conv3x3(channels, channels) for _ in range(config.num_head_convs)) for _ in range(2)
         )
-        self.class_predictor = nn.Conv2d(channels, num_anchors * config.num_labels, 3, padding=1)
-        self.box_predictor = nn.Conv2d(channels, num_anchors * 4, 3, padding=1)
+        self.class_predictor = Conv3x3(channels, num_anchors * config.num_labels)
+        self.box_predictor = Conv3x3(channels, num_anchors * 4)
 
     def reset_parameters(self) -> None:
         """Section 4.1: normal weights of 0.01, zero biases, and every class at its prior probability."""

@@ -25,6 +25,7 @@ from .boxes import (
 )
 from .layers import place_numbers
 from .targets import GroundTruth, pad_image_sizes
+from .winograd import Conv3x3
 
 
 class RegionProposalNetwork(nn.Module):
@@ -52,7 +53,7 @@ class RegionProposalNetwork(nn.Module):
         self.num_proposals_train = num_proposals_train
         self.anchor_grid = AnchorGrid(config.strides, config.anchor_scales, config.anchor_ratios)
         channels, num_anchors = config.neck_channels, self.anchor_grid.num_per_cell
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
         self.objectness_predictor = nn.Conv2d(channels, num_anchors, 1)
         self.box_predictor = nn.Conv2d(channels, num_anchors * 4, 1)
 

@@ -20,6 +20,7 @@ from .pretrained import PretrainedMixin
 from .rois import SampledRoIs, flatten_rois, make_contiguous, pool_rois
 from .rpn import RegionProposalNetwork
 from .targets import GroundTruth, normalize_boxes, read_ground_truths, read_images
+from .winograd import Conv3x3
 
 BOX_SIZE, MASK_SIZE = 7, 14  # cells per side that an RoI is pooled to
 
@@ -30,7 +31,7 @@ class MaskHead(nn.Module):
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         channels = config.neck_channels
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_mask_convs))
+        self.convs = nn.ModuleList(Conv3x3(channels, channels) for _ in range(config.num_mask_convs))
         self.upsample = nn.ConvTranspose2d(channels, channels, 2, stride=2)
         self.predictor = nn.Conv2d(channels, config.num_labels, 1)
 
