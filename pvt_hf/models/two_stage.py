@@ -17,7 +17,7 @@ from .boxes import at_least_float32, clip_boxes, has_area, suppress, take_rows
 from .fpn import FeaturePyramid
 from .layers import place_numbers, runs_transformed
 from .pretrained import PretrainedMixin
-from .rois import SampledRoIs, flatten_rois, make_contiguous, pool_rois
+from .rois import SampledRoIs, arrange_levels, flatten_rois, pool_rois
 from .rpn import RegionProposalNetwork
 from .targets import GroundTruth, normalize_boxes, read_ground_truths, read_images
 from .winograd import Conv3x3
@@ -176,7 +176,7 @@ class TwoStageDetector(PretrainedMixin, PreTrainedModel):
         anchors = grid.generate_boxes(level_shapes, like=deltas)
         level_sizes = [height * width * grid.num_per_cell for height, width in level_shapes]
         proposals = self.rpn.select_proposals(objectness, deltas, anchors, level_sizes, image_sizes)
-        levels = make_contiguous(levels[:-1])
+        levels = arrange_levels(levels[:-1])
         loss_dict = None
         if truths is not None:
             valid = self.rpn.find_valid(level_shapes, anchors, image_sizes.tolist(), input_size)
