@@ -24,7 +24,7 @@ class NormedConv(nn.Module):
         self.gn = nn.GroupNorm(num_groups, channels)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.gn(self.conv(states)))
+        return torch.relu_(self.gn(self.conv(states)))
 
 
 class AdaptiveHead(nn.Module):

@@ -64,8 +64,8 @@ class FeaturePyramid(nn.Module):
         """
         laterals = [conv(map_) for conv, map_ in zip(self.lateral_convs, feature_maps, strict=True)]
         for level in range(len(laterals) - 1, 0, -1):
-            finer = laterals[level - 1]
-            laterals[level - 1] = finer + F.interpolate(laterals[level], size=finer.shape[2:], mode="nearest")
+            size = laterals[level - 1].shape[2:]
+            laterals[level - 1] += F.interpolate(laterals[level], size=size, mode="nearest")
         levels = [conv(lateral) for conv, lateral in zip(self.output_convs, laterals, strict=True)]
         source = feature_maps[-1] if self.extra_convs_source == "on_input" else levels[-1]
         for conv in self.extra_convs:

@@ -37,7 +37,7 @@ class CascadeBoxBlock(nn.Module):
         self.bn = nn.BatchNorm2d(channels)  # not `norm`: it is decayed, as that of the released code is
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.bn(self.conv(features)))
+        return F.relu(self.bn(self.conv(features)), inplace=True)
 
 
 class CascadeBoxHead(nn.Module):

@@ -97,9 +97,9 @@ class RetinaNetHead(nn.Module):
         for level in levels:
             class_states = box_states = level
             for conv in self.class_convs:
-                class_states = F.relu(conv(class_states))
+                class_states = F.relu(conv(class_states), inplace=True)
             for conv in self.box_convs:
-                box_states = F.relu(conv(box_states))
+                box_states = F.relu(conv(box_states), inplace=True)
             logits.append(flatten_to_anchors(self.class_predictor(class_states), self.config.num_labels))
             deltas.append(flatten_to_anchors(self.box_predictor(box_states), 4))
         return at_least_float32(torch.cat(logits, dim=1)), at_least_float32(torch.cat(deltas, dim=1))

@@ -36,7 +36,7 @@ class SemanticFPNBlock(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.norm(self.conv(feature_map)))
+        return F.relu(self.norm(self.conv(feature_map)), inplace=True)
 
 
 class SemanticFPNHead(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from .boxes import at_least_float32, match_boxes, move_together, pairwise_iou, sample_batch
-from .layers import map_to_tokens, runs_transformed, to_channels_last
+from .layers import infers_on_cpu, map_to_tokens, runs_transformed, to_channels_last
 from .targets import GroundTruth
 
 # Where boxes lie that no sample shall be taken of, in cells: outside of every map.
@@ -35,7 +35,7 @@ def arrange_levels(levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def _sums_rows(level: torch.Tensor) -> bool:
     """Whether RoIs are weighted sums of the rows of a channels-last map, which is a CPU's inference."""
-    return level.device.type == "cpu" and not torch.is_grad_enabled() and not runs_transformed()
+    return infers_on_cpu(level) and not torch.compiler.is_compiling()
 
 
 def _make_contiguous(level: torch.Tensor) -> torch.Tensor:
@@ -117,12 +117,13 @@ def _sum_rows(level: torch.Tensor, rois: torch.Tensor, size: int, scale: float, 
     starts, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]  # (RoIs, 2): x, y
     counts = torch.full_like(sides, sampling_ratio) if sampling_ratio else (sides / size).ceil().clamp(min=0)
     reach = (sides.abs() / size * (1 - 1 / counts.clamp(min=1))).ceil() + 2  # cells that the samples of one read
-    pooled = level.new_zeros(len(rois), size, size, level.shape[1])
+    pooled = level.new_empty(len(rois), size, size, level.shape[1])
     groups, members = torch.cat((counts, reach), dim=1).int().unique(dim=0, return_inverse=True)
     for index, (columns, rows, *reaches) in enumerate(groups.tolist()):
-        if not rows or not columns:
-            continue
         own = (members == index).nonzero().flatten()
+        if not rows or not columns:
+            pooled[own] = 0
+            continue
         x, x_weights = _weigh(starts[own, 0], sides[own, 0], size, columns, reaches[0], width)
         y, y_weights = _weigh(starts[own, 1], sides[own, 1], size, rows, reaches[1], height)
         y = y + images[own, None, None] * height

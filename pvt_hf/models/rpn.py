@@ -73,7 +73,7 @@ class RegionProposalNetwork(nn.Module):
         """
         objectness, deltas = [], []
         for level in levels:
-            hidden_states = F.relu(self.conv(level))
+            hidden_states = F.relu(self.conv(level), inplace=True)
             objectness.append(flatten_to_anchors(self.objectness_predictor(hidden_states), 1)[..., 0])
             deltas.append(flatten_to_anchors(self.box_predictor(hidden_states), 4))
         return at_least_float32(torch.cat(objectness, dim=1)), at_least_float32(torch.cat(deltas, dim=1))

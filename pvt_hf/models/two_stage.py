@@ -50,8 +50,8 @@ class MaskHead(nn.Module):
             Logits `(RoIs, num_labels, 28, 28)`, at least in float32.
         """
         for conv in self.convs:
-            features = F.relu(conv(features))
-        return at_least_float32(self.predictor(F.relu(self.upsample(features))))
+            features = F.relu(conv(features), inplace=True)
+        return at_least_float32(self.predictor(F.relu(self.upsample(features), inplace=True)))
 
     def loss(
         self, logits: torch.Tensor, samples: Sequence[SampledRoIs], truths: Sequence[GroundTruth]

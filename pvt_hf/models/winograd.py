@@ -5,9 +5,11 @@ products with fixed matrices (arXiv 1509.09308). The interpolation is at 0, ±1/
 results are several times as near to those of the convolution as with the usual 0, ±1, ±2.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .chunks import fit_caches
-from .layers import is_traced
+from .layers import infers_on_cpu
 
 TILE, PATCH = 4, 6  # results per side, and what these read
 _POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
@@ -47,14 +49,11 @@ class Conv3x3(nn.Conv2d):
 
     def can_filter(self, feature_map: torch.Tensor) -> bool:
         """Whether the weights may be transformed: nobody differentiates by them or has made something else of them."""
-        if is_traced(feature_map) or torch._C._are_functorch_transforms_active():
+        if not infers_on_cpu(feature_map) or min(self.weight.shape[:2]) < self.min_channels or feature_map.ndim != 4:
             return False
-        if feature_map.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return False
-        if feature_map.ndim != 4 or min(self.weight.shape[:2]) < self.min_channels:
-            return False
-        dtypes = {tensor.dtype for tensor in (feature_map, *self.parameters(recurse=False))}
-        is_plain = all(type(tensor) is nn.Parameter for tensor in self.parameters(recurse=False))
+        weights = [weight for weight in (self.weight, self.bias) if weight is not None]
+        dtypes = {tensor.dtype for tensor in (feature_map, *weights)}
+        is_plain = all(type(weight) is nn.Parameter for weight in weights)
         return is_plain and len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}
 
 
@@ -72,25 +71,18 @@ def convolve(
     rows, columns = (-(-side // TILE) for side in (height, width))
     if batch * rows * columns < min_tiles:
         return F.conv2d(feature_map, weight, bias, padding=1).contiguous(memory_format=torch.channels_last)
-    states = feature_map.permute(0, 2, 3, 1)
-    to_patches, to_weights, to_results = _transforms(feature_map.dtype)
-    out_channels = len(weight)
-    kernels = weight.transpose(0, 1).reshape(-1, 9)  # (in_channels * out_channels, 9)
-    weights = (to_weights @ kernels.t()).view(PATCH**2, in_channels, out_channels)
+    states, out_channels = feature_map.permute(0, 2, 3, 1), len(weight)
     results = states.new_empty(batch, rows * TILE, columns * TILE, out_channels)
-    row_bytes = columns * PATCH**2 * max(in_channels, out_channels) * states.element_size()
-    num_images, num_rows = _share(batch, rows, max(1, fit_caches(chunk_bytes, row_bytes)))
-    window = states.new_zeros(num_images, num_rows * TILE + 2, columns * TILE + 2, in_channels)  # with a zero border
+    row_size = columns * PATCH**2 * max(in_channels, out_channels)  # of what a row of tiles becomes
+    num_rows = max(1, fit_caches(chunk_bytes, row_size * states.element_size()))
+    num_images, num_rows = _share(batch, rows, num_rows)
+    window = states.new_zeros(num_images, num_rows * TILE + 2, columns * TILE + 2, in_channels)
+    buffers = states.new_empty(2, num_images * num_rows * row_size)
+    weights = _filter_kernels(weight)
     for image, row in product(range(0, batch, num_images), range(0, rows, num_rows)):
         images, start, stop = slice(image, image + num_images), row * TILE, min(row + num_rows, rows) * TILE
-        part = results[images, start:stop]
-        tiles = len(part), (stop - start) // TILE, columns
-        patches = _cut(_fill(window, states[images], start), tiles)  # (36, tiles * in_channels)
-        patches = torch.mm(to_patches, patches).view(PATCH**2, -1, in_channels)
-        sums = torch.bmm(patches, weights).view(PATCH**2, -1)
-        tiled = torch.mm(to_results, sums).view(TILE, TILE, *tiles, out_channels).permute(2, 3, 0, 4, 1, 5)
-        part = part.view(tiles[0], tiles[1], TILE, columns, TILE, out_channels)
-        part.copy_(tiled) if bias is None else torch.add(tiled, bias, out=part)
+        patches = _cut(_fill(window, states[images], start), (stop - start) // TILE, columns)
+        _filter(patches, weights, bias, buffers, results[images, start:stop])
     return results[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
@@ -115,8 +107,8 @@ def _share(batch: int, rows: int, num_rows: int) -> tuple[int, int]:
 
 
 def _fill(window: torch.Tensor, states: torch.Tensor, start: int) -> torch.Tensor:
-    """Copies rows of maps (images, height, width, channels) to the window, from the one above row `start` on, and zeros
-    where the map has none."""
+    """Copies maps (images, height, width, channels) to a window with a zero column on each side: from the row above
+    `start` on, and zeros for rows that they do not have."""
     height, width = states.shape[1:3]
     window = window[: len(states)]
     first, stop = max(start - 1, 0), min(start - 1 + window.shape[1], height)
@@ -127,31 +119,70 @@ def _fill(window: torch.Tensor, states: torch.Tensor, start: int) -> torch.Tenso
     return window
 
 
-def _cut(window: torch.Tensor, tiles: tuple[int, int, int]) -> torch.Tensor:
-    """The patches of tiles (images, rows, columns), one for each of its 6 x 6 places: (36, tiles * channels)."""
+def _cut(window: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The patches of so many tiles, which overlap: (6, 6, images, rows, columns, channels)."""
     image, row, column, channel = window.stride()
     strides = row, column, image, TILE * row, TILE * column, channel
-    return window.as_strided((PATCH, PATCH, *tiles, window.shape[3]), strides).reshape(PATCH**2, -1)
+    return window.as_strided((PATCH, PATCH, len(window), rows, columns, window.shape[3]), strides)
+
+
+def _filter_kernels(weight: torch.Tensor) -> torch.Tensor:
+    """(out_channels, in_channels, 3, 3) -> (36, in_channels, out_channels)"""
+    out_channels, in_channels = weight.shape[:2]
+    kernels = weight.transpose(0, 1).reshape(-1, 9)  # (in_channels * out_channels, 9)
+    return (_transforms(weight.dtype).kernels @ kernels.t()).view(-1, in_channels, out_channels)
+
+
+def _filter(
+    patches: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, buffers: torch.Tensor, part: torch.Tensor
+) -> None:
+    """Writes the results of patches to the part of the map (images, rows * 4, columns * 4, out_channels) that is
+    theirs. What is computed from one of the two buffers goes to the other."""
+    transforms, (*tiles, in_channels), out_channels = _transforms(patches.dtype), patches.shape[2:], part.shape[3]
+    num_tiles = math.prod(tiles)
+    copies = _take(buffers[0], *patches.shape).copy_(patches).view(PATCH**2, -1)
+    filtered = torch.mm(transforms.patches, copies, out=_take(buffers[1], PATCH**2, num_tiles * in_channels))
+    filtered = filtered.view(PATCH**2, num_tiles, in_channels)
+    products = torch.bmm(filtered, weights, out=_take(buffers[0], PATCH**2, num_tiles, out_channels))
+    products = products.view(PATCH**2, num_tiles * out_channels)
+    sums = torch.mm(transforms.results, products, out=_take(buffers[1], TILE**2, num_tiles * out_channels))
+    sums = sums.view(TILE, TILE, *tiles, out_channels).permute(2, 3, 0, 4, 1, 5)
+    part = part.unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE))  # (images, rows, 4, columns, 4, out_channels)
+    part.copy_(sums) if bias is None else torch.add(sums, bias, out=part)
+
+
+def _take(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    """The start of a buffer as a tensor of this shape."""
+    return buffer[: math.prod(shape)].view(shape)
+
+
+class _Transforms(NamedTuple):
+    """Matrices that act on both sides of a square, of which the rows come one after another.
+
+    Attributes:
+        patches: (36, 36)
+        kernels: (36, 9)
+        results: (16, 36), of the products of the two.
+    """
+
+    patches: torch.Tensor
+    kernels: torch.Tensor
+    results: torch.Tensor
 
 
 @cache
-def _transforms(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The matrices that make of a patch (36), of a kernel (9) and of their products what is multiplied (36, 36), (36,
-    9) and the tile of results (16, 36). All act on both sides of a square, of which the rows come one after another.
-
-    A patch is a polynomial's values at five points and infinity; a kernel is a polynomial too (Toom and Cook).
-    """
+def _transforms(dtype: torch.dtype) -> _Transforms:
+    """Of the algorithm of Toom and Cook, in which a kernel is a polynomial, known by its values at five points and
+    infinity, and so are results."""
     points = torch.tensor(_POINTS, dtype=torch.float64)
     differences = points[:, None] - points + torch.eye(len(points))
     results = torch.cat([points ** torch.arange(TILE)[:, None], torch.eye(TILE)[:, -1:]], dim=1)  # (4, 6)
-    weights = torch.cat(
-        [points[:, None] ** torch.arange(3) / differences.prod(1)[:, None], torch.eye(3)[-1:]]
-    )  # (6, 3)
+    kernels = torch.cat([points[:, None] ** torch.arange(3) / differences.prod(1)[:, None], torch.eye(3)[-1:]])
     patches = torch.zeros(PATCH, PATCH, dtype=torch.float64)
     for index in range(PATCH):
-        factors = points[torch.arange(len(points)) != index]  # the last polynomial has all of them
-        patches[index, : len(factors) + 1] = _multiply_out(factors)
-    return tuple(torch.kron(matrix, matrix).to(dtype) for matrix in (patches, weights, results))
+        roots = points[torch.arange(len(points)) != index]  # the last polynomial has all of them
+        patches[index, : len(roots) + 1] = _multiply_out(roots)
+    return _Transforms(*(torch.kron(matrix, matrix).to(dtype) for matrix in (patches, kernels, results)))
 
 
 def _multiply_out(roots: torch.Tensor) -> torch.Tensor:
