@@ -114,10 +114,10 @@ def _label_tiles(cells: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor,
     _, height, width = labels.shape
     pixels = cells.permute(1, 2, 0).contiguous()  # (rows, columns, classes)
     classes, counts = _list_classes(_find_possible_classes(pixels))
-    steps = torch.arange(_WINDOW)
-    inside_rows, inside_columns = (  # (tiles down or across, window)
-        (torch.arange(len(tiles))[:, None] * _TILE + steps).clamp(max=side - 1)
-        for tiles, side in zip((rows, columns), pixels.shape[:2], strict=True)
+    # Where the cells of a window are among all numbers: (tiles down, window) and (tiles across, window).
+    inside_rows, inside_columns = (
+        (torch.arange(len(tiles))[:, None] * _TILE + torch.arange(_WINDOW)).clamp(max=side - 1) * step
+        for tiles, side, step in zip((rows, columns), pixels.shape, pixels.stride(), strict=False)
     )
     order = counts.argsort(descending=True)
     for start, end, count in _group(counts[order].tolist(), height * width):
@@ -127,8 +127,9 @@ def _label_tiles(cells: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor,
         if count == 1:
             labels.index_copy_(0, tiles, possible[..., None].expand(-1, height, width))
             continue
-        index = inside_rows[down][:, :, None, None], inside_columns[across][:, None, None], possible[:, None, :, None]
-        window = _limit(pixels[index])  # (tiles, window, count, window)
+        index = inside_columns[across][:, None, None] + possible[:, None, :, None]
+        index = inside_rows[down][:, :, None, None] + index  # (tiles, window, count, window)
+        window = _limit(pixels.flatten().index_select(0, index.flatten()).view_as(index))
         # In float64, of whose products neither autocast nor another setting makes fewer bits.
         wide = window.flatten(1, 2).double() @ columns[across].mT  # (tiles, window * count, width)
         wide = wide.reshape(len(tiles), _WINDOW, count * width)

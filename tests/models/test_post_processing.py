@@ -56,7 +56,7 @@ def write_outputs(kind: str, with_centerness: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("with_centerness", [False, True], ids=["classes", "centerness"])
 @pytest.mark.parametrize("kind", ["random", "tied", "not finite", "half", "one place"])
-@pytest.mark.parametrize("max_detections", [5, 100])
+@pytest.mark.parametrize("max_detections", [5, 100, 10_000])
 def test_detections_have_the_bits_of_the_plain_computation(kind, with_centerness, max_detections):
     """Whether the best candidates suffice for the detections that are wanted or not."""
     outputs = write_outputs(kind, with_centerness)
