@@ -6,6 +6,7 @@ A CPU looks at tiles of a few cells of the logits: most classes are the best now
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from operator import neg
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ _ROUNDING = 1e-5
 _LARGEST = 1e30  # stands for infinity, which times a weight of zero would be NaN
 
 
+@torch.no_grad()
 def find_classes(logits: torch.Tensor, stride: int, size: tuple[int, int]) -> torch.Tensor:
     """The class with the largest logit at every pixel after two bilinear resizes, the first of those that are equal:
     int64 `(height, width)`. (Where the logits of two classes differ by less than float32 rounds, either may be it.)
@@ -41,14 +43,14 @@ def find_classes(logits: torch.Tensor, stride: int, size: tuple[int, int]) -> to
         return _resize_all(logits[None].float(), stride, size)
     rows, columns = (_plan_axis(*axis) for axis in zip(logits.shape[1:], (stride, stride), size, strict=True))
     (down, height, _), (across, width, _) = rows.weights.shape, columns.weights.shape
-    labels = torch.empty(down, across, height, width, dtype=torch.int64)
+    labels = torch.empty(down, across, height, width, dtype=torch.int32)
     strip = max(1, _STRIP // (_TILE * logits[:, 0].numel()))
     for start in range(0, down, strip):
         end = min(start + strip, down)
         cells = logits[:, start * _TILE : end * _TILE + _WINDOW - _TILE].float()
         _label_tiles(cells, rows.weights[start:end], columns.weights, labels[start:end].flatten(0, 1))
     labels = labels.transpose(1, 2).reshape(down * height, across * width)
-    return labels.index_select(0, rows.places).index_select(1, columns.places)
+    return labels.index_select(0, rows.places).index_select(1, columns.places).long()
 
 
 def _resize_all(logits: torch.Tensor, stride: int, size: tuple[int, int]) -> torch.Tensor:
@@ -87,6 +89,7 @@ class _Axis(NamedTuple):
     places: torch.Tensor
 
 
+@lru_cache(maxsize=64)
 def _plan_axis(cells: int, stride: int, size: int) -> _Axis:
     """Both resizes along an axis are one linear map, which is what they make of the identity."""
     scaled = F.interpolate(torch.eye(cells)[None], cells * stride, mode="linear")
@@ -109,7 +112,7 @@ def _label_tiles(cells: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor,
         cells: float32 `(classes, rows, columns)`.
         rows: Weights `(tiles down, height, window)`.
         columns: Weights `(tiles across, width, window)`.
-        labels: int64 `(tiles, height, width)`.
+        labels: int32 `(tiles, height, width)`.
     """
     _, height, width = labels.shape
     pixels = cells.permute(1, 2, 0).contiguous()  # (rows, columns, classes)
@@ -172,10 +175,10 @@ def _find_possible_classes(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _list_classes(possible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The possible classes of each tile in their order, int64 `(tiles, classes + 1)`, filled up with class 0; and how
+    """The possible classes of each tile in their order, int32 `(tiles, classes + 1)`, filled up with class 0; and how
     many they are, int64 `(tiles,)`."""
     count = possible.shape[1]
     places = possible.cumsum(dim=1).sub_(1).masked_fill_(~possible, count)  # the others in the last column
-    classes = possible.new_zeros(len(possible), count + 1, dtype=torch.int64)
-    classes.scatter_(1, places, torch.arange(count).expand_as(places))
+    classes = possible.new_zeros(len(possible), count + 1, dtype=torch.int32)
+    classes.scatter_(1, places, torch.arange(count, dtype=torch.int32).expand_as(places))
     return classes, possible.sum(dim=1)
