@@ -21,6 +21,8 @@ IGNORED = -2
 _MAX_LOG_RATIO = abs(math.log(16 / 1000))
 # From this many candidates mmdetection's suppression goes through one class after the other.
 _SPLIT_THRESHOLD = 10_000
+# So many times as many candidates as are wanted are suppressed first, of which in most images enough are left.
+_BEST = 5
 
 
 @dataclass(frozen=True)
@@ -400,7 +402,9 @@ def move_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list
     return list(torch.cat(list(tensors)).to(device).split([len(tensor) for tensor in tensors])) if tensors else []
 
 
-def batched_nms(boxes: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+def batched_nms(
+    boxes: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, iou_threshold: float, count: int | None = None
+) -> torch.Tensor:
     """Suppresses, among the boxes of the same id, those that overlap with a better one by more than `iou_threshold`.
 
     The ids are told apart by shifting their boxes, in the boxes' own precision. That rounds coordinates, and is why
@@ -411,15 +415,22 @@ def batched_nms(boxes: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor, io
         scores: `(boxes,)`.
         ids: Int64 `(boxes,)`: classes or levels.
         iou_threshold: Boxes of an id that are left do not overlap by more.
+        count: How many are wanted (default: all).
 
     Returns:
-        Int64: the indices of the boxes that are left, best first.
+        Int64: the indices of the boxes that are left, best first: at least `count` of them, or all.
     """
     from torchvision.ops import nms
 
     largest = F.pad(boxes.flatten(), (0, 1), value=-math.inf).max()  # of no boxes, too
     shifted = boxes + (ids.to(boxes) * (largest + 1))[:, None]
     if runs_transformed() or len(boxes) < _SPLIT_THRESHOLD:
+        if count is not None and boxes.device.type == "cpu" and not runs_transformed():
+            # What is left of the best ones does not depend on the others, with which the time grows squared.
+            best = scores.argsort(descending=True, stable=True)[: _BEST * count]
+            kept = best[nms(shifted[best], scores[best], iou_threshold)]
+            if len(kept) >= count or len(best) == len(boxes):
+                return kept
         return nms(shifted, scores, iou_threshold)
     kept = []
     for id_ in ids.unique():

@@ -15,6 +15,7 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
 )
+from transformers.utils import TensorType
 
 from .image_processing_common import SIDES, SIZE_FORMS, ImagePreprocessing, read_size
 
@@ -138,6 +139,18 @@ class PvtImageProcessor(_PvtPreprocessing, TorchvisionBackend):
         from torchvision.transforms.v2 import functional
 
         return functional.center_crop(image, [size.height, size.width])
+
+    def rescale_and_normalize(self, images: torch.Tensor, *settings: Any) -> torch.Tensor:
+        # Planes first, while they have 8 bits: interleaved channels are normalised at a third of the speed.
+        return super().rescale_and_normalize(images.contiguous(), *settings)
+
+    def _preprocess(
+        self, images: list[torch.Tensor], *args: Any, return_tensors: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        features = super()._preprocess(images, *args, return_tensors=None, **kwargs)
+        if return_tensors == TensorType.PYTORCH and len(images) == 1:  # is a batch without being copied to one
+            features["pixel_values"] = features["pixel_values"][0][None]
+        return features.convert_to_tensors(return_tensors)
 
 
 class PvtImageProcessorPil(_PvtPreprocessing, PilBackend):

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_utils import ImageInput, SizeDict
 from transformers.processing_utils import ImagesKwargs
 
+from .class_maps import find_classes
 from .image_processing_common import SIZE_FORMS, read_size
 from .image_processing_dense import (
     DensePreprocessing,
@@ -27,10 +27,6 @@ from .post_processing import read_outputs
 from .resize import resize_bilinear, resize_nearest
 
 IGNORE_INDEX = 255
-# So many logits are resized at a time (128 MiB), of a multiple of so many classes: those left over would be computed
-# one by one, and rounded otherwise.
-_CHUNK = 2**25
-_LANES = 16
 
 
 class SegmentationImagesKwargs(ImagesKwargs, total=False):
@@ -172,11 +168,11 @@ class _SegmentationPreprocessing(DensePreprocessing):
         """
         logits = read_outputs(outputs, "logits")["logits"]
         if target_sizes is None:
-            return list(logits.argmax(dim=1))
+            return list(logits.max(dim=1).indices)  # an argmax, several times as fast
         if len(target_sizes) != len(logits):
             raise ValueError(f"Got `target_sizes` of {len(target_sizes)} images for logits of {len(logits)} images.")
         sizes = [(int(height), int(width)) for height, width in target_sizes]
-        return [_segment(image, self.logits_stride, size) for image, size in zip(logits.split(1), sizes, strict=True)]
+        return [find_classes(image, self.logits_stride, size) for image, size in zip(logits, sizes, strict=True)]
 
 
 def _plan_resizes(image: torch.Tensor, size: SizeDict, divisor: int) -> list[tuple[int, int]]:
@@ -184,72 +180,6 @@ def _plan_resizes(image: torch.Tensor, size: SizeDict, divisor: int) -> list[tup
     height, width = image.shape[-2:]
     height, width = compute_resized_size(height, width, size)
     return [(height, width), (math.ceil(height / divisor) * divisor, math.ceil(width / divisor) * divisor)]
-
-
-def _segment(logits: torch.Tensor, stride: int, size: tuple[int, int]) -> torch.Tensor:
-    """`(1, classes, height, width)` to the best class at `size`, a few classes at a time: all of them at the size of a
-    large photograph take gigabytes."""
-    sizes = (logits.shape[-2] * stride, logits.shape[-1] * stride), size
-    classes = _find_possible_classes(logits)
-    is_channels_last = logits.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if is_channels_last else torch.contiguous_format
-    logits = _take_classes(logits, classes).float().contiguous(memory_format=layout)  # (1, possible, height, width)
-    chunk = max(1, _CHUNK // max(map(math.prod, sizes)) // _LANES) * _LANES
-    maps: dict[tuple[int, ...], torch.Tensor] = {}
-    best, labels, first = None, None, 0
-    for scores in logits.split(chunk, dim=1):
-        for target in sizes:
-            scores = _resize_into(maps, scores, target)
-        values, indices = scores[0].max(dim=0)
-        if best is None:
-            best, labels = values, indices
-        else:
-            labels = torch.where(values > best, indices + first, labels)
-            best = torch.maximum(values, best)
-        first += scores.shape[1]
-    return classes[labels]
-
-
-def _take_classes(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Some classes of `(1, classes, height, width)`, in its layout."""
-    if logits.is_contiguous():
-        return logits.index_select(1, classes)
-    rows = logits.permute(0, 2, 3, 1).flatten(0, 2)  # (height * width, classes), of which a CPU takes columns soonest
-    return rows.index_select(1, classes).reshape(1, *logits.shape[2:], -1).permute(0, 3, 1, 2)
-
-
-def _resize_into(
-    maps: dict[tuple[int, ...], torch.Tensor], scores: torch.Tensor, size: tuple[int, int]
-) -> torch.Tensor:
-    """`F.interpolate` of `(1, classes, height, width)`, in the memory that as many classes had before: new memory
-    takes as long as the resize."""
-    key = (scores.shape[1], *size)
-    if key in maps:
-        return torch.ops.aten.upsample_bilinear2d.out(scores, size, False, None, None, out=maps[key])
-    maps[key] = F.interpolate(scores, size, mode="bilinear", align_corners=False)
-    return maps[key]
-
-
-def _find_possible_classes(logits: torch.Tensor) -> torch.Tensor:
-    """The classes of `(1, classes, height, width)` that may be the best somewhere after the resizes, and others that
-    make them a multiple of 16: int64 `(possible,)`, in their order.
-
-    A pixel's logits are means of at most 3 x 3 of these, so that none is above their largest or below their least: a
-    class is left out if everywhere another one's least is above its largest. Here these are of windows of 4 x 4, of
-    which one has each 3 x 3.
-    """
-    scores = logits.float()
-    highest, lowest = _find_largest(scores), -_find_largest(-scores)  # (1, classes, windows down, windows across)
-    rounding = 1e-3 * torch.maximum(highest.max(), -lowest.min())  # more than weights and sums are rounded by
-    impossible = (highest < lowest.amax(dim=1, keepdim=True) - rounding).all(dim=3).all(dim=2)[0]  # (classes,)
-    count = math.ceil((len(impossible) - int(impossible.sum())) / _LANES) * _LANES
-    return impossible.int().argsort(stable=True)[:count].sort().values
-
-
-def _find_largest(scores: torch.Tensor) -> torch.Tensor:
-    """Of `(1, classes, height, width)` in windows of 4 x 4 that begin at every second row and column."""
-    pairs = F.max_pool2d(scores, 2, ceil_mode=True)
-    return F.max_pool2d(pairs, [min(2, side) for side in pairs.shape[-2:]], stride=1)
 
 
 def _read_label_maps(segmentation_maps: Any, images: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -166,28 +166,53 @@ def detect_objects(
         ValueError: If there are not as many `target_sizes` as images.
     """
     outputs = read_outputs(outputs, "pred_boxes")
-    boxes = center_to_corners_format(at_least_float32(outputs["pred_boxes"]))  # (batch, anchors or detections, 4)
-    if target_sizes is not None:
-        boxes = boxes * check_target_sizes(target_sizes, len(boxes)).to(boxes)[:, None, [1, 0, 1, 0]]
+    all_boxes = outputs["pred_boxes"]  # (batch, anchors or detections, 4)
+    sizes = None if target_sizes is None else check_target_sizes(target_sizes, len(all_boxes))
     if nms_threshold is None:
         nms_threshold = outputs["nms_threshold"][0].item() if "nms_threshold" in outputs else 0.5
     detections = []
-    for index, image_boxes in enumerate(boxes):
+    for index, image_boxes in enumerate(all_boxes):
+        size = None if sizes is None else sizes[index]
         if "level_sizes" in outputs:
-            scores = class_scores = at_least_float32(outputs["logits"][index]).sigmoid()  # (anchors, classes)
-            if "centerness" in outputs:
-                scores = class_scores * at_least_float32(outputs["centerness"][index]).sigmoid()[:, None]
-            candidates = _select_best_of_levels(scores, outputs["level_sizes"].tolist(), candidates_per_level)
-            if "centerness" in outputs:
-                scores = scores.masked_fill(class_scores <= class_threshold, 0)
-            image_boxes, scores = image_boxes[candidates], scores[candidates]
-            rows, labels = select_detections(image_boxes, scores, threshold, nms_threshold, max_detections)
-            scores = scores[rows, labels]
+            candidates, scores = _score_anchors(outputs, index, candidates_per_level, class_threshold)
+            boxes = _place_boxes(image_boxes[candidates], size)
+            rows, labels = select_detections(boxes, scores, threshold, nms_threshold, max_detections)
+            scores, boxes = scores[rows, labels], boxes[rows]
         else:
             rows = (outputs["scores"][index] > threshold).nonzero().flatten()
             scores, labels = outputs["scores"][index, rows], outputs["class_labels"][index, rows]
-        detections.append({"scores": scores, "labels": labels, "boxes": image_boxes[rows]})
+            boxes = _place_boxes(image_boxes[rows], size)
+        detections.append({"scores": scores, "labels": labels, "boxes": boxes})
     return detections
+
+
+def _place_boxes(boxes: torch.Tensor, size: torch.Tensor | None) -> torch.Tensor:
+    """xyxy in pixels of an image of this size, or without one relative to the image, of cxcywh: `(boxes, 4)`."""
+    boxes = center_to_corners_format(at_least_float32(boxes))
+    return boxes if size is None else boxes * size.to(boxes)[[1, 0, 1, 0]]
+
+
+def _score_anchors(
+    outputs: dict[str, torch.Tensor], index: int, count: int, class_threshold: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best `count` anchors of each level of an image by their best class, and all anchors of smaller levels; and
+    their scores for all classes.
+
+    Returns:
+        Int64 `(candidates,)`, and at least float32 `(candidates, classes)`.
+    """
+    logits, centerness = outputs["logits"][index], None
+    # The best class has the largest logit: all others, most of what there is, need no sigmoid.
+    best = at_least_float32(logits.amax(dim=1)).sigmoid()  # (anchors,)
+    if "centerness" in outputs:
+        centerness = at_least_float32(outputs["centerness"][index]).sigmoid()  # (anchors,)
+        best = best * centerness
+    candidates = _select_best_of_levels(best, outputs["level_sizes"].tolist(), count)
+    scores = at_least_float32(logits[candidates]).sigmoid()
+    if centerness is not None:
+        unlikely = scores <= class_threshold
+        scores = (scores * centerness[candidates, None]).masked_fill(unlikely, 0)
+    return candidates, scores
 
 
 def detr_detections(
@@ -324,7 +349,7 @@ def select_detections(
     candidates = boxes[rows] if boxes.ndim == 2 else boxes[rows, classes]  # (candidates, 4)
     scores = scores[rows, classes]
     if nms_threshold < 1:
-        kept = batched_nms(candidates, scores, classes, nms_threshold)
+        kept = batched_nms(candidates, scores, classes, nms_threshold, max_detections)
     else:  # no overlap is larger
         kept = scores.argsort(descending=True, stable=True)
     return rows[kept[:max_detections]], classes[kept[:max_detections]]
@@ -342,12 +367,12 @@ def check_target_sizes(target_sizes: torch.Tensor | Sequence[tuple[int, int]], b
 
 
 def _select_best_of_levels(scores: torch.Tensor, level_sizes: Sequence[int], count: int) -> torch.Tensor:
-    """The indices of the best `count` rows of each level by their best class, and of all rows of smaller levels.
+    """The indices of the best `count` anchors of each level, and of all of smaller levels.
 
-    `scores` are `(anchors, classes)`, level by level, and the result is int64 `(at most levels * count,)`.
+    `scores` are `(anchors,)`, level by level, and the result is int64 `(at most levels * count,)`.
     """
     chosen, start = [], 0
-    for level_scores in scores.amax(dim=1).split(list(level_sizes)):  # (anchors of the level,)
+    for level_scores in scores.split(list(level_sizes)):  # (anchors of the level,)
         if len(level_scores) > count:
             chosen.append(start + level_scores.topk(count).indices)
         else:

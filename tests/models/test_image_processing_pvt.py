@@ -12,10 +12,12 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
+from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, pil_torch_interpolation_mapping
 from transformers.models.pvt import image_processing_pil_pvt, image_processing_pvt
 
 import pvt_hf
+from pvt_hf.models.image_processing_pvt import _PvtPreprocessing
 
 BACKENDS = pytest.mark.parametrize("processor_class", [pvt_hf.PvtImageProcessor, pvt_hf.PvtImageProcessorPil])
 
@@ -46,6 +48,42 @@ def assert_same(pixels: torch.Tensor, expected: torch.Tensor, processor_class) -
         return
     grey_levels = (pixels - expected).abs() * torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None] * 255
     assert grey_levels.max() < 2.01 and (grey_levels > 1.01).float().mean() < 1e-4
+
+
+class PlainProcessor(_PvtPreprocessing, TorchvisionBackend):
+    """With the settings of ours, and nothing of its own after the pixels are read but the crop."""
+
+    center_crop = pvt_hf.PvtImageProcessor.center_crop
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_center_crop": False, "size": {"height": 30, "width": 45}},
+        {"do_resize": False, "crop_size": 51},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"do_rescale": False, "do_normalize": False},
+        {"return_tensors": "np"},
+    ],
+    ids=str,
+)
+def test_values_have_the_bits_of_the_backend(settings):
+    """In planes and without copies, for one image and for several, of every type."""
+    rgb = np.array(photo(40, 50))
+    given = [photo(40, 50), rgb, rgb / np.float32(1.5), torch.from_numpy(rgb).permute(2, 0, 1), photo(47, 36)]
+    settings = {"return_tensors": "pt"} | settings
+    process, expect = (processor_class(crop_size=28) for processor_class in (pvt_hf.PvtImageProcessor, PlainProcessor))
+    for images in (*([image] for image in given), given[:2], given):
+        pixels, expected = (processor(images, **settings)["pixel_values"] for processor in (process, expect))
+        assert type(pixels) is type(expected) and pixels.dtype == expected.dtype
+        np.testing.assert_array_equal(pixels, expected)
+        assert pixels.is_contiguous() if isinstance(pixels, torch.Tensor) else pixels.flags.c_contiguous
+    assert np.array_equal(given[1], np.array(photo(40, 50)))  # nothing is written to what was given
+    ragged = [processor(given, do_center_crop=False)["pixel_values"] for processor in (process, expect)]
+    for pixels, expected in zip(*ragged, strict=True):
+        np.testing.assert_array_equal(pixels, expected)
 
 
 # The widths leave 0, 1, 2 and 3 odd pixels to the crop, which is where its rounding shows.

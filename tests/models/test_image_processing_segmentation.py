@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import pvt_hf
-from pvt_hf.models import image_processing_segmentation
+from pvt_hf.models import class_maps
 
 PROCESSORS = [pvt_hf.PvtSegmentationImageProcessor, pvt_hf.PvtSegmentationImageProcessorPil]
 BACKENDS = pytest.mark.parametrize("processor_class", PROCESSORS)
@@ -140,24 +140,95 @@ def test_predictions_are_resized_in_two_steps(stride):
         process.post_process_semantic_segmentation(outputs, sizes[:1])
 
 
+def resize_twice(logits: torch.Tensor, stride: int, size: tuple[int, int]) -> torch.Tensor:
+    """All classes at every pixel, as mmsegmentation has them, of `(1, classes, height, width)`."""
+    network = F.interpolate(logits, [stride * side for side in logits.shape[2:]], mode="bilinear")
+    return F.interpolate(network, size, mode="bilinear")[0]
+
+
+def write_regions(classes: int, *grid: int) -> torch.Tensor:
+    """Logits with a few classes here and there, as trained models have them."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, classes, *(max(1, side // 6) for side in grid), generator=generator) * 4
+    return F.interpolate(coarse, grid, mode="bicubic") + 0.1 * torch.randn(1, classes, *grid, generator=generator)
+
+
+@pytest.fixture
+def tiny_chunks(monkeypatch):
+    """Strips of a row of tiles, and tiles whose rows are computed one by one."""
+    monkeypatch.setattr(class_maps, "_STRIP", 1)
+    monkeypatch.setattr(class_maps, "_VALUES", 1)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("grid", [(13, 17), (1, 2), (3, 5)])
-def test_classes_that_are_nowhere_the_best_are_not_resized(grid, layout, monkeypatch):
+@pytest.mark.parametrize("grid", [(13, 17), (1, 2), (3, 5), (6, 7), (10, 9)])
+def test_classes_that_are_nowhere_the_best_are_not_resized(grid, layout, request):
     """Nor does that change a label, at the borders neither, whatever is resized at a time."""
     logits = torch.randn(1, 60, *grid, generator=torch.Generator().manual_seed(0)) - 9
     logits[0, 7] += 10
     logits[0, 50, -1, -1] += 14  # in one corner alone
     logits[0, 33, 0, 0] = logits[0, 7, 0, 0]
     logits = logits.contiguous(memory_format=layout)
-    size, possible = (29, 61), image_processing_segmentation._find_possible_classes(logits).tolist()
-    assert {7, 50} <= set(possible) and len(possible) == 16 and possible == sorted(possible)
-    network = F.interpolate(logits, [4 * side for side in grid], mode="bilinear", align_corners=False)
-    expected = F.interpolate(network, size, mode="bilinear", align_corners=False)[0].argmax(0)
+    possible = class_maps._find_possible_classes(logits[0].permute(1, 2, 0).contiguous())
+    assert possible[:, [7]].all() and possible[-1, 50] and not possible[:-1, 50].any() and possible.sum(1).max() < 20
+    expected = resize_twice(logits, 4, (29, 61)).argmax(0)
     assert {7, 50} <= set(expected.unique().tolist())
-    for lanes in (16, 1, 7):  # with one more or fewer at a time
-        monkeypatch.setattr(image_processing_segmentation, "_CHUNK", 1)
-        monkeypatch.setattr(image_processing_segmentation, "_LANES", lanes)
-        assert torch.equal(image_processing_segmentation._segment(logits, 4, size), expected)
+    assert torch.equal(class_maps.find_classes(logits[0], 4, (29, 61)), expected)
+    request.getfixturevalue("tiny_chunks")
+    assert torch.equal(class_maps.find_classes(logits[0], 4, (29, 61)), expected)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 12, 13, 40])
+@pytest.mark.parametrize(
+    ("stride", "size"), [(4, (75, 86)), (4, (11, 300)), (1, (23, 27)), (1, (50, 9)), (2, (30, 61))]
+)
+def test_labels_are_those_of_two_resizes(classes, stride, size, monkeypatch):
+    logits = write_regions(classes, 23, 27)
+    expected = resize_twice(logits, stride, size).argmax(0)
+    assert torch.equal(class_maps.find_classes(logits[0], stride, size), expected)
+    assert torch.equal(class_maps.find_classes(logits[0].half(), stride, size),
+                       resize_twice(logits.half().float(), stride, size).argmax(0))  # fmt: skip
+    monkeypatch.setattr(class_maps, "_CHUNK", 5 * 23 * 27 * stride**2)  # a few classes at a time, as on a GPU
+    assert torch.equal(class_maps._resize_all(logits, stride, size), expected)
+
+
+def test_labels_do_not_depend_on_the_precision_of_products():
+    logits = write_regions(40, 23, 27)
+    expected = resize_twice(logits, 4, (75, 86)).argmax(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(class_maps.find_classes(logits[0], 4, (75, 86)), expected)
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+def test_equal_logits_give_the_first_class(classes):
+    """Everywhere, and where whole numbers are equal here and there."""
+    assert not class_maps.find_classes(torch.full((classes, 13, 17), 0.7), 4, (39, 51)).any()
+    logits = torch.randint(3, (classes, 13, 17), generator=torch.Generator().manual_seed(0)).float()
+    twins = torch.cat([logits, logits])
+    labels = class_maps.find_classes(twins, 4, (52, 68))  # at which all weights are exact
+    assert torch.equal(labels, resize_twice(logits[None], 4, (52, 68)).argmax(0))
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_reaches_the_pixels_of_its_cell(classes, value):
+    """A class of minus infinity is nowhere, as models mask classes; NaN counts as the largest, as in an argmax."""
+    logits = write_regions(classes, 13, 17)[0]
+    expected = class_maps.find_classes(logits, 4, (52, 68))
+    masked = logits.clone()
+    masked[1] = value
+    changed = logits.clone()
+    changed[1, 6, 8] = value
+    near = torch.zeros(52, 68, dtype=torch.bool)
+    near[22:30, 30:38] = True  # the pixels that the cell has a share in
+    labels = class_maps.find_classes(changed, 4, (52, 68))
+    assert torch.equal(labels[~near], expected[~near])
+    if value == float("-inf"):
+        others = [index for index in range(classes) if index != 1]
+        best = torch.tensor(others)[class_maps.find_classes(logits[others], 4, (52, 68))]
+        assert torch.equal(class_maps.find_classes(masked, 4, (52, 68)), best) and not (labels[near] == 1).any()
+    else:
+        assert (class_maps.find_classes(masked, 4, (52, 68)) == 1).all() and (labels[near] == 1).all()
 
 
 def test_backends_share_one_file(tmp_path):
