@@ -4,14 +4,18 @@ They are forked from a process that has imported `IMPORTS` and nothing else. Not
 reads variables of the environment while it is imported.
 """
 
+import atexit
 import functools
+import gc
 import importlib
 import json
 import os
 import runpy
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen
 
@@ -96,15 +100,37 @@ def serve() -> dict:
 
 
 def become(arguments: list[str], environment: dict[str, str], folder: str, outputs: list[str]) -> None:
-    """Does in this process what a fresh one with these arguments would do."""
+    """Does in this process what a fresh one with these arguments would do, and ends it, as `multiprocessing` does:
+    taking down all that was imported would take seconds.
+    """
     for target, file in enumerate((os.devnull, *outputs)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT if target else os.O_RDONLY), target)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    status = 1
+    try:
+        start(arguments, folder)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def start(arguments: list[str], folder: str) -> None:
+    """Runs a program as `__main__`."""
     kind, name = arguments[0], arguments[1] if arguments[0] in ("-c", "-m") else arguments[0]
-    start = {"-c": "", "-m": folder}.get(kind, os.path.dirname(name))
-    sys.path[:0] = [start, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    beside = {"-c": "", "-m": folder}.get(kind, os.path.dirname(name))
+    sys.path[:0] = [beside, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     if kind == "-c":
         sys.argv = ["-c", *arguments[2:]]
         exec(compile(name, "<string>", "exec"), {"__name__": "__main__"})
@@ -120,4 +146,5 @@ if __name__ == "__main__":
     del sys.path[0]  # this folder
     for imported in IMPORTS:
         importlib.import_module(imported)
+    gc.freeze()  # or the collector of each fork would look through it, and make copies of its memory
     become(**serve())
