@@ -22,14 +22,13 @@ def encoder_weights(classifier: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def build(config) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A classifier and a four-map backbone with the same random float64 weights."""
+    """A classifier and a four-map backbone that share random float64 weights."""
     config.out_features = STAGES
     with torch.device("meta"):
         classifier = AutoModelForImageClassification.from_config(config)
         backbone = AutoBackbone.from_config(config)
     classifier = randomize(classifier.to_empty(device="cpu").double())
-    backbone = backbone.to_empty(device="cpu").double()
-    backbone.load_state_dict(encoder_weights(classifier))
+    backbone.load_state_dict(encoder_weights(classifier), assign=True)
     return classifier.eval(), backbone.eval()
 
 
