@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen
 
@@ -96,7 +97,7 @@ def serve() -> dict:
         elif not (answer := os.fork()):
             return request
         print(json.dumps(answer), flush=True)
-    sys.exit()
+    os._exit(0)
 
 
 def become(arguments: list[str], environment: dict[str, str], folder: str, outputs: list[str]) -> None:
@@ -145,6 +146,7 @@ def start(arguments: list[str], folder: str) -> None:
 if __name__ == "__main__":
     del sys.path[0]  # this folder
     for imported in IMPORTS:
-        importlib.import_module(imported)
+        with suppress(ModuleNotFoundError):  # where the package is tested without its extras
+            importlib.import_module(imported)
     gc.freeze()  # or the collector of each fork would look through it, and make copies of its memory
     become(**serve())
