@@ -48,6 +48,13 @@ def runs_transformed(value: Any = None) -> bool:
     return is_traced(value) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def infers_on_cpu(value: torch.Tensor) -> bool:
+    """Whether a CPU computes from this tensor without gradients, eagerly or compiled, in its own type of numbers."""
+    if is_traced(value) or torch._C._are_functorch_transforms_active() or value.device.type != "cpu":
+        return False
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
 def is_unwatched(module: nn.Module) -> bool:
     """Whether nobody wants to see what goes through a module, nor has given it a `forward` of its own, as offloading
     does, which brings its tensors."""
