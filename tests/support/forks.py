@@ -9,6 +9,7 @@ import functools
 import gc
 import importlib
 import json
+import math
 import os
 import runpy
 import sys
@@ -16,6 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen
@@ -43,7 +45,7 @@ class Fork:
             self.returncode = ask(poll=self.pid)
         return self.returncode
 
-    def wait(self, seconds: float = 600) -> int:
+    def wait(self, seconds: float = math.inf) -> int:
         end = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > end:
@@ -94,8 +96,12 @@ def serve() -> dict:
         if "poll" in request:
             found, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if found else None
-        elif not (answer := os.fork()):
-            return request
+        else:
+            with warnings.catch_warnings():  # of a thread of pyarrow, which is made for that
+                warnings.simplefilter("ignore", DeprecationWarning)
+                answer = os.fork()
+            if not answer:
+                return request
         print(json.dumps(answer), flush=True)
     os._exit(0)
 
@@ -148,5 +154,6 @@ if __name__ == "__main__":
     for imported in IMPORTS:
         with suppress(ModuleNotFoundError):  # where the package is tested without its extras
             importlib.import_module(imported)
+    assert "huggingface_hub" not in sys.modules, "imported with an environment that is not that of the programs"
     gc.freeze()  # or the collector of each fork would look through it, and make copies of its memory
     become(**serve())
