@@ -5,13 +5,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network, and one that tries shall fail
 
 import subprocess
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from transformers.utils import hub as transformers_hub
-from transformers.utils import is_accelerate_available
 
 from tests.support.forks import run_fork
 from tests.support.hub import TOKEN, LocalHub
@@ -39,16 +37,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what the imports made is no garbage, and whoever collects that would look through it
-
-
-@pytest.fixture(autouse=True, scope="session")
-def garbage():
-    """It is collected when there is enough of it, and not whenever a `Trainer` trains: a tenth of the time of that."""
-    with pytest.MonkeyPatch.context() as patch:
-        if is_accelerate_available():
-            patch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=lambda: None))
-        yield
+    gc.freeze()  # what the imports made is no garbage, and each `Trainer.train` would look through it
 
 
 @pytest.fixture(autouse=True)
