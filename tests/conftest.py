@@ -5,13 +5,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network, and one that tries shall fail
 
 import subprocess
-import sys
 
 import huggingface_hub
 import pytest
 import torch
 from transformers.utils import hub as transformers_hub
 
+from tests.support.forks import run_fork
 from tests.support.hub import TOKEN, LocalHub
 from tests.support.small_models import ROOT
 
@@ -42,7 +42,8 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def seed():
-    torch.manual_seed(0)
+    # `torch.manual_seed` keeps a list of what to do when a GPU is used first: a millisecond and more for each test.
+    torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture
@@ -53,6 +54,7 @@ def device(monkeypatch):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("there is no GPU")
+        torch.cuda.manual_seed_all(0)
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return device
@@ -94,7 +96,7 @@ def online(hub, tmp_path, monkeypatch):
 
 @pytest.fixture
 def python(hub, tmp_path):
-    """Runs Python in a process of its own, for which the local Hub is the Hub."""
+    """Runs Python in a process of its own (see `forks`), for which the local Hub is the Hub."""
 
     def run(*arguments, **variables) -> subprocess.CompletedProcess:
         environment = os.environ | {
@@ -107,7 +109,6 @@ def python(hub, tmp_path):
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",  # as here, see above
         }
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment | variables, cwd=tmp_path)
+        return run_fork([*map(str, arguments)], environment | variables, tmp_path)
 
     return run

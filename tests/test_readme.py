@@ -24,11 +24,14 @@ def test_first_commands():
 @pytest.mark.process
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("options", "wanted", "right_of_24"),
-    [(["--epochs", "2"], 0.5, 12), pytest.param([], 0.97, 21.6, marks=pytest.mark.slow)],
+    ("options", "side", "wanted", "right_of_24"),
+    [
+        (["--epochs", "1", "--image_size", "32"], 32, 0.5, 12),
+        pytest.param([], 64, 0.97, 21.6, marks=pytest.mark.slow),
+    ],
     ids=["shorter", "as it stands"],
 )
-def test_quickstart(options, wanted, right_of_24, tmp_path):
+def test_quickstart(options, side, wanted, right_of_24, tmp_path):
     """The first command: accuracy, checkpoint, reload in another process, picture. As it stands it takes minutes."""
     # Two threads that other tests keep from running wait for each other most of the time.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -39,7 +42,7 @@ def test_quickstart(options, wanted, right_of_24, tmp_path):
     assert float(accuracy) >= wanted and int(right) >= right_of_24 and int(shown) == 24
     assert (tmp_path / "model.safetensors").exists()
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label[7] == "7"
-    assert AutoImageProcessor.from_pretrained(tmp_path).size.height == 64
+    assert AutoImageProcessor.from_pretrained(tmp_path).size.height == side
     card = ModelCard.load(tmp_path / "README.md")
     assert [round(result.metric_value, 4) for result in card.data.eval_results] == [float(accuracy)]
     assert "trained by pvt_hf on `scikit-learn digits` from\nrandom weights. On the 360 validation" in card.content

@@ -1,12 +1,11 @@
 """What `pip install pvt_hf` alone can do: every model, processor and the converter, and a clear word about the rest."""
 
-import os
 import subprocess
-import sys
 
 import pytest
 
-from tests.support.small_models import ROOT
+from tests.support.forks import run_fork
+from tests.support.processes import list_variables
 
 pytestmark = pytest.mark.process
 
@@ -23,10 +22,12 @@ EXTRAS = (
     "timm",
 )
 EXTRAS += ("av", "gradio", "mkdocs", "onnx", "onnxruntime", "onnxscript", "openvino")
-# They may be installed here, so the process is told that they are not.
+# They may be installed here, so the process is told that they are not, and forgets those that it has imported.
 WITHOUT = f"""
 import importlib.util, sys
 EXTRAS = {EXTRAS!r}
+for name in [name for name in sys.modules if name.split(".")[0] in EXTRAS]:
+    del sys.modules[name]
 
 class Missing:
     @staticmethod
@@ -41,9 +42,7 @@ importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in EXT
 
 
 def run(code: str, tmp_path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", WITHOUT + code]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    return run_fork(["-c", WITHOUT + code], list_variables(), tmp_path)
 
 
 def test_every_model_and_processor_works(tmp_path):

@@ -3,6 +3,7 @@ masks and label maps."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -52,8 +53,14 @@ def load_digit_images(split: str) -> tuple[np.ndarray, list[int]]:
     Returns:
         Pixels, uint8 `(digits, 8, 8)`, and labels.
     """
+    pixels, labels = _read_digits(split)
+    return pixels.copy(), list(labels)
+
+
+@functools.cache  # scenes are made of those that were encoded and decoded for the others
+def _read_digits(split: str) -> tuple[np.ndarray, tuple[int, ...]]:
     data = load_digits_dataset(split)
-    return np.stack([np.asarray(row["image"].convert("L")) for row in data]), list(data["label"])
+    return np.stack([np.asarray(row["image"].convert("L")) for row in data]), tuple(data["label"])
 
 
 @dataclass

@@ -1,14 +1,13 @@
 """`pvt-hf` itself: the list of commands, how they are started, and packages that are missing."""
 
 import runpy
-import subprocess
 import sys
 
 import pytest
 
 from pvt_hf.commands import main as main_module
 from pvt_hf.commands.main import COMMANDS, main
-from tests.support.small_models import ROOT
+from tests.support.processes import run_python
 
 
 def test_help_lists_every_command_in_a_line(capsys):
@@ -23,8 +22,7 @@ def test_help_lists_every_command_in_a_line(capsys):
 def test_help_imports_no_command():
     program = "import sys; from pvt_hf.commands.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     program += "print([name for name in sys.modules if name.startswith(('pvt_hf.commands.', 'pvt_hf.training'))])"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert result.stdout.splitlines()[-1] == "['pvt_hf.commands.main']"
+    assert run_python(program).splitlines()[-1] == "['pvt_hf.commands.main']"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-from pvt_hf.commands.quickstart import main
+from pvt_hf.commands.quickstart import load_model, main, parse
 
 pytestmark = pytest.mark.process
 
@@ -43,6 +43,15 @@ def test_on_an_image_folder_and_a_checkpoint(images, capsys):
     Image.new("RGB", (40, 50)).save("image.jpg")
     exec(re.search(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[1], namespace)
     assert {found["label"] for found in namespace["predict"](Image.open("image.jpg"))} == {"bright", "dark"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "side"), [([], 64), (["--image_size", "32"], 32), (["--data_dir", "images"], 224)]
+)
+def test_size_is_that_of_the_data(arguments, side):
+    model, image_processor = load_model(parse(["--variant", "pvt_tiny", *arguments]), ["a", "b"])
+    assert model.config.image_shape == (side, side)
+    assert image_processor(Image.new("RGB", (30, 40)), return_tensors="pt").pixel_values.shape == (1, 3, side, side)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import io
 import pytest
 import torch
 
+from pvt_hf.conversion import verify
+from pvt_hf.models.backbone import get_backbone_config
 from tests.support.checkpoints import TINY, official_weights, run, save
 
 
@@ -17,6 +19,21 @@ def shared_folder(tmp_path_factory):
     (folder / "saved\x1b[31m").rename(folder / "saved")
     (folder / "printed").write_text(printed.getvalue())
     return folder
+
+
+@pytest.fixture
+def small_probes(monkeypatch):
+    """What is converted is compared on smaller images than the released models were trained for, which take seconds
+    (but where there are position embeddings, which are of that size).
+    """
+    probe_images = verify.probe_images
+
+    def crop_images(config):
+        side = 64 if get_backbone_config(config).model_type == "pvt_v2" else None
+        first, oblong = probe_images(config)
+        return [first[..., :side, :side], oblong]
+
+    monkeypatch.setattr(verify, "probe_images", crop_images)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from tests.support import head_shapes
 from tests.support.checkpoints import TINY, equal, run, save, without
 from tests.support.small_models import STAGES
 
+pytestmark = pytest.mark.usefixtures("small_probes")
+
 SEMANTIC_FPN, RETINANET, ATSS, GFL, SPARSE_RCNN, *R_CNNS, DETR = registry.DENSE_PREDICTORS
 CASCADE_MASK_RCNN, CASCADE_RCNN, MASK_RCNN, FASTER_RCNN = R_CNNS
 HEADS = {
@@ -176,13 +178,13 @@ def test_wrong_numbers_are_not_written(architecture, tmp_path, capsys, monkeypat
 
 @EVERY_ARCHITECTURE
 def test_class_names_of_the_checkpoint_count_more(architecture, tmp_path):
-    """`meta.CLASSES` of version 2, and `dataset_meta` of version 3, count more than the number of classes."""
+    """`meta.CLASSES` of version 2, and `dataset_meta` of version 3, in turn, count more than the number of classes."""
     names = tuple(f"thing {index} " for index in range(SMALL[architecture]["num_labels"]))
     source = small_weights(architecture, "v2")
-    for index, meta in enumerate(({"CLASSES": names}, {"dataset_meta": {"classes": names, "palette": [(1, 2, 3)]}})):
-        path = save({"state_dict": source, "meta": meta}, tmp_path / f"{index}.pth")
-        config = convert.convert(str(path), tmp_path / f"{index}").config
-        assert config.id2label[0] == "thing 0" and config.label2id["thing 79"] == 79
+    metas = ({"CLASSES": names}, {"dataset_meta": {"classes": names, "palette": [(1, 2, 3)]}})
+    meta = metas[[*SMALL].index(architecture) % 2]
+    config = convert.convert(str(save({"state_dict": source, "meta": meta}, tmp_path / "a.pth")), tmp_path / "a").config
+    assert config.id2label[0] == "thing 0" and config.label2id["thing 79"] == 79
     path = save({"state_dict": source, "meta": {"CLASSES": ("cat", "dog")}}, tmp_path / "wrong.pth")
     assert run(path, tmp_path / "wrong") == 1
 

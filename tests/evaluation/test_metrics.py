@@ -27,6 +27,7 @@ from pvt_hf.evaluation.metrics import (
     mean_iou_metric,
 )
 from pvt_hf.models.annotations import read_objects
+from tests.support.processes import call_in_two_processes
 
 MEANS = ("mean_iou", "mean_accuracy", "overall_accuracy")
 
@@ -122,28 +123,21 @@ def test_more_than_100_detections_of_an_image_count_where_they_are_asked_for():
         coco_metrics(results, truth, max_detections=9)
 
 
-def _gather(rank: int, store: str, queue) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _gather(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     matrix = ConfusionMatrix(2)
     matrix.update(torch.tensor([0, 1, rank]), torch.tensor([0, 1, 1]))
     matrix.reduce()
     # Image 5 is in both, as where the last batch is filled up.
     results = gather_results({rank: [{"image_id": rank}], 5: [{"image_id": 5}]})
-    queue.put((results, matrix.counts.tolist()))
+    torch.save((results, matrix.counts.tolist()), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.process
 def test_processes_gather_results_and_counts(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=_gather, args=(rank, str(tmp_path / "store"), queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    gathered = [queue.get() for _ in processes]
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    call_in_two_processes(_gather, str(tmp_path))
+    gathered = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     expected = {0: [{"image_id": 0}], 1: [{"image_id": 1}], 5: [{"image_id": 5}]}
     assert gathered == [(expected, [[2, 0], [1, 3]])] * 2
     assert gather_results(expected) == expected

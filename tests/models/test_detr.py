@@ -4,12 +4,10 @@ import ast
 import copy
 import itertools
 import math
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForObjectDetection,
@@ -26,6 +24,7 @@ from pvt_hf.conversion import reference, reference_heads, rename
 from pvt_hf.conversion.architectures.detr import Detr
 from pvt_hf.models.backbone import load_pretrained_backbone
 from tests.support.checkpoints import equal
+from tests.support.processes import call_in_two_processes
 from tests.support.small_models import ROOT, randomize, small_config
 
 SMALL = {
@@ -513,9 +512,9 @@ def test_trainer_evaluates_and_trains_in_bfloat16(tmp_path):
     assert [len(entry) for entry in result.predictions] == [5]
 
 
-def ddp_worker(rank: int, port: int, folder: str) -> None:
+def ddp_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
     model, (images, labels) = small_detr(**NO_DROPOUT).double(), ddp_data()
     model = DistributedDataParallel(model.train())  # a parameter without gradient would stop the second step
@@ -534,10 +533,7 @@ def ddp_data():
 @pytest.mark.process
 def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
     """Processes share the mean of their numbers of boxes, here (4 + 1) / 2, and the mean of their gradients."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(ddp_worker, args=(port, str(tmp_path)), nprocs=2)
+    call_in_two_processes(ddp_worker, str(tmp_path))
     torch.manual_seed(0)
     model, (images, labels) = small_detr(**NO_DROPOUT).double(), ddp_data()
     weights = {key: tensor.clone().requires_grad_() for key, tensor in official_weights(model).items()}

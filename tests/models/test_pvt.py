@@ -562,7 +562,7 @@ def test_compiled_equals_eager(version, model_class):
     """One program without a graph break for all sizes, that of the stored position embeddings among them; a classifier
     with its loss."""
     torch.compiler.reset()  # the classes have their code, and its limit of programs, in common
-    model = randomize(model_class(small_config(version, out_features=STAGES))).eval()
+    model = randomize(model_class(small_config(version, out_features=STAGES, depths=[1, 1, 1, 1]))).eval()
     # Of a copy, because transformers' loss writes into the configuration of a model that is not compiled.
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -577,7 +577,7 @@ def test_compiled_equals_eager(version, model_class):
 @pytest.mark.parametrize(("version", "model_class"), COMPILED)
 @torch.no_grad()
 def test_exported_program_takes_any_size(version, model_class):
-    model = randomize(model_class(small_config(version, out_features=STAGES))).eval()
+    model = randomize(model_class(small_config(version, out_features=STAGES, depths=[1, 1, 1, 1]))).eval()
     dynamic = {0: Dim("batch", max=64), 2: Dim("height", min=64, max=2048), 3: Dim("width", min=64, max=2048)}
     program = torch.export.export(model, (torch.randn(2, 3, 96, 130),), dynamic_shapes=(dynamic,)).module()
     for size in ((1, 3, 64, 64), (3, 3, 97, 200)):

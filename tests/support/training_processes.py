@@ -1,8 +1,7 @@
-"""Runs of the trainers in processes of their own, one after the other: a process takes most of its time to start."""
+"""Runs of the trainers in processes of their own, one after the other."""
 
 import importlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,51 +11,47 @@ from typing import Any
 
 import torch
 
-from tests.support.small_models import ROOT
+from tests.support.forks import Fork
+from tests.support.processes import list_variables
 
 # The task, the folder of the run, and its settings: what `main` of `{task}_run` takes.
 Run = tuple[str, str | Path, dict[str, Any]]
 
 
-def start(runs: list[Run], **variables: Any) -> subprocess.Popen:
-    """A process that does these runs."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {name: str(value) for name, value in variables.items()}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.training_processes", json.dumps(runs, default=str)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def list_arguments(runs: list[Run]) -> list[str]:
+    """Of a Python that does these runs."""
+    return ["-m", "tests.support.training_processes", json.dumps(runs, default=str)]
 
 
 def run_in_two_processes(runs: list[Run]) -> None:
-    """Does these runs in a group of two processes (gloo)."""
+    """Does these runs in a group of two processes (gloo). One is fresh: forks have sets in the same order."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 2}
-    processes = [start(runs, RANK=rank, LOCAL_RANK=rank, **group) for rank in range(2)]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=280)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    first, second = (list_variables() | group | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    fork = Fork(list_arguments(runs), second)
+    command, pipes = [sys.executable, *list_arguments(runs)], {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=first, text=True, **pipes) as fresh:
+        try:
+            _, errors = fresh.communicate(timeout=280)
+            assert fresh.returncode == 0, errors[-3000:]
+            assert fork.wait(280) == 0, fork.read()[1][-3000:]
+        finally:
+            fork.kill()
+            fresh.kill()
 
 
 def kill_after(checkpoint: Path, task: str, settings: dict[str, Any]) -> None:
     """Starts a run in the folder of this checkpoint, and kills it (SIGKILL) when it has written that."""
     step = int(checkpoint.name.split("-")[1])
-    process = start([(task, checkpoint.parent, settings | {"pause_after": step})])
+    run = (task, checkpoint.parent, settings | {"pause_after": step})
+    process = Fork(list_arguments([run]), list_variables())
     try:
         while not (checkpoint / "complete.json").exists():
-            assert process.poll() is None, process.stderr.read()[-3000:]
+            assert process.poll() is None, process.read()[1][-3000:]
             time.sleep(0.02)
     finally:
         process.kill()
-        process.communicate()
 
 
 def pause_after(trainer: Any, steps: int | None) -> None:
