@@ -41,6 +41,7 @@ from .modeling_common import (
     stage_features,
 )
 from .pretrained import PretrainedMixin
+from .residuals import add_in_place
 
 
 class PvtV2OverlapPatchEmbeddings(nn.Module):
@@ -165,6 +166,7 @@ class PvtV2BlockLayer(GradientCheckpointingLayer):
         self.layer_norm_2 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.mlp = PvtV2ConvFeedForwardNetwork(config, hidden_size, int(hidden_size * config.mlp_ratios[stage]))
 
+    @add_in_place("attention", "attention.proj")
     def forward(
         self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
