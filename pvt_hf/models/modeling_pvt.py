@@ -25,6 +25,7 @@ from .layers import (
     DropPath,
     SpatialReductionAttention,
     cast_once,
+    copy_less,
     drop_path_rates,
     is_traced,
     make_traceable,
@@ -90,7 +91,7 @@ class PvtPatchEmbeddings(nn.Module):
 
     def forward(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         """(batch, channels, height, width) -> (batch, tokens, hidden_size) and the grid of the patches."""
-        feature_map = self.projection(to_channels_last(feature_map))
+        feature_map = self.projection(copy_less(to_channels_last(feature_map), self.projection))
         height, width = feature_map.shape[2:]
         tokens = self.layer_norm(map_to_tokens(feature_map))
         tokens = tokens + self.interpolate_position_embeddings(height, width)
@@ -113,8 +114,8 @@ class PvtEfficientSelfAttention(SpatialReductionAttention):
     def reduce(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """(batch, height * width, channels) -> (batch, reduced keys, channels)"""
         if self.ratio > 1:
-            feature_map = self.sequence_reduction(tokens_to_map(hidden_states, height, width))
-            return self.layer_norm(map_to_tokens(feature_map))
+            feature_map = copy_less(tokens_to_map(hidden_states, height, width), self.sequence_reduction)
+            return self.layer_norm(map_to_tokens(self.sequence_reduction(feature_map)))
         return hidden_states
 
     def forward(
