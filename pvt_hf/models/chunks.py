@@ -234,6 +234,14 @@ def _add(sums: torch.Tensor, *terms: torch.Tensor) -> torch.Tensor:
     return torch.add(*terms, out=sums) if terms else sums
 
 
+def _multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`F.linear`, but the bias comes after the product, unless that would be rounded to half precision in between.
+    (Before it, it is copied for every token and then read.)"""
+    if out.dtype.itemsize < 4:
+        return torch.addmm(bias, inputs, weight.t(), out=out)
+    return torch.mm(inputs, weight.t(), out=out).add_(bias)
+
+
 def _add_mlp(
     hidden_states: torch.Tensor,
     attended: torch.Tensor | None,
@@ -253,7 +261,7 @@ def _add_mlp(
     buffer = result.new_empty(num_tokens, len(weight1))
     for sums, *chunks in zip(*(tensor.split(num_tokens) for tensor in tokens), strict=True):
         normed = F.layer_norm(_add(sums, *chunks), norm_weight.shape, norm_weight, norm_bias, eps)
-        hidden = torch.addmm(bias1, normed, weight1.t(), out=buffer[: len(sums)])
+        hidden = _multiply(normed, weight1, bias1, buffer[: len(sums)])
         torch.addmm(sums.add_(bias2), F.gelu(hidden, out=hidden), weight2.t(), out=sums)
     return result
 
@@ -281,7 +289,7 @@ def _add_conv_mlp(
 
     def expand(out: torch.Tensor, sums: torch.Tensor, *terms: torch.Tensor) -> None:
         normed = F.layer_norm(_add(sums, *terms), norm_weight.shape, norm_weight, norm_bias, eps)
-        torch.addmm(bias1, normed, weight1.t(), out=out)
+        _multiply(normed, weight1, bias1, out)
         if has_relu:
             out.relu_()
 
