@@ -11,6 +11,7 @@ from transformers import initialization as init
 from .boxes import AnchorGrid, Anchors, match_atss
 from .one_stage import MatchedAnchors, match_anchors
 from .targets import GroundTruth
+from .winograd import Conv3x3
 
 
 class NormedConv(nn.Module):
@@ -18,12 +19,12 @@ class NormedConv(nn.Module):
 
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv = Conv3x3(channels, channels, bias=False)
         # Not called a norm: the recipes decay it, and leave out what has `norm` in its name.
         self.gn = nn.GroupNorm(num_groups, channels)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.gn(self.conv(states)))
+        return torch.relu_(self.gn(self.conv(states)))
 
 
 class AdaptiveHead(nn.Module):
@@ -43,8 +44,8 @@ class AdaptiveHead(nn.Module):
             nn.Sequential(*(NormedConv(channels, config.norm_groups) for _ in range(config.num_head_convs)))
             for _ in range(2)
         )
-        self.class_predictor = nn.Conv2d(channels, config.num_labels, 3, padding=1)
-        self.box_predictor = nn.Conv2d(channels, num_box_values, 3, padding=1)
+        self.class_predictor = Conv3x3(channels, config.num_labels)
+        self.box_predictor = Conv3x3(channels, num_box_values)
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in config.strides)
 
     def reset_parameters(self) -> None:

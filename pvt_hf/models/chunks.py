@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation
 
-from .layers import is_traced, is_unwatched, runs_transformed
+from .layers import infers_on_cpu, is_unwatched, runs_transformed
 
 # The classes of the layers with parameters, in their order, and these parameters.
 Layers: TypeAlias = tuple[tuple[type[nn.Module], ...], list[torch.Tensor]]
@@ -152,14 +152,12 @@ def find_tensors(modules: Sequence[nn.Module], *inputs: torch.Tensor) -> Layers:
     """The layers of modules, if a CPU infers with them and they are all that there is to them; or none.
 
     Args:
-        modules: A norm, stochastic depth and an MLP.
-        *inputs: Theirs.
+        modules: Norm, stochastic depth and MLP of a block.
+        *inputs: Theirs, or the block's.
     """
-    if is_traced(inputs[0]) or torch._C._are_functorch_transforms_active():
+    if not infers_on_cpu(inputs[0]) or inputs[0].dtype != inputs[-1].dtype:
         return NO_LAYERS
-    if inputs[0].device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return NO_LAYERS
-    if inputs[0].dtype != inputs[-1].dtype or any(part.training for module in modules for part in module.modules()):
+    if any(part.training for module in modules for part in module.modules()):
         return NO_LAYERS
     return list_layers(modules, inputs[0].dtype)
 

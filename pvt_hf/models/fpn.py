@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .winograd import Conv3x3
+
 
 class FeaturePyramid(nn.Module):
     """Feature maps of a backbone in, as many or more levels of `out_channels` out, finest first.
@@ -35,7 +37,7 @@ class FeaturePyramid(nn.Module):
     ):
         super().__init__()
         self.lateral_convs = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
-        self.output_convs = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+        self.output_convs = nn.ModuleList(Conv3x3(out_channels, out_channels) for _ in in_channels)
         self.extra_convs_source = extra_convs_source
         source_channels = in_channels[-1] if extra_convs_source == "on_input" else out_channels
         self.extra_convs = nn.ModuleList(
@@ -62,8 +64,8 @@ class FeaturePyramid(nn.Module):
         """
         laterals = [conv(map_) for conv, map_ in zip(self.lateral_convs, feature_maps, strict=True)]
         for level in range(len(laterals) - 1, 0, -1):
-            finer = laterals[level - 1]
-            laterals[level - 1] = finer + F.interpolate(laterals[level], size=finer.shape[2:], mode="nearest")
+            size = laterals[level - 1].shape[2:]
+            laterals[level - 1] += F.interpolate(laterals[level], size=size, mode="nearest")
         levels = [conv(lateral) for conv, lateral in zip(self.output_convs, laterals, strict=True)]
         source = feature_maps[-1] if self.extra_convs_source == "on_input" else levels[-1]
         for conv in self.extra_convs:

@@ -37,7 +37,7 @@ def copy_less(feature_map: torch.Tensor, convolution: nn.Module) -> torch.Tensor
         feature_map: (batch, channels, height, width), channels-last.
         convolution: What it is for.
     """
-    if runs_transformed(feature_map) or torch.is_grad_enabled() or feature_map.device.type != "cpu":
+    if torch.compiler.is_compiling() or not infers_on_cpu(feature_map):
         return feature_map
     if type(convolution) is not nn.Conv2d or convolution.weight.nbytes < 5 * feature_map.nbytes:
         return feature_map
@@ -61,6 +61,13 @@ def runs_transformed(value: Any = None) -> bool:
         value: As for `is_traced`.
     """
     return is_traced(value) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def infers_on_cpu(value: torch.Tensor) -> bool:
+    """Whether a CPU computes from this tensor without gradients, eagerly or compiled, in its own type of numbers."""
+    if is_traced(value) or torch._C._are_functorch_transforms_active() or value.device.type != "cpu":
+        return False
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def is_unwatched(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.utils import ModelOutput
 
 from .adaptive_head import AdaptiveHead
@@ -14,6 +13,7 @@ from .configuration_atss import ATSSConfig
 from .distributed import mean_over_processes
 from .one_stage import OneStageDetector
 from .targets import GroundTruth
+from .winograd import Conv3x3
 
 # The units of the deltas.
 _BOX_STDS = (0.1, 0.1, 0.2, 0.2)
@@ -67,7 +67,7 @@ class ATSSHead(AdaptiveHead):
 
     def __init__(self, config: ATSSConfig):
         super().__init__(config, num_box_values=4)
-        self.centerness_predictor = nn.Conv2d(config.neck_channels, 1, 3, padding=1)
+        self.centerness_predictor = Conv3x3(config.neck_channels, 1)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """

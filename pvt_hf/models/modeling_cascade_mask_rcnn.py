@@ -16,6 +16,7 @@ from .rois import SampledRoIs, flatten_rois, list_targets, pool_rois, sample_roi
 from .rpn import RegionProposalNetwork
 from .targets import GroundTruth
 from .two_stage import BOX_SIZE, MASK_SIZE, MaskHead, TwoStageDetector
+from .winograd import Conv3x3
 
 
 @dataclass
@@ -32,11 +33,11 @@ class CascadeBoxBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv = Conv3x3(channels, channels, bias=False)
         self.bn = nn.BatchNorm2d(channels)  # not `norm`: it is decayed, as that of the released code is
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.bn(self.conv(features)))
+        return F.relu(self.bn(self.conv(features)), inplace=True)
 
 
 class CascadeBoxHead(nn.Module):

@@ -23,6 +23,7 @@ from .boxes import (
 from .configuration_retinanet import RetinaNetConfig
 from .one_stage import OneStageDetector, match_anchors
 from .targets import GroundTruth
+from .winograd import Conv3x3
 
 
 @dataclass
@@ -70,11 +71,10 @@ class RetinaNetHead(nn.Module):
         self.anchor_grid = AnchorGrid(config.strides, config.anchor_scales, config.anchor_ratios)
         channels, num_anchors = config.neck_channels, self.anchor_grid.num_per_cell
         self.class_convs, self.box_convs = (
-            nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_head_convs))
-            for _ in range(2)
+            nn.ModuleList(Conv3x3(channels, channels) for _ in range(config.num_head_convs)) for _ in range(2)
         )
-        self.class_predictor = nn.Conv2d(channels, num_anchors * config.num_labels, 3, padding=1)
-        self.box_predictor = nn.Conv2d(channels, num_anchors * 4, 3, padding=1)
+        self.class_predictor = Conv3x3(channels, num_anchors * config.num_labels)
+        self.box_predictor = Conv3x3(channels, num_anchors * 4)
 
     def reset_parameters(self) -> None:
         """Section 4.1: normal weights of 0.01, zero biases, and every class at its prior probability."""
@@ -97,9 +97,9 @@ class RetinaNetHead(nn.Module):
         for level in levels:
             class_states = box_states = level
             for conv in self.class_convs:
-                class_states = F.relu(conv(class_states))
+                class_states = F.relu(conv(class_states), inplace=True)
             for conv in self.box_convs:
-                box_states = F.relu(conv(box_states))
+                box_states = F.relu(conv(box_states), inplace=True)
             logits.append(flatten_to_anchors(self.class_predictor(class_states), self.config.num_labels))
             deltas.append(flatten_to_anchors(self.box_predictor(box_states), 4))
         return at_least_float32(torch.cat(logits, dim=1)), at_least_float32(torch.cat(deltas, dim=1))

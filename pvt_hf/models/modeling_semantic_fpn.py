@@ -17,6 +17,7 @@ from .fpn import FeaturePyramid
 from .layers import runs_transformed
 from .modeling_common import check_label_values, check_pixel_values
 from .pretrained import PretrainedMixin
+from .winograd import Conv3x3
 
 _LOSS_IGNORE_INDEX = -100  # what torch, and Trainer where it counts labels, take for "no label"
 
@@ -31,11 +32,11 @@ class SemanticFPNBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv = Conv3x3(in_channels, out_channels, bias=False)
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.norm(self.conv(feature_map)))
+        return F.relu(self.norm(self.conv(feature_map)), inplace=True)
 
 
 class SemanticFPNHead(nn.Module):

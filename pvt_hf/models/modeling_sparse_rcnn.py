@@ -20,7 +20,7 @@ from .configuration_sparse_rcnn import SparseRCNNConfig
 from .distributed import mean_over_processes
 from .fpn import FeaturePyramid
 from .pretrained import PretrainedMixin
-from .rois import flatten_rois, make_contiguous, pool_rois
+from .rois import arrange_levels, flatten_rois, pool_rois
 from .targets import GroundTruth, normalize_boxes, read_ground_truths, read_images
 
 _ROI_SIZE, _SAMPLING_RATIO = 7, 2  # cells per side that an RoI is pooled to, and samples per side of a cell
@@ -262,7 +262,7 @@ class SparseRCNNForObjectDetection(SparseRCNNPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        logits, boxes = self.refine_proposals(make_contiguous(self.neck(features.feature_maps)), image_sizes)
+        logits, boxes = self.refine_proposals(arrange_levels(self.neck(features.feature_maps)), image_sizes)
         loss_dict = None if truths is None else self.compute_losses(logits, boxes, truths, image_sizes)
         return SparseRCNNObjectDetectionOutput(
             loss=sum(loss_dict.values()) if loss_dict else None,

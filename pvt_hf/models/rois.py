@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from .boxes import at_least_float32, match_boxes, move_together, pairwise_iou, sample_batch
-from .layers import map_to_tokens, runs_transformed
+from .layers import infers_on_cpu, map_to_tokens, runs_transformed, to_channels_last
 from .targets import GroundTruth
 
 # Where boxes lie that no sample shall be taken of, in cells: outside of every map.
@@ -26,10 +28,14 @@ def flatten_rois(boxes: torch.Tensor) -> torch.Tensor:
     return torch.cat((images.expand(-1, boxes.shape[1], -1), boxes), dim=-1).flatten(0, 1)
 
 
-def make_contiguous(levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Maps `(batch, channels, height, width)` in the layout in which torchvision pools RoIs, or it would copy them for
-    every head."""
-    return [_make_contiguous(level) for level in levels]
+def arrange_levels(levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Maps `(batch, channels, height, width)` in the layout in which RoIs are pooled, or each head would copy them."""
+    return [to_channels_last(level) if _sums_rows(level) else _make_contiguous(level) for level in levels]
+
+
+def _sums_rows(level: torch.Tensor) -> bool:
+    """Whether RoIs are weighted sums of the rows of a channels-last map, which is a CPU's inference."""
+    return infers_on_cpu(level) and not torch.compiler.is_compiling()
 
 
 def _make_contiguous(level: torch.Tensor) -> torch.Tensor:
@@ -68,7 +74,9 @@ def pool_rois(
             for level, stride, own in zip(levels, strides, rows, strict=True)
         ]
         # (A box with one side below zero is of no level.)
-        pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], size, size)
+        layout = torch.channels_last if _sums_rows(levels[0]) else torch.contiguous_format
+        shape = len(rois), levels[0].shape[1], size, size
+        pooled = torch.empty(shape, dtype=levels[0].dtype, memory_format=layout).zero_()
         return pooled.index_copy_(0, torch.cat(rows), torch.cat(parts))
     # No size depends on a value, and nothing waits for a GPU: the RoIs of other levels become empty ones outside of the
     # map, which add zeros.
@@ -84,8 +92,72 @@ def _pool_level(level: torch.Tensor, stride: int, rois: torch.Tensor, size: int,
     from torchvision.ops import roi_align
 
     # Half precision could not tell neighbouring pixels of a large image apart.
-    pooled = roi_align(at_least_float32(level), rois, size, 1 / stride, sampling_ratio, aligned=True)
-    return pooled.to(level.dtype)
+    pool = _sum_rows if _sums_rows(level) else partial(roi_align, aligned=True)
+    return pool(at_least_float32(level), rois, size, 1 / stride, sampling_ratio).to(level.dtype)
+
+
+def _sum_rows(level: torch.Tensor, rois: torch.Tensor, size: int, scale: float, sampling_ratio: int) -> torch.Tensor:
+    """torchvision's `roi_align`, aligned, of a channels-last map: it goes through the channels one by one, in one
+    thread. All channels of a cell have the same weights, and those of an RoI's cells are products of weights of rows
+    and of columns.
+
+    Args:
+        level: `(batch, channels, height, width)`.
+        rois: The index of the image, then xyxy in pixels, `(RoIs, 5)`.
+        size: Cells per side of the result.
+        scale: Cells per pixel.
+        sampling_ratio: Samples per side of such a cell; 0 for one in each cell of the map.
+
+    Returns:
+        `(RoIs, channels, size, size)`, channels-last.
+    """
+    height, width = level.shape[2:]
+    table = map_to_tokens(level).flatten(0, 1)  # (batch * height * width, channels)
+    images, boxes = rois[:, 0].int(), rois[:, 1:] * scale - 0.5
+    starts, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]  # (RoIs, 2): x, y
+    counts = torch.full_like(sides, sampling_ratio) if sampling_ratio else (sides / size).ceil().clamp(min=0)
+    reach = (sides.abs() / size * (1 - 1 / counts.clamp(min=1))).ceil() + 2  # cells that the samples of one read
+    pooled = level.new_empty(len(rois), size, size, level.shape[1])
+    groups, members = torch.cat((counts, reach), dim=1).int().unique(dim=0, return_inverse=True)
+    for index, (columns, rows, *reaches) in enumerate(groups.tolist()):
+        own = (members == index).nonzero().flatten()
+        if not rows or not columns:
+            pooled[own] = 0
+            continue
+        x, x_weights = _weigh(starts[own, 0], sides[own, 0], size, columns, reaches[0], width)
+        y, y_weights = _weigh(starts[own, 1], sides[own, 1], size, rows, reaches[1], height)
+        y = y + images[own, None, None] * height
+        cells = (y * width)[:, :, None, :, None] + x[:, None, :, None, :]  # (own RoIs, size, size, rows, columns)
+        weights = y_weights[:, :, None, :, None] * x_weights[:, None, :, None, :]
+        cells, weights = (tensor.flatten(3).flatten(0, 2) for tensor in (cells, weights))
+        pooled[own] = F.embedding_bag(cells, table, mode="sum", per_sample_weights=weights).view(-1, *pooled.shape[1:])
+    return pooled.permute(0, 3, 1, 2)
+
+
+def _weigh(
+    starts: torch.Tensor, sides: torch.Tensor, size: int, count: int, reach: int, limit: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rows (or columns) of a map the samples of RoIs read, and with which weight.
+
+    Args:
+        starts: Where RoIs start, in cells of the map, `(RoIs,)`.
+        sides: Their lengths, `(RoIs,)`.
+        size: In how many parts they are cut.
+        count: Samples in each part.
+        reach: Rows that these read at most.
+        limit: Rows of the map.
+
+    Returns:
+        int32 and weights, both `(RoIs, size, reach)`.
+    """
+    steps = torch.arange(size * count, device=starts.device) + 0.5
+    samples = starts[:, None] + steps * (sides / (size * count))[:, None]
+    samples = samples.view(-1, size, count)
+    inside = (samples >= -1) & (samples <= limit)
+    samples = samples.clamp(0, limit - 1)
+    rows = samples.amin(dim=2, keepdim=True).floor() + torch.arange(reach, device=starts.device)
+    weights = (1 - (samples[..., None] - rows[..., None, :]).abs()).clamp(min=0)  # (RoIs, size, count, reach)
+    return rows.clamp(max=limit - 1).int(), (weights * inside[..., None]).mean(dim=2)
 
 
 @dataclass(frozen=True)
@@ -177,4 +249,4 @@ def list_targets(
     return torch.cat(labels), torch.cat(rows), torch.cat(boxes), torch.cat(objects)
 
 
-__all__ = ["SampledRoIs", "flatten_rois", "list_targets", "pool_rois", "sample_rois", "to_rois"]
+__all__ = ["SampledRoIs", "arrange_levels", "flatten_rois", "list_targets", "pool_rois", "sample_rois", "to_rois"]

@@ -25,6 +25,7 @@ from .boxes import (
 )
 from .layers import place_numbers
 from .targets import GroundTruth, pad_image_sizes
+from .winograd import Conv3x3
 
 
 class RegionProposalNetwork(nn.Module):
@@ -52,7 +53,7 @@ class RegionProposalNetwork(nn.Module):
         self.num_proposals_train = num_proposals_train
         self.anchor_grid = AnchorGrid(config.strides, config.anchor_scales, config.anchor_ratios)
         channels, num_anchors = config.neck_channels, self.anchor_grid.num_per_cell
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
         self.objectness_predictor = nn.Conv2d(channels, num_anchors, 1)
         self.box_predictor = nn.Conv2d(channels, num_anchors * 4, 1)
 
@@ -72,7 +73,7 @@ class RegionProposalNetwork(nn.Module):
         """
         objectness, deltas = [], []
         for level in levels:
-            hidden_states = F.relu(self.conv(level))
+            hidden_states = F.relu(self.conv(level), inplace=True)
             objectness.append(flatten_to_anchors(self.objectness_predictor(hidden_states), 1)[..., 0])
             deltas.append(flatten_to_anchors(self.box_predictor(hidden_states), 4))
         return at_least_float32(torch.cat(objectness, dim=1)), at_least_float32(torch.cat(deltas, dim=1))

@@ -17,9 +17,10 @@ from .boxes import at_least_float32, clip_boxes, has_area, suppress, take_rows
 from .fpn import FeaturePyramid
 from .layers import place_numbers, runs_transformed
 from .pretrained import PretrainedMixin
-from .rois import SampledRoIs, flatten_rois, make_contiguous, pool_rois
+from .rois import SampledRoIs, arrange_levels, flatten_rois, pool_rois
 from .rpn import RegionProposalNetwork
 from .targets import GroundTruth, normalize_boxes, read_ground_truths, read_images
+from .winograd import Conv3x3
 
 BOX_SIZE, MASK_SIZE = 7, 14  # cells per side that an RoI is pooled to
 
@@ -30,7 +31,7 @@ class MaskHead(nn.Module):
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         channels = config.neck_channels
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_mask_convs))
+        self.convs = nn.ModuleList(Conv3x3(channels, channels) for _ in range(config.num_mask_convs))
         self.upsample = nn.ConvTranspose2d(channels, channels, 2, stride=2)
         self.predictor = nn.Conv2d(channels, config.num_labels, 1)
 
@@ -49,8 +50,8 @@ class MaskHead(nn.Module):
             Logits `(RoIs, num_labels, 28, 28)`, at least in float32.
         """
         for conv in self.convs:
-            features = F.relu(conv(features))
-        return at_least_float32(self.predictor(F.relu(self.upsample(features))))
+            features = F.relu(conv(features), inplace=True)
+        return at_least_float32(self.predictor(F.relu(self.upsample(features), inplace=True)))
 
     def loss(
         self, logits: torch.Tensor, samples: Sequence[SampledRoIs], truths: Sequence[GroundTruth]
@@ -175,7 +176,7 @@ class TwoStageDetector(PretrainedMixin, PreTrainedModel):
         anchors = grid.generate_boxes(level_shapes, like=deltas)
         level_sizes = [height * width * grid.num_per_cell for height, width in level_shapes]
         proposals = self.rpn.select_proposals(objectness, deltas, anchors, level_sizes, image_sizes)
-        levels = make_contiguous(levels[:-1])
+        levels = arrange_levels(levels[:-1])
         loss_dict = None
         if truths is not None:
             valid = self.rpn.find_valid(level_shapes, anchors, image_sizes.tolist(), input_size)

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torchvision
 import transformers
 from torch.testing import assert_close
 
@@ -193,21 +194,24 @@ def test_samples_hold_the_objects_themselves():
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_maps_are_copied_once_for_all_heads(batch_size, monkeypatch):
-    """torchvision pools contiguous maps, and ours are channels-last."""
+    """torchvision pools contiguous maps, and ours are channels-last: so are those whose rows are summed."""
     level = torch.randn(batch_size, 70, 5, 60).contiguous(memory_format=torch.channels_last).requires_grad_()
-    (copy,) = rois.make_contiguous([level])
+    (copy,) = rois.arrange_levels([level])
     assert copy.is_contiguous() and torch.equal(copy, level)
     (gradient,) = torch.autograd.grad(copy.square().sum(), level)
     assert torch.equal(gradient, 2 * level)
+    with torch.no_grad():
+        assert rois.arrange_levels([level])[0] is level
     pool, given = rois._pool_level, []
     monkeypatch.setattr(rois, "_pool_level", lambda level, *rest: given.append(level) or pool(level, *rest))
     for name in ("mask_rcnn", "cascade_mask_rcnn", "sparse_rcnn"):
-        model = build_dense_model(name).eval()
-        with torch.no_grad():
-            model(**dense_inputs(model, batch_size, 96, 128))
-        assert len({level.data_ptr() for level in given}) == 4 < len(given)
-        assert all(level.is_contiguous() for level in given)
-        given.clear()
+        for layout in (torch.contiguous_format, torch.channels_last):
+            model = build_dense_model(name).eval()
+            with torch.set_grad_enabled(layout == torch.contiguous_format):
+                model(**dense_inputs(model, batch_size, 96, 128))
+            assert len({level.data_ptr() for level in given}) == 4 < len(given)
+            assert all(level.is_contiguous(memory_format=layout) for level in given)
+            given.clear()
 
 
 def test_rois_are_pooled_from_the_level_of_their_scale():
@@ -220,11 +224,37 @@ def test_rois_are_pooled_from_the_level_of_their_scale():
         assert_close(pooled, loops.roi_features(levels, boxes, size), rtol=0, atol=1e-12)
         with mock.patch.object(rois, "runs_transformed", lambda: True):  # and on GPUs
             assert torch.equal(pool_rois(levels, to_rois(tensors), (4, 8, 16, 32), size), pooled)
+        with torch.no_grad():
+            assert_close(pool_rois(levels, to_rois(tensors), (4, 8, 16, 32), size), pooled, rtol=0, atol=1e-12)
     none = [tensors[0][:0]] * 2
     assert pool_rois(levels, to_rois(none), (4, 8, 16, 32), 7).shape == (0, 3, 7, 7)
     half = pool_rois([level.bfloat16() for level in levels], to_rois([x.float() for x in tensors]), (4, 8, 16, 32), 7)
     assert half.dtype == torch.bfloat16
     assert_close(half.double(), loops.roi_features(levels, boxes, 7), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 2, 3])
+@pytest.mark.parametrize("size", [7, 14])
+def test_sums_of_rows_equal_torchvisions_pooling(size, sampling_ratio):
+    """For RoIs of all kinds: large and narrow ones, outside of the image, without an area, turned around."""
+    generator = torch.Generator().manual_seed(0)
+    level = torch.randn(3, 5, 23, 31, generator=generator, dtype=torch.float64)
+    corners = torch.rand(200, 2, 2, generator=generator, dtype=torch.float64) * 400 - 100
+    starts, ends = corners.sort(dim=1).values.unbind(1)
+    boxes = torch.cat((starts, ends), dim=1)
+    boxes[:10, 2:] = boxes[:10, :2]
+    boxes[10:20, 2] = boxes[10:20, 0]
+    boxes[20:30, :2], boxes[20:30, 2:] = ends[20:30], starts[20:30]
+    boxes[30:40, 2:] = boxes[30:40, :2] + torch.tensor([8.0 * size, 16.0 * size])  # whole cells
+    boxes[40] = torch.tensor([0.0, 0, 31 * 8, 23 * 8])
+    regions = torch.cat((torch.arange(200, dtype=torch.float64)[:, None] % 3, boxes), dim=1)
+    expected = torchvision.ops.roi_align(level, regions, size, 1 / 8, sampling_ratio, aligned=True)
+    found = rois._sum_rows(level, regions, size, 1 / 8, sampling_ratio)
+    assert_close(found, expected, rtol=0, atol=1e-12)
+    single = rois._sum_rows(level.float(), regions.float(), size, 1 / 8, sampling_ratio).double()
+    rounded = torch.arange(30, 40)  # the number of samples may differ by one, with torchvision too
+    assert_close(single.index_copy(0, rounded, expected[rounded]), expected, rtol=0, atol=1e-4)
+    assert expected.abs().max() > 1
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.2])
