@@ -86,16 +86,20 @@ def _add_one_head(
     normed: torch.Tensor,
     reduced_states: torch.Tensor,
 ) -> torch.Tensor:
-    """The same where there is one head, and fewer keys than queries: keys and values are projected instead.
+    """The same where there is one head: values, and keys if they are few, are projected instead of results and queries.
 
     `(Q x + q) . k = x . (Q' k) + q . k`, and as the probabilities are 1 in sum, `P sum(p v) + b = sum(p (P v + b))`.
     """
-    key = attention.key(reduced_states)
-    bias = attention.query.bias
-    mask = None if bias is None else (key @ bias).mul_(attention.scaling)[:, None, None]  # (batch, 1, 1, reduced keys)
-    key, value = key @ attention.query.weight, projection(attention.value(reduced_states))
+    key, value = attention.key(reduced_states), projection(attention.value(reduced_states))
+    query, mask = normed, None
+    if key.shape[1] > key.shape[2]:  # a mask, for the bias, takes longer than the projection of the queries
+        query = attention.query(normed)
+    else:
+        if (bias := attention.query.bias) is not None:
+            mask = (key @ bias).mul_(attention.scaling)[:, None, None]  # (batch, 1, 1, reduced keys)
+        key = key @ attention.query.weight
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    states = (part[:, None] for part in (normed, key, value))  # (batch, 1 head, tokens, channels) each
+    states = (part[:, None] for part in (query, key, value))  # (batch, 1 head, tokens, channels) each
     attended, _ = attend(attention, *states, mask, dropout=0.0, scaling=attention.scaling)
     return attended.flatten(2).add_(hidden_states)
 
