@@ -53,14 +53,36 @@ def compute_in_chunks(forward: Callable[..., torch.Tensor]) -> Callable[..., tor
     def forward_in_chunks(
         self: nn.Module, hidden_states: torch.Tensor, attended: torch.Tensor, *size: int
     ) -> torch.Tensor:
-        types, tensors = find_tensors([self.layer_norm_2, self.drop_path, self.mlp], hidden_states, attended)
-        if (branch := _BRANCHES.get(types)) is None:
+        if (branch := find_branch(self, hidden_states, attended)) is None:
             return forward(self, hidden_states, attended, *size)
-        run = branch[torch.compiler.is_compiling()]
-        flags = [isinstance(self.mlp.relu, nn.ReLU)] if size else []
-        return run(hidden_states, attended, *size, self.mlp.chunk_bytes, self.layer_norm_2.eps, *flags, *tensors)
+        return branch(hidden_states, attended, *size)
 
     return forward_in_chunks
+
+
+def find_branch(block: nn.Module, *inputs: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """What computes the end of a block as a whole, if that can be; or `None`.
+
+    Args:
+        block: With `layer_norm_2`, `drop_path` and `mlp`.
+        *inputs: Of the end of the block, or of the block.
+
+    Returns:
+        A function `(hidden_states, attended, *size)`, which overwrites the first, of size `(batch, tokens, channels)`
+        and contiguous, if `attended` is `None`: it is in the sum already. The size of the map, `(height, width)`, is
+        looked at if the MLP has a convolution.
+    """
+    types, tensors = find_tensors([block.layer_norm_2, block.drop_path, block.mlp], *inputs)
+    if (branch := _BRANCHES.get(types)) is None:
+        return None
+    run, has_map = branch[torch.compiler.is_compiling()], nn.Conv2d in types
+    flags = [isinstance(block.mlp.relu, nn.ReLU)] if has_map else []
+
+    def add_branch(hidden_states: torch.Tensor, attended: torch.Tensor | None, *size: int) -> torch.Tensor:
+        size = size if has_map else ()
+        return run(hidden_states, attended, *size, block.mlp.chunk_bytes, block.layer_norm_2.eps, *flags, *tensors)
+
+    return add_branch
 
 
 def chunk_tokens(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -130,10 +152,12 @@ def find_tensors(modules: Sequence[nn.Module], *inputs: torch.Tensor) -> Layers:
     """The layers of modules, if a CPU infers with them and they are all that there is to them; or none.
 
     Args:
-        modules: A norm, stochastic depth and an MLP.
-        *inputs: Theirs.
+        modules: Norm, stochastic depth and MLP of a block.
+        *inputs: Theirs, or the block's.
     """
-    if not infers_on_cpu(inputs[0]) or modules[-1].training or inputs[0].dtype != inputs[-1].dtype:
+    if not infers_on_cpu(inputs[0]) or inputs[0].dtype != inputs[-1].dtype:
+        return NO_LAYERS
+    if any(part.training for module in modules for part in module.modules()):
         return NO_LAYERS
     return list_layers(modules, inputs[0].dtype)
 
@@ -197,9 +221,28 @@ def _iter_rows(
         yield compute(hidden_states, height, width, slice(len(above), height - len(below)))
 
 
+def _place_result(hidden_states: torch.Tensor, attended: torch.Tensor | None) -> list[torch.Tensor]:
+    """Where the end of a block goes to, and the terms of the sum that has to be there first, if it is not."""
+    if attended is None:
+        return [hidden_states]
+    return [hidden_states.new_empty(hidden_states.shape), hidden_states, attended]
+
+
+def _add(sums: torch.Tensor, *terms: torch.Tensor) -> torch.Tensor:
+    return torch.add(*terms, out=sums) if terms else sums
+
+
+def _multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`F.linear`, but the bias comes after the product, unless that would be rounded to half precision in between.
+    (Before it, it is copied for every token and then read.)"""
+    if out.dtype.itemsize < 4:
+        return torch.addmm(bias, inputs, weight.t(), out=out)
+    return torch.mm(inputs, weight.t(), out=out).add_(bias)
+
+
 def _add_mlp(
     hidden_states: torch.Tensor,
-    attended: torch.Tensor,
+    attended: torch.Tensor | None,
     chunk_bytes: int,
     eps: float,
     norm_weight: torch.Tensor,
@@ -210,20 +253,20 @@ def _add_mlp(
     bias2: torch.Tensor,
 ) -> torch.Tensor:
     """The end of a block of PVT v1, from its input and what its attention gives, both (batch, tokens, channels)."""
-    result = hidden_states.new_empty(hidden_states.shape)
-    tokens = [tensor.flatten(0, 1) for tensor in (hidden_states, attended, result)]
+    result, *terms = _place_result(hidden_states, attended)
+    tokens = [tensor.flatten(0, 1) for tensor in (result, *terms)]
     num_tokens = _share(len(tokens[0]), fit_caches(chunk_bytes, weight1[:, 0].nbytes))
     buffer = result.new_empty(num_tokens, len(weight1))
-    for states, branch, sums in zip(*(tensor.split(num_tokens) for tensor in tokens), strict=True):
-        normed = F.layer_norm(torch.add(states, branch, out=sums), norm_weight.shape, norm_weight, norm_bias, eps)
-        hidden = torch.addmm(bias1, normed, weight1.t(), out=buffer[: len(sums)])
+    for sums, *chunks in zip(*(tensor.split(num_tokens) for tensor in tokens), strict=True):
+        normed = F.layer_norm(_add(sums, *chunks), norm_weight.shape, norm_weight, norm_bias, eps)
+        hidden = _multiply(normed, weight1, bias1, buffer[: len(sums)])
         torch.addmm(sums.add_(bias2), F.gelu(hidden, out=hidden), weight2.t(), out=sums)
     return result
 
 
 def _add_conv_mlp(
     hidden_states: torch.Tensor,
-    attended: torch.Tensor,
+    attended: torch.Tensor | None,
     height: int,
     width: int,
     chunk_bytes: int,
@@ -240,11 +283,11 @@ def _add_conv_mlp(
 ) -> torch.Tensor:
     """The end of a block of PVT v2, from its input and what its attention gives, both (batch, height * width,
     channels)."""
-    result = hidden_states.new_empty(hidden_states.shape)
+    result, *terms = _place_result(hidden_states, attended)
 
-    def expand(states: torch.Tensor, branch: torch.Tensor, sums: torch.Tensor, out: torch.Tensor) -> None:
-        normed = F.layer_norm(torch.add(states, branch, out=sums), norm_weight.shape, norm_weight, norm_bias, eps)
-        torch.addmm(bias1, normed, weight1.t(), out=out)
+    def expand(out: torch.Tensor, sums: torch.Tensor, *terms: torch.Tensor) -> None:
+        normed = F.layer_norm(_add(sums, *terms), norm_weight.shape, norm_weight, norm_bias, eps)
+        _multiply(normed, weight1, bias1, out)
         if has_relu:
             out.relu_()
 
@@ -254,7 +297,7 @@ def _add_conv_mlp(
         hidden = hidden.permute(0, 2, 3, 1).flatten(0, 2)
         torch.addmm(sums.add_(bias2), F.gelu(hidden, out=hidden), weight2.t(), out=sums)
 
-    maps = [tensor.unflatten(1, (height, width)) for tensor in (hidden_states, attended, result)]
+    maps = [tensor.unflatten(1, (height, width)) for tensor in (result, *terms)]
     num_rows = max(1, fit_caches(chunk_bytes, width * weight1[:, 0].nbytes))
     if num_rows >= height:
         _add_images(expand, project, maps, num_rows // height, len(weight1))
@@ -275,8 +318,8 @@ def _add_images(
     buffer = maps[0].new_empty(num_images, *maps[0].shape[1:3], hidden_size)
     for images in zip(*(tensor.split(num_images) for tensor in maps), strict=True):
         tokens, hidden = [image.flatten(0, 2) for image in images], buffer[: len(images[0])]
-        expand(*tokens, hidden.flatten(0, 2))
-        project(hidden, tokens[-1], (1, 1))
+        expand(hidden.flatten(0, 2), *tokens)
+        project(hidden, tokens[0], (1, 1))
 
 
 def _add_rows(
@@ -295,10 +338,10 @@ def _add_rows(
             window[:2] = window[num_rows:].clone() if start else 0
             window[stop - start + 1] = 0  # below the image
             expand(
-                *(rows[known:end].flatten(0, 1) for rows in image),
                 window[known - start + 1 : end - start + 1].flatten(0, 1),
+                *(rows[known:end].flatten(0, 1) for rows in image),
             )
-            project(window[None, : stop - start + 2], image[-1][start:stop].flatten(0, 1), (0, 1))
+            project(window[None, : stop - start + 2], image[0][start:stop].flatten(0, 1), (0, 1))
 
 
 _add_mlp_as_operator = torch.library.custom_op("pvt_hf::add_mlp", _add_mlp, mutates_args=())

@@ -29,6 +29,21 @@ def to_channels_last(feature_map: torch.Tensor) -> torch.Tensor:
     return feature_map.contiguous(memory_format=torch.channels_last)
 
 
+def copy_less(feature_map: torch.Tensor, convolution: nn.Module) -> torch.Tensor:
+    """A map for a convolution: in PyTorch's own layout where the weights, which are in that and would be copied to the
+    map's, are much larger than the map, as in the last stages of a single small image on a CPU.
+
+    Args:
+        feature_map: (batch, channels, height, width), channels-last.
+        convolution: What it is for.
+    """
+    if torch.compiler.is_compiling() or not infers_on_cpu(feature_map):
+        return feature_map
+    if type(convolution) is not nn.Conv2d or convolution.weight.nbytes < 5 * feature_map.nbytes:
+        return feature_map
+    return feature_map.contiguous()
+
+
 def is_traced(value: Any = None) -> bool:
     """Whether this run becomes a program that has to work for other sizes too.
 

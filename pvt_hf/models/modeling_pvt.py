@@ -25,6 +25,7 @@ from .layers import (
     DropPath,
     SpatialReductionAttention,
     cast_once,
+    copy_less,
     drop_path_rates,
     is_traced,
     make_traceable,
@@ -42,6 +43,7 @@ from .modeling_common import (
     stage_features,
 )
 from .pretrained import PretrainedMixin
+from .residuals import add_in_place
 
 
 class PvtPatchEmbeddings(nn.Module):
@@ -89,7 +91,7 @@ class PvtPatchEmbeddings(nn.Module):
 
     def forward(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         """(batch, channels, height, width) -> (batch, tokens, hidden_size) and the grid of the patches."""
-        feature_map = self.projection(to_channels_last(feature_map))
+        feature_map = self.projection(copy_less(to_channels_last(feature_map), self.projection))
         height, width = feature_map.shape[2:]
         tokens = self.layer_norm(map_to_tokens(feature_map))
         tokens = tokens + self.interpolate_position_embeddings(height, width)
@@ -109,14 +111,19 @@ class PvtEfficientSelfAttention(SpatialReductionAttention):
             self.sequence_reduction = nn.Conv2d(hidden_size, hidden_size, kernel_size=ratio, stride=ratio)
             self.layer_norm = nn.LayerNorm(hidden_size, eps=config.patch_layer_norm_eps)
 
+    def reduce(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """(batch, height * width, channels) -> (batch, reduced keys, channels)"""
+        if self.ratio > 1:
+            feature_map = copy_less(tokens_to_map(hidden_states, height, width), self.sequence_reduction)
+            return self.layer_norm(map_to_tokens(self.sequence_reduction(feature_map)))
+        return hidden_states
+
     def forward(
         self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, channels) -> the same shape, and (batch, heads, queries, reduced keys) or None."""
-        reduced_states = hidden_states = cast_once(hidden_states)
-        if self.ratio > 1:
-            reduced_states = self.sequence_reduction(tokens_to_map(hidden_states, height, width))
-            reduced_states = self.layer_norm(map_to_tokens(reduced_states))
+        hidden_states = cast_once(hidden_states)
+        reduced_states = self.reduce(hidden_states, height, width)
         return self.attend(hidden_states, reduced_states, output_attentions)
 
 
@@ -182,6 +189,7 @@ class PvtLayer(GradientCheckpointingLayer):
         self.layer_norm_2 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.mlp = PvtFFN(config, hidden_size, int(hidden_size * config.mlp_ratios[stage]))
 
+    @add_in_place("attention.self", "attention.output.dense")
     def forward(
         self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

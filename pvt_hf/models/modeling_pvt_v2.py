@@ -26,6 +26,7 @@ from .layers import (
     DropPath,
     SpatialReductionAttention,
     cast_once,
+    copy_less,
     drop_path_rates,
     make_traceable,
     map_to_tokens,
@@ -42,6 +43,7 @@ from .modeling_common import (
     stage_features,
 )
 from .pretrained import PretrainedMixin
+from .residuals import add_in_place
 
 
 class PvtV2OverlapPatchEmbeddings(nn.Module):
@@ -61,7 +63,7 @@ class PvtV2OverlapPatchEmbeddings(nn.Module):
 
     def forward(self, feature_map: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         """(batch, channels, height, width) -> (batch, tokens, hidden_size) and the grid of the patches."""
-        feature_map = self.proj(to_channels_last(feature_map))
+        feature_map = self.proj(copy_less(to_channels_last(feature_map), self.proj))
         height, width = feature_map.shape[2:]
         return self.layer_norm(map_to_tokens(feature_map)), height, width
 
@@ -90,8 +92,8 @@ class PvtV2SelfAttention(SpatialReductionAttention):
             feature_map = self.spatial_reduction(self.pool(tokens_to_map(hidden_states, height, width)))
             return self.act(self.layer_norm(map_to_tokens(feature_map)))
         if self.ratio > 1:
-            feature_map = self.spatial_reduction(tokens_to_map(hidden_states, height, width))
-            return self.layer_norm(map_to_tokens(feature_map))
+            feature_map = copy_less(tokens_to_map(hidden_states, height, width), self.spatial_reduction)
+            return self.layer_norm(map_to_tokens(self.spatial_reduction(feature_map)))
         return hidden_states
 
     def forward(
@@ -167,6 +169,7 @@ class PvtV2BlockLayer(GradientCheckpointingLayer):
         self.layer_norm_2 = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.mlp = PvtV2ConvFeedForwardNetwork(config, hidden_size, int(hidden_size * config.mlp_ratios[stage]))
 
+    @add_in_place("attention", "attention.proj")
     def forward(
         self, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
