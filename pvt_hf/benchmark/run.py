@@ -2,11 +2,13 @@
 
 import gc
 import math
+import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from ..variants import build_config
 from .counting import Work, count_work
 from .dense import DetectorNetwork, HeadAlone, build_own, make_result_step
 from .images import make_image_step, make_training_image_step
-from .machine import measure_rates, name_machine, today
+from .machine import Rates, measure_rates, name_machine, today
 from .networks import RUNTIMES, STAGES, build_network, make_step, write_onnx
 from .rows import Entrant, Row
 from .table import Result
@@ -57,11 +59,33 @@ class Bench:
         clock: With the device.
         rounds: Of every row.
         build_config: From the name of a variant and fields to a configuration; tests have smaller ones.
+        rates: The machine's, by precision, where they are known; the others are measured.
     """
 
     clock: Clock
     rounds: int = 7
     build_config: Callable[..., PreTrainedConfig] = build_config
+    rates: Mapping[str, Rates] = field(default_factory=dict)
+
+    def run_alone(self, row: Row, tell: Callable[[str], None] = lambda text: None) -> list[Result]:
+        """Measures a row as [`run`] does, and on a CPU in a new process, as users have one: memory that other rows have
+        left behind would be taken sooner than fresh memory, by those who need much of it.
+
+        Args:
+            row: What.
+            tell: Is told what is being done (default: nobody is).
+
+        Returns:
+            Of each entrant.
+        """
+        if self.clock.device.type != "cpu":
+            return self.run(row, tell)
+        tell(f"{row.name}: {self.rounds} rounds")
+        with _use_threads(row.threads) as threads:
+            precisions = {entrant.precision for entrant in row.entrants}
+            rates = {precision: measure_rates(precision, self.clock, threads) for precision in precisions}
+        with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_run_with_threads, replace(self, rates=rates), row, threads).result()
 
     def run(self, row: Row, tell: Callable[[str], None] = lambda text: None) -> list[Result]:
         """Measures a row.
@@ -143,7 +167,8 @@ class Bench:
         speeds = [other / ours for ours, other in zip(first, own, strict=True)]
         median = statistics.median(own)
         parts = {name: statistics.median(values) / median for name, values in times[index].parts.items()}
-        rates = measure_rates(contestant.entrant.precision, self.clock, threads)
+        precision = contestant.entrant.precision
+        rates = self.rates.get(precision) or measure_rates(precision, self.clock, threads)
         return Result(
             row=row.name,
             work=row.describe(),
@@ -152,7 +177,7 @@ class Bench:
             batch=row.batch,
             height=row.size[0],
             width=row.size[1],
-            precision=contestant.entrant.precision,
+            precision=precision,
             rounds=self.rounds,
             **_spread("seconds", own),
             **_spread("speed", speeds),
@@ -172,6 +197,11 @@ class Bench:
             torch=torch.__version__,
             date=today(),
         )
+
+
+def _run_with_threads(bench: Bench, row: Row, threads: int) -> list[Result]:
+    torch.set_num_threads(threads)
+    return bench.run(row)
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Measures speed and memory beside transformers, timm, torchvision, onnxruntime and OpenVINO, all in one process.
+"""Measures speed and memory beside transformers, timm, torchvision, onnxruntime and OpenVINO, in turns.
 
     pvt-hf benchmark                                        # what docs/guides/performance.md shows
     pvt-hf benchmark --rows v2 v2_training --rounds 15
@@ -6,7 +6,7 @@
     pvt-hf benchmark --rows v2 --profile                    # the operators that take most of the time
     pvt-hf benchmark --plot benchmark/benchmark.csv         # the picture alone, from a CSV
 
-Those who do a row's work take turns in every round, after a warm-up. A speed above 1 says how many times as fast the
+Those who do a row's work take turns in every round, after a warm-up, in one process, on a CPU a new one for each row. A speed above 1 says how many times as fast the
 first of them, pvt_hf, is as another: the median of the rounds and their range. A peak memory below 1 says that it needs
 less over what is held before the step, on a CPU resident memory of the process, on a GPU allocated memory. Training is
 forward, backward and gradients. In OUTPUT_DIR are benchmark.csv, which grows row by row, and benchmark.png, for which
@@ -114,7 +114,7 @@ def _measure(rows: Sequence[Row], bench: Bench, minutes: float | None, file: Pat
                 late.append(row.name)
                 continue
             try:
-                found = bench.run(row, progress.set_postfix_str)
+                found = bench.run_alone(row, progress.set_postfix_str)
             except Exception as error:  # of a peer's, or of the memory: the others can be measured
                 failed.append(f"{row.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
                 release(bench.clock.device)
