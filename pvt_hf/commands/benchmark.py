@@ -6,11 +6,11 @@
     pvt-hf benchmark --rows v2 --profile                    # the operators that take most of the time
     pvt-hf benchmark --plot benchmark/benchmark.csv         # the picture alone, from a CSV
 
-Those who do a row's work take turns in every round, after a warm-up, in one process, on a CPU a new one for each row. A speed above 1 says how many times as fast the
-first of them, pvt_hf, is as another: the median of the rounds and their range. A peak memory below 1 says that it needs
-less over what is held before the step, on a CPU resident memory of the process, on a GPU allocated memory. Training is
-forward, backward and gradients. In OUTPUT_DIR are benchmark.csv, which grows row by row, and benchmark.png, for which
-matplotlib is needed.
+Those who do a row's work take turns in every round, after a warm-up, in one process, on a CPU a new one for each row. A
+speed above 1 says how many times as fast the first of them, pvt_hf, is as another: the median of the rounds and their
+range. A peak memory below 1 says that it needs less over what is held before the step, on a CPU resident memory of the
+process, on a GPU allocated memory. Training is forward, backward and gradients. In OUTPUT_DIR are benchmark.csv, which
+grows row by row, and benchmark.png, for which matplotlib is needed.
 """
 
 import math

@@ -232,15 +232,13 @@ ROW = Row("size_64", "inference", (Entrant("pvt_hf"), Entrant("transformers")), 
 
 @pytest.mark.process
 def test_a_row_has_a_process_of_its_own_on_a_cpu(bench):
-    """With the threads and the rates of this one, and its errors."""
+    """With the threads and the rates of this one."""
     threads = torch.get_num_threads()
     row = dataclasses.replace(ROW, threads=threads + 1)
     results = bench.run_alone(row)
     assert [result.threads for result in results] == [threads + 1] * 2 and torch.get_num_threads() == threads
     rates = measure_rates("fp32", bench.clock, threads + 1)
     assert {(result.machine_flops, result.machine_bytes) for result in results} == {rates}
-    with pytest.raises(ValueError, match="timm has no PVT v1"):
-        bench.run_alone(dataclasses.replace(ROW, variant="pvt_small", entrants=(Entrant("timm"),)))
 
 
 def test_command_writes_row_by_row_and_names_what_failed(bench, monkeypatch, tmp_path, capsys):
