@@ -50,11 +50,12 @@ class _Counter(TorchDispatchMode):
 
 
 def count_work(forward: Callable[[], object]) -> Work:
-    """Runs a forward pass once, and counts.
+    """Runs a forward pass once, and counts what the network's own layers do: with gradients, or else a CPU would take
+    ways around some of that.
 
     Args:
         forward: Without compilation, which hides the operators.
     """
-    with torch.no_grad(), _Counter() as counter:
+    with torch.enable_grad(), _Counter() as counter:
         forward()
     return Work(counter.flops // 2, counter.bytes)

@@ -87,11 +87,11 @@ def make_result_step(
     run: Step
     photo = draw_photo(*(round(side * _SHRINKS) for side in size))
     if library == "torchvision":
-        model = _build_of_torchvision(architecture, size).eval().to(device)
+        model = _build_of_torchvision(architecture, size).eval().requires_grad_(False).to(device)
         run_peer: Callable[..., None] = _run_fcn if architecture == "fcn" else _run_detector_of_torchvision
         run = partial(run_peer, model, photo, size, clock)
     else:
-        own = build_own(architecture, build_backbone).eval().to(device)
+        own = build_own(architecture, build_backbone).eval().requires_grad_(False).to(device)
         run = partial(_run_own, own, architecture, photo, size, clock, _mark_ends(own, clock))
     return torch.no_grad()(run), run
 

@@ -69,7 +69,10 @@ class SemanticFPNHead(nn.Module):
         for blocks, feature_map in zip(self.scale_heads[1:], levels[1:], strict=True):
             for block in blocks:
                 feature_map = F.interpolate(block(feature_map), scale_factor=2, mode="bilinear", align_corners=False)
-            total = total + resize(feature_map, total.shape[2:])  # twice a height that was rounded up is one too many
+            if runs_transformed() or feature_map.shape != total.shape:
+                # Twice a height that was rounded up is one too many.
+                feature_map = resize(feature_map, total.shape[2:])
+            total = feature_map.add_(total)
         return self.classifier(self.dropout(total))
 
 

@@ -29,18 +29,23 @@ def add_in_place(attention_path: str, projection_path: str) -> Callable[[Forward
         def forward_in_place(
             self: nn.Module, hidden_states: torch.Tensor, height: int, width: int, output_attentions: bool = False
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            if output_attentions or torch.compiler.is_compiling():
-                return forward(self, hidden_states, height, width, output_attentions)
             attention, projection = self.get_submodule(attention_path), self.get_submodule(projection_path)
+            has_one_head = attention.num_attention_heads == 1 and attention.config._attn_implementation == "sdpa"
+            is_compiling = torch.compiler.is_compiling()  # whose operators write into no memory that they are given
+            if output_attentions or (is_compiling and not has_one_head):
+                return forward(self, hidden_states, height, width, output_attentions)
             add_branch = find_branch(self, hidden_states)
             if add_branch is None or not _is_as_built(self.attention, attention.query, projection, hidden_states):
                 return forward(self, hidden_states, height, width)
             normed = self.layer_norm_1(hidden_states)
             reduced_states = attention.reduce(normed, height, width)
-            has_one_head = attention.num_attention_heads == 1 and attention.config._attn_implementation == "sdpa"
-            add_attention = _add_one_head if has_one_head else _add_heads
-            sums = add_attention(attention, projection, hidden_states, normed, reduced_states)
-            return add_branch(sums, None, height, width), None
+            if not has_one_head:
+                sums = _add_heads(attention, projection, hidden_states, normed, reduced_states)
+                return add_branch(sums, None, height, width), None
+            attended = _attend_one_head(attention, projection, normed, reduced_states)
+            if is_compiling:
+                return add_branch(hidden_states, attended, height, width), None
+            return add_branch(attended.add_(hidden_states), None, height, width), None
 
         return forward_in_place
 
@@ -79,20 +84,24 @@ def _add_heads(
     return sums
 
 
-def _add_one_head(
-    attention: SpatialReductionAttention,
-    projection: nn.Linear,
-    hidden_states: torch.Tensor,
-    normed: torch.Tensor,
-    reduced_states: torch.Tensor,
+def _attend_one_head(
+    attention: SpatialReductionAttention, projection: nn.Linear, normed: torch.Tensor, reduced_states: torch.Tensor
 ) -> torch.Tensor:
-    """The same where there is one head: values, and keys if they are few, are projected instead of results and queries.
+    """What an attention with one head gives after its projection: values, and keys if they are few, are projected
+    instead of results and queries.
 
     `(Q x + q) . k = x . (Q' k) + q . k`, and as the probabilities are 1 in sum, `P sum(p v) + b = sum(p (P v + b))`.
+
+    Args:
+        attention: Of the block.
+        projection: The linear layer after it.
+        normed: The block's input, normed: (batch, tokens, channels).
+        reduced_states: What becomes keys and values: (batch, reduced keys, channels).
     """
     key, value = attention.key(reduced_states), projection(attention.value(reduced_states))
     query, mask = normed, None
-    if key.shape[1] > key.shape[2]:  # a mask, for the bias, takes longer than the projection of the queries
+    # A mask, for the bias, takes longer than the projection of the queries. (A compiler would have a program for each.)
+    if torch.compiler.is_compiling() or key.shape[1] > key.shape[2]:
         query = attention.query(normed)
     else:
         if (bias := attention.query.bias) is not None:
@@ -101,7 +110,7 @@ def _add_one_head(
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
     states = (part[:, None] for part in (query, key, value))  # (batch, 1 head, tokens, channels) each
     attended, _ = attend(attention, *states, mask, dropout=0.0, scaling=attention.scaling)
-    return attended.flatten(2).add_(hidden_states)
+    return attended.flatten(2)
 
 
 __all__ = ["add_in_place"]

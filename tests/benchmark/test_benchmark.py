@@ -98,7 +98,7 @@ def test_work_is_counted():
     """Of a product, a convolution and attention: each operand is read once, each result written once."""
     linear, convolution = nn.Linear(3, 5), nn.Conv2d(4, 4, 3, groups=4, bias=False)
     assert count_work(lambda: linear(torch.zeros(2, 3))) == (30, 4 * (6 + 15 + 5 + 10))
-    operands = linear.bias, torch.zeros(2, 3), linear.weight.t()
+    operands = linear.bias.detach(), torch.zeros(2, 3), linear.weight.detach().t()
     assert count_work(lambda: torch.addmm(*operands, out=torch.zeros(2, 5))) == (30, 4 * (6 + 15 + 5 + 10))
     assert count_work(lambda: convolution(torch.zeros(1, 4, 5, 5))) == (4 * 9 * 9, 4 * (100 + 36 + 36))
     query, key = torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 10, 8)

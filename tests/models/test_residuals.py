@@ -39,7 +39,7 @@ def compute_by_modules(block: nn.Module, states: torch.Tensor, **options: bool) 
 def shortcuts(monkeypatch) -> list[str]:
     """Which of the two functions that call no output projection are called."""
     called: list[str] = []
-    for name in ("_add_one_head", "_add_heads"):
+    for name in ("_attend_one_head", "_add_heads"):
         function = getattr(residuals, name)
         wrapped = lambda *args, name=name, function=function: (called.append(name), function(*args))[1]  # noqa: E731
         monkeypatch.setattr(residuals, name, wrapped)
@@ -58,7 +58,7 @@ def test_inference_in_place_gives_what_the_modules_do(version, stage, qkv_bias, 
         actual, weights = block(states, HEIGHT, WIDTH)
         torch.testing.assert_close(actual, compute_by_modules(block, states), rtol=0, atol=1e-12)
         assert weights is None and torch.equal(states, before)
-    assert shortcuts == ["_add_one_head" if (stage, attention) == (0, "sdpa") else "_add_heads"] * 2
+    assert shortcuts == ["_attend_one_head" if (stage, attention) == (0, "sdpa") else "_add_heads"] * 2
 
 
 @torch.no_grad()
@@ -163,3 +163,20 @@ def test_a_small_map_is_copied_instead_of_the_weights_of_its_convolution(version
     assert len(copied) == 2
     for feature_map, expected in zip(actual, model.train()(pixels).feature_maps, strict=True):
         torch.testing.assert_close(feature_map, expected, rtol=0, atol=1e-5)
+
+
+@VERSIONS
+@STAGES
+@pytest.mark.process
+@torch.no_grad()
+def test_compiled_blocks_give_what_the_modules_do(version, stage):
+    """In one program for all sizes."""
+    torch.compiler.reset()
+    block = build_block(version, stage)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for height, width in ((HEIGHT, WIDTH), (40, 64)):  # few keys, and more than channels
+            states = torch.randn(2, height * width, block.layer_norm_1.normalized_shape[0], dtype=torch.double)
+            with torch.enable_grad():
+                expected = block(states, height, width)[0].detach()
+            torch.testing.assert_close(compiled(states, height, width)[0], expected, rtol=0, atol=1e-12)
