@@ -1,6 +1,8 @@
 """How a run reads its images: the loader of its training set, and where a stream is, in every checkpoint."""
 
+import atexit
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,14 @@ def start_worker(worker_id: int) -> None:
         worker_id: Its number.
     """
     ignore_signals(*SIGNALS)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Python ends what is left of them by SIGTERM, which they ignore, and would wait for ever after an error."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def save_stream(dataset: Dataset, folder: Path, is_writer: bool) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import signal
+import subprocess
 
 import pytest
 
@@ -142,3 +143,20 @@ def test_processes_of_loaders_are_ended_by_their_parent(tmp_path):
     assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
     for number, handler in zip(SIGNALS, former, strict=True):
         signal.signal(number, handler)
+
+
+HELD_LOADER = """
+import sys
+from torch.utils.data import DataLoader
+from pvt_hf.training.streams import start_worker
+batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=start_worker))
+next(batches)
+sys.exit("an error")
+"""
+
+
+@pytest.mark.process
+def test_a_program_ends_though_its_loaders_ignore_signals():
+    """As after an error, which holds on to them."""
+    ended = subprocess.run([sys.executable, "-c", HELD_LOADER], timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.endswith("an error\n")
