@@ -3,6 +3,7 @@
 import atexit
 import json
 import multiprocessing
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,11 @@ def start_worker(worker_id: int) -> None:
 @atexit.register
 def _kill_workers() -> None:
     """Python ends what is left of them by SIGTERM, which they ignore, and would wait for ever after an error."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    processes = [process for process in multiprocessing.active_children() if process.daemon]
+    if processes and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # at which torch would call it an error
+    for process in processes:
+        process.kill()
 
 
 def save_stream(dataset: Dataset, folder: Path, is_writer: bool) -> None:

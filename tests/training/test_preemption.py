@@ -3,6 +3,7 @@
 import importlib
 import signal
 import subprocess
+import sys
 
 import pytest
 
