@@ -63,11 +63,15 @@ def start_worker(worker_id: int) -> None:
 
 @atexit.register
 def _kill_workers() -> None:
-    """Python ends what is left of them by SIGTERM, which they ignore, and would wait for ever after an error."""
+    """Python ends what is left of them by SIGTERM, which they ignore, and would wait for ever after an error. (A child
+    of the program that is no loader's has a second to take it.)"""
     processes = [process for process in multiprocessing.active_children() if process.daemon]
     if processes and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # at which torch would call it an error
     for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(timeout=1)
         process.kill()
 
 
