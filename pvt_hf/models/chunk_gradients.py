@@ -16,8 +16,9 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.module import _has_any_global_hook
 
-from .chunks import NO_LAYERS, Layers, fit_caches, list_layers
-from .layers import is_traced, map_to_tokens, tokens_to_map
+from .chunks import NO_LAYERS, Layers, fit_caches, list_layers, multiply
+from .conv_gradients import differentiate_depthwise_conv
+from .layers import computes_on_cpu, map_to_tokens, tokens_to_map
 
 aten = torch.ops.aten
 # Of the operators: the options are sizes and the like.
@@ -53,9 +54,7 @@ def recompute_hidden_states(forward: Callable[..., torch.Tensor]) -> Callable[..
 
 def _find_weights(mlp: nn.Module, hidden_states: torch.Tensor) -> Layers:
     """The layers of an MLP whose hidden states are to be recomputed; or none."""
-    if is_traced(hidden_states) or torch._C._are_functorch_transforms_active():
-        return NO_LAYERS
-    if not torch.is_grad_enabled() or hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if not computes_on_cpu(hidden_states) or not torch.is_grad_enabled():
         return NO_LAYERS
     if (mlp.training and mlp.dropout.p > 0) or hidden_states.dtype.itemsize < 4:
         return NO_LAYERS  # (sums over chunks in less precision would be others)
@@ -163,7 +162,7 @@ def _compute_mlp(hidden_states: torch.Tensor, chunk_bytes: int, *weights: torch.
     weight1, bias1, weight2, bias2 = weights
     result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     for states, result_chunk in _iter_tokens(fit_caches(chunk_bytes, weight1[:, 0].nbytes), hidden_states, result):
-        expanded = _multiply(states, weight1, bias1)  # (tokens, hidden channels)
+        expanded = multiply(states, weight1, bias1)  # (tokens, hidden channels)
         torch.mm(F.gelu(expanded, out=expanded), weight2.t(), out=result_chunk).add_(bias2)
     return result
 
@@ -223,7 +222,7 @@ def _differentiate_mlp(
     sums: list[torch.Tensor] = []
     num_tokens = fit_caches(chunk_bytes, weight1[:, 0].nbytes)
     for gradient2, states, result_chunk in _iter_tokens(num_tokens, gradient, hidden_states, result):
-        expanded = _multiply(states, weight1, bias1)  # (tokens, hidden channels)
+        expanded = multiply(states, weight1, bias1)  # (tokens, hidden channels)
         gradient1 = gradient2 @ weight2
         weight2_gradient = [] if is_frozen else [_sum_products(gradient2, F.gelu(expanded))]
         aten.gelu_backward.grad_input(gradient1, expanded, grad_input=gradient1)
@@ -304,7 +303,7 @@ def _differentiate_rows(
 ) -> list[torch.Tensor]:
     """From the gradient of these rows, and the hidden states of them and those around them, (images, rows, width,
     channels): the gradients of the expanded states and of the weights."""
-    _, _, conv_weight, conv_bias, weight2 = weights
+    _, _, conv_weight, _, weight2 = weights
     expanded, convolved = _expand(states, rows, has_relu, *weights[:4])
     weight2_gradient = [] if is_frozen else [_sum_products(gradient2, F.gelu(convolved))]
 
@@ -314,18 +313,8 @@ def _differentiate_rows(
     part = gradient1[:, rows]
     torch.mm(gradient2.flatten(0, 2), weight2, out=part.flatten(0, 2))
     aten.gelu_backward.grad_input(part, convolved, grad_input=part)
-    gradient1, *conv_gradients = aten.convolution_backward(
-        gradient1.permute(0, 3, 1, 2),
-        expanded.permute(0, 3, 1, 2),
-        conv_weight,
-        conv_bias.shape,
-        [1, 1],  # stride
-        [1, 1],  # padding
-        [1, 1],  # dilation
-        False,
-        [0, 0],
-        len(conv_weight),
-        [True, not is_frozen, not is_frozen],
+    gradient1, *conv_gradients = differentiate_depthwise_conv(
+        gradient1.permute(0, 3, 1, 2), expanded.permute(0, 3, 1, 2), conv_weight, is_frozen
     )
     gradient1 = gradient1.permute(0, 2, 3, 1)
     if has_relu:
@@ -347,15 +336,10 @@ def _expand(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From hidden states (images, rows and those around them, width, channels): the hidden channels before the
     convolution, and of the rows alone after it."""
-    expanded = _multiply(states, weight, bias)
+    expanded = multiply(states, weight, bias)
     feature_map = (expanded.relu_() if has_relu else expanded).permute(0, 3, 1, 2)
     convolved = F.conv2d(feature_map, conv_weight, conv_bias, padding=1, groups=len(conv_weight))
     return expanded, convolved.permute(0, 2, 3, 1)[:, rows]
-
-
-def _multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`F.linear`, but the bias comes after the product. (Before it, it is copied for every token and then read.)"""
-    return torch.matmul(inputs, weight.t()).add_(bias)
 
 
 def _sum_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -184,7 +184,7 @@ def list_layers(modules: Sequence[nn.Module], dtype: torch.dtype) -> Layers:
     return (tuple(types), tensors) if is_plain else NO_LAYERS
 
 
-def _share(number: int, most: int) -> int:
+def share(number: int, most: int) -> int:
     """The least size of the fewest pieces of `number` things that have `most` at most."""
     pieces = -(-number // max(1, most))
     return -(-number // max(1, pieces))
@@ -232,12 +232,21 @@ def _add(sums: torch.Tensor, *terms: torch.Tensor) -> torch.Tensor:
     return torch.add(*terms, out=sums) if terms else sums
 
 
-def _multiply(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def multiply(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """`F.linear`, but the bias comes after the product, unless that would be rounded to half precision in between.
-    (Before it, it is copied for every token and then read.)"""
-    if out.dtype.itemsize < 4:
+    (Before it, it is copied for every token and then read.)
+
+    Args:
+        inputs: (..., channels); in half precision (tokens, channels).
+        weight: (outputs, channels)
+        bias: (outputs,)
+        out: Where the result goes to (default: new memory).
+    """
+    if inputs.dtype.itemsize < 4:
         return torch.addmm(bias, inputs, weight.t(), out=out)
-    return torch.mm(inputs, weight.t(), out=out).add_(bias)
+    return torch.matmul(inputs, weight.t(), out=out).add_(bias)
 
 
 def _add_mlp(
@@ -255,11 +264,11 @@ def _add_mlp(
     """The end of a block of PVT v1, from its input and what its attention gives, both (batch, tokens, channels)."""
     result, *terms = _place_result(hidden_states, attended)
     tokens = [tensor.flatten(0, 1) for tensor in (result, *terms)]
-    num_tokens = _share(len(tokens[0]), fit_caches(chunk_bytes, weight1[:, 0].nbytes))
+    num_tokens = share(len(tokens[0]), fit_caches(chunk_bytes, weight1[:, 0].nbytes))
     buffer = result.new_empty(num_tokens, len(weight1))
     for sums, *chunks in zip(*(tensor.split(num_tokens) for tensor in tokens), strict=True):
         normed = F.layer_norm(_add(sums, *chunks), norm_weight.shape, norm_weight, norm_bias, eps)
-        hidden = _multiply(normed, weight1, bias1, buffer[: len(sums)])
+        hidden = multiply(normed, weight1, bias1, buffer[: len(sums)])
         torch.addmm(sums.add_(bias2), F.gelu(hidden, out=hidden), weight2.t(), out=sums)
     return result
 
@@ -287,7 +296,7 @@ def _add_conv_mlp(
 
     def expand(out: torch.Tensor, sums: torch.Tensor, *terms: torch.Tensor) -> None:
         normed = F.layer_norm(_add(sums, *terms), norm_weight.shape, norm_weight, norm_bias, eps)
-        _multiply(normed, weight1, bias1, out)
+        multiply(normed, weight1, bias1, out)
         if has_relu:
             out.relu_()
 
@@ -314,7 +323,7 @@ def _add_images(
     hidden_size: int,
 ) -> None:
     """Several images at a time, of maps (batch, height, width, channels)."""
-    num_images = _share(len(maps[0]), num_images)
+    num_images = share(len(maps[0]), num_images)
     buffer = maps[0].new_empty(num_images, *maps[0].shape[1:3], hidden_size)
     for images in zip(*(tensor.split(num_images) for tensor in maps), strict=True):
         tokens, hidden = [image.flatten(0, 2) for image in images], buffer[: len(images[0])]
@@ -328,7 +337,7 @@ def _add_rows(
     """Rows of one image at a time, of maps (batch, height, width, channels): a window goes down the image, and keeps
     the last two rows of hidden states, which the next rows need too."""
     height, width = maps[0].shape[1:3]
-    num_rows = _share(height, num_rows)
+    num_rows = share(height, num_rows)
     window = maps[0].new_empty(num_rows + 2, width, hidden_size)  # with a row of context above and below
     for image in zip(*maps, strict=True):
         for start in range(0, height, num_rows):

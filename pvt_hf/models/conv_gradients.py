@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import is_traced, is_unwatched, map_to_tokens, tokens_to_map
+from .layers import computes_on_cpu, is_unwatched, map_to_tokens, tokens_to_map
 
 
 def keep_layout(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -37,10 +37,35 @@ def keep_layout(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     return forward_in_layout
 
 
+def differentiate_depthwise_conv(
+    gradient: torch.Tensor, feature_map: torch.Tensor, weight: torch.Tensor, is_frozen: bool
+) -> list[torch.Tensor]:
+    """The gradients of the map and, unless they are frozen, of the weight and the bias.
+
+    Args:
+        gradient: Of the result: (batch, channels, height, width).
+        feature_map: What is convolved: (batch, channels, height, width).
+        weight: (channels, 1, 3, 3)
+        is_frozen: Whether the gradient of the map is all that is wanted.
+    """
+    gradients = torch.ops.aten.convolution_backward(
+        gradient,
+        feature_map,
+        weight,
+        [len(weight)],
+        [1, 1],  # stride
+        [1, 1],  # padding
+        [1, 1],  # dilation
+        False,
+        [0, 0],
+        len(weight),
+        [True, not is_frozen, not is_frozen],
+    )
+    return [tensor for tensor in gradients if tensor is not None]
+
+
 def _trains_compiled(conv: nn.Module, hidden_states: torch.Tensor) -> bool:
-    if is_traced(hidden_states) or torch._C._are_functorch_transforms_active() or not torch.compiler.is_compiling():
-        return False
-    if not torch.is_grad_enabled() or hidden_states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if not computes_on_cpu(hidden_states) or not torch.is_grad_enabled() or not torch.compiler.is_compiling():
         return False
     if type(conv) is not nn.Conv2d or not is_unwatched(conv):
         return False
@@ -65,20 +90,9 @@ def _differentiate(
     is_frozen: bool,
 ) -> list[torch.Tensor]:
     """The gradients of the hidden states and, unless they are frozen, of the weight and the bias."""
-    gradients = torch.ops.aten.convolution_backward(
-        *(tokens_to_map(tokens.contiguous(), height, width) for tokens in (gradient, hidden_states)),
-        weight,
-        [len(weight)],
-        [1, 1],  # stride
-        [1, 1],  # padding
-        [1, 1],  # dilation
-        False,
-        [0, 0],
-        len(weight),
-        [True, not is_frozen, not is_frozen],
-    )
-    gradients = [map_to_tokens(gradients[0]), *gradients[1:]]
-    return [tensor.contiguous() for tensor in gradients if tensor is not None]
+    gradient, feature_map = (tokens_to_map(part.contiguous(), height, width) for part in (gradient, hidden_states))
+    map_gradient, *gradients = differentiate_depthwise_conv(gradient, feature_map, weight, is_frozen)
+    return [tensor.contiguous() for tensor in (map_to_tokens(map_gradient), *gradients)]
 
 
 @_convolve.register_fake
@@ -106,4 +120,4 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
 
 _convolve.register_autograd(_backward, setup_context=_setup_context)
 
-__all__ = ["keep_layout"]
+__all__ = ["differentiate_depthwise_conv", "keep_layout"]

@@ -63,11 +63,16 @@ def runs_transformed(value: Any = None) -> bool:
     return is_traced(value) or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def infers_on_cpu(value: torch.Tensor) -> bool:
-    """Whether a CPU computes from this tensor without gradients, eagerly or compiled, in its own type of numbers."""
-    if is_traced(value) or torch._C._are_functorch_transforms_active() or value.device.type != "cpu":
+def computes_on_cpu(value: torch.Tensor) -> bool:
+    """Whether a CPU computes from this tensor, eagerly or compiled, in its own type of numbers."""
+    if is_traced(value) or torch._C._are_functorch_transforms_active():
         return False
-    return not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return value.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def infers_on_cpu(value: torch.Tensor) -> bool:
+    """Whether [`computes_on_cpu`] holds without gradients."""
+    return computes_on_cpu(value) and not torch.is_grad_enabled()
 
 
 def is_unwatched(module: nn.Module) -> bool:

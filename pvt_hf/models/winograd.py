@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from .chunks import fit_caches
+from .chunks import fit_caches, share
 from .layers import infers_on_cpu
 
 TILE, PATCH = 4, 6  # results per side, and what these read
@@ -74,8 +74,8 @@ def convolve(
     states, out_channels = feature_map.permute(0, 2, 3, 1), len(weight)
     results = states.new_empty(batch, rows * TILE, columns * TILE, out_channels)
     row_size = columns * PATCH**2 * max(in_channels, out_channels)  # of what a row of tiles becomes
-    num_rows = max(1, fit_caches(chunk_bytes, row_size * states.element_size()))
-    num_images, num_rows = _share(batch, rows, num_rows)
+    num_rows = fit_caches(chunk_bytes, row_size * states.element_size())  # of tiles, in a chunk
+    num_images, num_rows = share(batch, num_rows // rows), share(rows, num_rows)
     window = states.new_zeros(num_images, num_rows * TILE + 2, columns * TILE + 2, in_channels)
     buffers = states.new_empty(2, num_images * num_rows * row_size)
     weights = _filter_kernels(weight)
@@ -96,14 +96,6 @@ def _compute_nothing(feature_map, weight, *_):
 def _count_flops(input_shape: Sequence[int], weight_shape: Sequence[int], *_, out_shape: Sequence[int], **__) -> int:
     """Those of the convolution, which is what has to be computed."""
     return conv_flop_count(list(input_shape), list(weight_shape), list(out_shape))
-
-
-def _share(batch: int, rows: int, num_rows: int) -> tuple[int, int]:
-    """How many images and how many of their rows of tiles make a chunk, which has `num_rows` rows at most."""
-    if num_rows >= rows:
-        chunks = -(-batch // (num_rows // rows))
-        return -(-batch // chunks), rows
-    return 1, -(-rows // -(-rows // num_rows))
 
 
 def _fill(window: torch.Tensor, states: torch.Tensor, start: int) -> torch.Tensor:
